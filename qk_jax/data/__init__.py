@@ -1,0 +1,1 @@
+"""Records, tasks, buckets and the step-indexed pipeline."""

@@ -1,0 +1,1 @@
+"""Flow matching: the noise law, the loss and the samplers."""

@@ -1,0 +1,143 @@
+"""The few layers that every tower shares, with logical axes attached in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core import meta
+
+LOGICAL_AXES = frozenset({
+    "embed", "mlp", "heads", "kv_heads", "vocab", "modulation", "layers", "queries",
+    "conv_in", "conv_out", "patch", "norm",
+})  # fmt: skip
+
+Axes = tuple[str | None, ...]
+Initializer = Callable[..., jax.Array]
+lecun = nn.initializers.lecun_normal()
+
+
+def boxed(init: Initializer, axes: Axes) -> Initializer:
+    """An initializer whose parameter carries logical `axes`.
+
+    Raises:
+      ValueError: an axis is not in LOGICAL_AXES; Linen would silently replicate it.
+    """
+    unknown = [axis for axis in axes if axis is not None and axis not in LOGICAL_AXES]
+    if unknown:
+        raise ValueError(f"logical axes {unknown} are unknown; the known are {sorted(LOGICAL_AXES)}")
+    return nn.with_logical_partitioning(init, axes)
+
+
+class Dense(nn.Module):
+    """y = x W + b, plus x A B when the `lora` collection holds this module's factors.
+
+    kernel [in, out], bias [out]; lora_a [in, r], lora_b [r, out] with the scale alpha / r already
+    in lora_b (`lora.scaled`), so that no model knows whether it is adapted (peft's LoraLayer).
+    """
+
+    features: int
+    axes: tuple[str | None, str | None]
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    kernel_init: Initializer = lecun
+    bias_init: Initializer = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", boxed(self.kernel_init, self.axes), shape, jnp.float32)
+        x = x.astype(self.dtype)
+        y = x @ kernel.astype(self.dtype)
+        if self.has_variable("lora", "lora_a"):
+            a = self.get_variable("lora", "lora_a").astype(self.dtype)
+            b = self.get_variable("lora", "lora_b").astype(self.dtype)
+            y = y + (x @ a) @ b
+        if self.use_bias:
+            bias = self.param("bias", boxed(self.bias_init, self.axes[1:]), shape[1:], jnp.float32)
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale; statistics in float32, cast, then scaled (Qwen2RMSNorm's order)."""
+
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        ones = nn.initializers.ones_init()
+        scale = self.param("scale", boxed(ones, ("norm",)), (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return x.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class Embed(nn.Module):
+    """A table [vocab, embed]; `attend` gives logits with tied weights."""
+
+    num_embeddings: int
+    features: int
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        init = boxed(nn.initializers.normal(0.02), ("vocab", "embed"))
+        shape = (self.num_embeddings, self.features)
+        self.embedding = self.param("embedding", init, shape, jnp.float32)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """ids [B, S] -> [B, S, D]."""
+        return jnp.take(self.embedding.astype(self.dtype), ids, axis=0)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """x [B, S, D] -> logits [B, S, vocab]."""
+        return x @ self.embedding.astype(self.dtype).T
+
+
+def layer_norm(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+    """LayerNorm without parameters over the last axis; statistics in float32, float32 out."""
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+
+
+def scan_blocks(block: type[nn.Module], length: int, policy: str | None, in_axes: Sequence[Any]):
+    """`block` scanned `length` times over stacked parameters, rematerialised by `policy`.
+
+    Args:
+      block: a module whose __call__(carry, *inputs) returns (carry, None).
+      length: number of layers L; parameters get a leading axis 'layers' of that size.
+      policy: None keeps every activation; 'full' recomputes the block; any other name is an
+        attribute of jax.checkpoint_policies.
+      in_axes: per input after the carry: nn.broadcast, or 0 for a per-layer input [L, ...].
+    """
+    if policy is not None:
+        rule = None if policy == "full" else getattr(jax.checkpoint_policies, policy)
+        block = nn.remat(block, policy=rule, prevent_cse=False)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "lora": 0},
+        split_rngs={"params": True},
+        in_axes=tuple(in_axes),
+        length=length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
+def init_params(module: nn.Module, rng: jax.Array, *args, **kwargs) -> dict:
+    """Plain-dict parameters of `module` (boxes removed)."""
+    return meta.unbox(module.init(rng, *args, **kwargs)["params"])
+
+
+def abstract_params(module: nn.Module, *args, **kwargs) -> dict:
+    """Shapes of `module`'s parameters without computing any: a tree of LogicallyPartitioned boxes.
+
+    Unbox with flax.core.meta.unbox for ShapeDtypeStructs; nn.get_partition_spec gives the logical
+    axes.
+    """
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))
+    return shapes["params"]

@@ -1,0 +1,1 @@
+"""Stages, state, optimizer, step, checkpoints and metrics."""

@@ -1,0 +1,45 @@
+"""Installs qk_jax and its console scripts."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="qk_jax",
+    version="0.1.0",
+    description="Query-Kontext (arXiv 2509.26641) in JAX: train, sample and convert",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["qk_jax", "qk_jax.*"]),
+    include_package_data=True,
+    package_data={"qk_jax": ["assets/**/*"]},
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.4",
+        "grain>=0.2.18",
+        "ml-collections>=1.1",
+        "einops>=0.8",
+        "transformers>=5.15",
+        "tokenizers>=0.22",
+        "tensorflow-datasets>=4.9",
+        "safetensors>=0.5",
+        "huggingface_hub>=1.0",
+        "tensorboardX>=2.6",
+        "etils[epath,epy]>=1.9",
+        "tqdm>=4.66",
+        "pillow>=11",
+        "numpy>=2.0",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "torch": ["torch>=2.6", "diffusers>=0.35", "peft>=0.17", "accelerate>=1.0"],
+        "test": ["pytest>=8", "torch>=2.6", "diffusers>=0.42", "peft>=0.19", "accelerate>=1.0"],
+    },
+    entry_points={
+        "console_scripts": [
+            "qk-train = qk_jax.train:run",
+            "qk-sample = qk_jax.sample:run",
+            "qk-convert = qk_jax.convert.__main__:run",
+        ]
+    },
+)
