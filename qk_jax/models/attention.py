@@ -33,9 +33,8 @@ def attention(
     scores = jnp.einsum("btkgd,bskd->bkgts", query, key, preferred_element_type=jnp.float32)
     scores = scores * dim**-0.5
     if mask is not None:
-        mask = jnp.broadcast_to(mask, (*mask.shape[:1], mask.shape[1], *mask.shape[2:]))
-        per_head = mask.shape[1] != 1
-        mask = mask.reshape(mask.shape[0], groups, -1, *mask.shape[2:]) if per_head else mask[:, :, None]
+        rows, per_head = mask.shape[0], mask.shape[1] != 1
+        mask = mask.reshape(rows, groups, -1, *mask.shape[2:]) if per_head else mask[:, :, None]
     if causal:
         before = jnp.tril(jnp.ones((length, key.shape[1]), bool))[None, None, None]
         mask = before if mask is None else mask & before
