@@ -1,0 +1,181 @@
+"""Rotary positions of the diffusion transformer: the laws that place tokens, and the rotation.
+
+A position is an integer triple (frame, row, column). All images of a sample share one coordinate
+space, so a law decides how a picture to be edited (a *source*) and pictures of subjects
+(*references*) lie relative to the picture that is painted (the *target*).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SOURCE, REFERENCE = 0, 1
+Grid = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class PositionLaw:
+    """Where the tokens of each picture lie.
+
+    Attributes:
+      kind: 'shifted' is the shifted 2-D law of Query-Kontext (arXiv 2509.26641, section 5.3);
+        'qwen_image' is the law of public Qwen-Image weights (diffusers' QwenEmbedRope).
+      source_mode: 'shifted' only. 'reflect' mirrors a source into the negative quadrant,
+        (-i, -j); 'reflect_minus_one' does so without sharing an index with the target,
+        (-1-i, -1-j); 'translate' moves it there by its own size, which keeps the offset between
+        matching tokens constant.
+      index_base: 'shifted' only. First row and column index of a picture, 0 or 1.
+
+    Raises:
+      ValueError: a field has a value that is none of these.
+    """
+
+    kind: Literal["shifted", "qwen_image"] = "shifted"
+    source_mode: Literal["reflect", "reflect_minus_one", "translate"] = "reflect"
+    index_base: int = 0
+
+    def __post_init__(self):
+        if self.kind not in ("shifted", "qwen_image"):
+            raise ValueError(f"position law kind {self.kind!r} is not 'shifted' or 'qwen_image'")
+        if self.source_mode not in ("reflect", "reflect_minus_one", "translate"):
+            raise ValueError(
+                f"source_mode {self.source_mode!r} is not 'reflect', 'reflect_minus_one' or "
+                "'translate'"
+            )
+        if self.index_base not in (0, 1):
+            raise ValueError(f"index_base {self.index_base!r} is not 0 or 1")
+
+
+def _cells(grid: Grid) -> np.ndarray:
+    """(row, column) of a picture's tokens in row-major order: int32 [h * w, 2], from 0."""
+    return np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), -1).reshape(-1, 2)
+
+
+def _centred(frame: int, grid: Grid) -> np.ndarray:
+    """Rows and columns around zero, the picture's number as frame: [h * w, 3]."""
+    half = np.array([side - side // 2 for side in grid])
+    cells = _cells(grid) - half
+    return np.concatenate([np.full((len(cells), 1), frame), cells], -1)
+
+
+def _shifted(
+    law: PositionLaw, target: Grid, conditions: Sequence[Grid], roles: jax.Array
+) -> jax.Array:
+    """The shifted law: rows and columns [B, N, 2].
+
+    The first reference begins where the target ends, each further one where the one before it
+    ended, on both axes: for equal sizes that is the paper's (i + w n, j + h n) with n from 1,
+    and unequal sizes never overlap. Further sources move on in the negative quadrant likewise.
+    """
+    batch = roles.shape[0]
+    cells = _cells(target) + law.index_base
+    parts = [jnp.broadcast_to(jnp.asarray(cells, jnp.int32), (batch, *cells.shape))]
+    past_references = jnp.broadcast_to(jnp.asarray(target, jnp.int32), (batch, 2))
+    past_sources = jnp.zeros((batch, 2), jnp.int32)
+    for index, grid in enumerate(conditions):
+        size = jnp.asarray(grid, jnp.int32)
+        cells = jnp.asarray(_cells(grid) + law.index_base, jnp.int32)
+        negative = {
+            "reflect": -cells,
+            "reflect_minus_one": -1 - cells,
+            "translate": cells - size,
+        }[law.source_mode]
+        is_reference = (roles[:, index] == REFERENCE)[:, None]
+        parts.append(
+            jnp.where(
+                is_reference[:, :, None],
+                cells + past_references[:, None],
+                negative - past_sources[:, None],
+            )
+        )
+        past_references = past_references + jnp.where(is_reference, size, 0)
+        past_sources = past_sources + jnp.where(is_reference, 0, size)
+    return jnp.concatenate(parts, axis=1)
+
+
+def image_positions(
+    law: PositionLaw, target_grid: Grid, condition_grids: Sequence[Grid], roles: jax.Array
+) -> jax.Array:
+    """Positions of the image stream [target ; condition pictures].
+
+    Args:
+      law: the position law.
+      target_grid: (rows, columns) of the target in packed tokens (pixels / 16).
+      condition_grids: the same of each condition picture, in the order of their tokens.
+      roles: int32 [B, n], SOURCE or REFERENCE for each condition picture; may be traced, so that
+        a change of role needs no compilation. The 'qwen_image' law does not know roles.
+
+    Returns:
+      int32 [B, N, 3], N = all tokens of target and condition pictures; axes (frame, row, column).
+    """
+    if roles.ndim != 2 or roles.shape[1] != len(condition_grids):
+        raise ValueError(f"roles {roles.shape} do not name {len(condition_grids)} pictures per row")
+    if law.kind == "qwen_image":
+        grids = (target_grid, *condition_grids)
+        positions = np.concatenate([_centred(n, grid) for n, grid in enumerate(grids)])
+        positions = jnp.asarray(positions, jnp.int32)
+        return jnp.broadcast_to(positions, (roles.shape[0], *positions.shape))
+    cells = _shifted(law, target_grid, condition_grids, roles)
+    return jnp.pad(cells, ((0, 0), (0, 0), (1, 0)))
+
+
+def text_positions(
+    law: PositionLaw, length: int, target_grid: Grid, condition_grids: Sequence[Grid]
+) -> jax.Array:
+    """Positions of `length` text tokens: int32 [T, 3].
+
+    Zero in the shifted law, whose references occupy the diagonal of the positive quadrant. In the
+    Qwen-Image law token k has the same index on all axes, beyond the largest half side.
+    """
+    if law.kind == "shifted":
+        return jnp.zeros((length, 3), jnp.int32)
+    start = max(side // 2 for grid in (target_grid, *condition_grids) for side in grid)
+    return jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32)[:, None], (length, 3))
+
+
+def cos_sin(
+    positions: jax.Array, axes_dims: Sequence[int], theta: float = 10000.0
+) -> tuple[jax.Array, jax.Array]:
+    """Rotary tables of 3-axis positions.
+
+    Args:
+      positions: int [..., 3].
+      axes_dims: even channel count of each axis; they sum to the head dimension D.
+      theta: base of the frequencies theta^(-2k / axis channels).
+
+    Returns:
+      (cos, sin), each float32 [..., D / 2]: first the frame's frequencies, then rows', columns'.
+    """
+    angles = []
+    for axis, dim in enumerate(axes_dims):
+        # Frequencies are rounded once, from float64: their error is what grows with the position.
+        frequency = np.exp(-math.log(theta) * np.arange(0, dim, 2, dtype=np.float64) / dim)
+        position = positions[..., axis, None].astype(jnp.float32)
+        angles.append(position * jnp.asarray(frequency, jnp.float32))
+    angle = jnp.concatenate(angles, axis=-1)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def apply_interleaved(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates channel pairs (2k, 2k+1) of x [B, S, H, D] by the angles of cos, sin.
+
+    Args:
+      x: queries or keys.
+      cos: float32 [S, D / 2] or [B, S, D / 2].
+      sin: as cos.
+
+    Returns:
+      As x, in its dtype; the rotation itself is done in float32.
+    """
+    cos, sin = (table[..., None, :] for table in (cos, sin))
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return rotated.reshape(x.shape).astype(x.dtype)
