@@ -1,0 +1,1 @@
+"""PyTorch <-> qk_jax: one table per model, read in both directions."""

@@ -1,0 +1,186 @@
+"""Parameter trees -> PyTorch folders, through the same tables as the import."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+from flax.traverse_util import flatten_dict
+
+from qk_jax.convert import tables
+from qk_jax.convert.safetensors_io import (
+    GIGABYTE,
+    Path,
+    TensorFolder,
+    write_json,
+    write_tensors,
+)
+from qk_jax.convert.torch_import import (
+    Shapes,
+    cast,
+    host,
+    mmdit_shapes,
+    vae_shapes,
+    vae_table,
+    vlm_shapes,
+)
+from qk_jax.errors import InputError
+from qk_jax.models import mmdit, qwen_vl, vae
+
+Params = Mapping[str, Any]
+
+
+def spill(
+    table: tables.Table, params: Params, shapes: Shapes, dtype: Any = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(torch name, array) of every leaf of `params`, one at a time.
+
+    Args:
+      table: names and transforms.
+      params: a nested dict of arrays.
+      shapes: every leaf that the model has.
+      dtype: of the arrays; None keeps the leaves'.
+
+    Raises:
+      InputError: `params` has other leaves or shapes, or values beyond the range of `dtype`.
+    """
+    flat = flatten_dict(meta.unbox(params), sep="/")
+    for path in sorted(flat.keys() | shapes.keys()):
+        found = tuple(flat[path].shape) if path in flat else None
+        if found != shapes.get(path):
+            raise InputError(
+                f"parameter {path} has the shape {found}, the config asks for {shapes.get(path)}; "
+                "give the config that these parameters belong to"
+            )
+    for path, shape in shapes.items():
+        leaf = host(flat[path])
+        for name, layer, row in table.names(path, shape):
+            array = row.transform.give(leaf if layer is None else leaf[layer])
+            yield name, cast(array, dtype or array.dtype, name)
+
+
+def _dtype_name(params: Params, dtype: Any) -> str:
+    """The name of `dtype`, or of the first leaf's type when it is None."""
+    leaf = next(iter(flatten_dict(meta.unbox(params)).values()))
+    return jnp.dtype(dtype or leaf.dtype).name
+
+
+def export_vlm(
+    params: Params,
+    config: qwen_vl.VLMConfig,
+    folder: Path,
+    dtype: Any = None,
+    max_shard_bytes: int = 5 * GIGABYTE,
+) -> None:
+    """Writes a folder for `Qwen2_5_VLForConditionalGeneration.from_pretrained`.
+
+    Args:
+      params: of `qwen_vl.QwenVL`.
+      config: theirs.
+      folder: gets config.json and safetensors with the Hub's names; other files there stay.
+      dtype: of the tensors; None keeps the leaves'.
+      max_shard_bytes: larger models are split.
+
+    Raises:
+      InputError: params and config do not belong together, or the folder cannot be written.
+    """
+    tensors = spill(tables.vlm(config.tie_word_embeddings), params, vlm_shapes(config), dtype)
+    write_tensors(folder, "model", tensors, max_shard_bytes)
+    values = config.to_hf() | {"dtype": _dtype_name(params, dtype)}
+    write_json(pathlib.Path(folder) / "config.json", values)
+
+
+def export_mmdit(
+    params: Params,
+    config: mmdit.MMDiTConfig,
+    folder: Path,
+    dtype: Any = None,
+    max_shard_bytes: int = 5 * GIGABYTE,
+) -> None:
+    """Writes a folder for `QwenImageTransformer2DModel.from_pretrained`.
+
+    Arguments and errors as `export_vlm`.
+    """
+    tensors = spill(tables.mmdit(), params, mmdit_shapes(config), dtype)
+    write_tensors(folder, "diffusion_pytorch_model", tensors, max_shard_bytes)
+    write_json(pathlib.Path(folder) / "config.json", config.to_hf())
+
+
+def export_vae(
+    params: Params,
+    config: vae.VAEConfig,
+    folder: Path,
+    dtype: Any = None,
+    max_shard_bytes: int = 5 * GIGABYTE,
+    original: Path | None = None,
+) -> None:
+    """Writes a folder for `AutoencoderKL` or `AutoencoderKLQwenImage`, as the config says.
+
+    Args:
+      params: of `vae.VAE`.
+      config: theirs.
+      folder: gets config.json and safetensors; other files there stay.
+      dtype: of the tensors; None keeps the leaves'.
+      max_shard_bytes: larger models are split.
+      original: the folder that the parameters came from. AutoencoderKLQwenImage takes from it the
+        temporal taps and convolutions that single pictures never reach; without it they are zero,
+        and the export is good for pictures but not for video.
+
+    Raises:
+      InputError: params and config do not belong together, `original` is of another model, or
+        the folder cannot be written.
+    """
+    tensors = spill(vae_table(config), params, vae_shapes(config), dtype)
+    if isinstance(config, vae.QwenImageVAEConfig):
+        full = None if original is None else TensorFolder(original)
+        tensors = _with_time(tensors, config, full, dtype)
+    write_tensors(folder, "diffusion_pytorch_model", tensors, max_shard_bytes)
+    write_json(pathlib.Path(folder) / "config.json", config.to_hf())
+
+
+def time_convolutions(config: vae.QwenImageVAEConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of AutoencoderKLQwenImage's `time_conv` tensors."""
+    widths = [config.base_dim * multiple for multiple in config.dim_mult]
+    found: dict[str, tuple[int, ...]] = {}
+    for level, is_temporal in enumerate(config.temperal_downsample):
+        if is_temporal:
+            index = (level + 1) * (config.num_res_blocks + 1) - 1
+            found[f"encoder.down_blocks.{index}.time_conv"] = (widths[level], widths[level])
+            up, width = len(widths) - 2 - level, widths[level + 1]
+            found[f"decoder.up_blocks.{up}.upsamplers.0.time_conv"] = (2 * width, width)
+    weights = {f"{name}.weight": (*shape, 3, 1, 1) for name, shape in found.items()}
+    return weights | {f"{name}.bias": shape[:1] for name, shape in found.items()}
+
+
+def _with_time(
+    tensors: Iterator[tuple[str, np.ndarray]],
+    config: vae.QwenImageVAEConfig,
+    original: TensorFolder | None,
+    dtype: Any,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Completes 2-D tensors to the 3-D model's, from `original` or with zeros."""
+    table = tables.autoencoder_kl_qwen_image()
+
+    def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if original.shapes.get(name) != shape:
+            raise InputError(
+                f"{original.path} has {name} of shape {original.shapes.get(name)}, not {shape}; "
+                "give the folder that the VAE was imported from"
+            )
+        array = original.read(name)
+        return cast(array, dtype or array.dtype, name)
+
+    last = np.dtype(np.float32)
+    for name, array in tensors:
+        last = array.dtype
+        if original is not None and table.locate(name).transform.taps:
+            full = read(name, array.shape).astype(array.dtype)
+            full[:, :, -1] = array[:, :, -1]
+            array = full
+        yield name, array
+    for name, shape in time_convolutions(config).items():
+        yield name, read(name, shape) if original is not None else np.zeros(shape, last)
