@@ -1,0 +1,226 @@
+"""The vision tower of Qwen2.5-VL (Qwen2_5_VisionTransformerPretrainedModel) for still pictures.
+
+Pictures have static sizes, so windows, their permutation and the rotary tables are numpy constants.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from qk_jax.models import mrope
+from qk_jax.models.attention import attention
+from qk_jax.models.layers import Dense, RMSNorm, scan_blocks
+from qk_jax.models.mrope import MERGE, PATCH, Grids
+
+NORM_EPSILON = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the tower, named as in transformers' Qwen2_5_VLVisionConfig."""
+
+    depth: int = 32
+    hidden_size: int = 1280
+    intermediate_size: int = 3420
+    num_heads: int = 16
+    out_hidden_size: int = 3584
+    window_size: int = 112
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
+    tokens_per_second: int = 2
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Windows:
+    """How P patches fall into W windows of at most L patches; all arrays are constants.
+
+    order [P / 4]: merge blocks sorted by window; back [P / 4]: its inverse.
+    picture [P]: picture of each sorted patch.
+    slots [W, L]: sorted patch in each window place, valid [W, L] whether there is one.
+    place [P]: place in the flattened [W * L] of each sorted patch.
+    """
+
+    order: np.ndarray
+    back: np.ndarray
+    picture: np.ndarray
+    slots: np.ndarray
+    valid: np.ndarray
+    place: np.ndarray
+
+
+@functools.lru_cache(maxsize=256)
+def windows_of(grids: Grids, window_size: int) -> Windows:
+    """Cuts pictures into windows of `window_size` pixels, smaller at the right and lower edges."""
+    side = window_size // PATCH // MERGE
+    window, picture, used = [], [], 0
+    for number, (rows, columns) in enumerate(grids):
+        rows, columns = rows // MERGE, columns // MERGE
+        across = -(-columns // side)
+        row, column = np.divmod(np.arange(rows * columns), columns)
+        window.append(used + row // side * across + column // side)
+        picture.append(np.full(rows * columns, number))
+        used += across * -(-rows // side)
+    window = np.concatenate(window)
+    order = np.argsort(window, kind="stable")
+    counts = np.bincount(window) * MERGE**2
+    first = np.cumsum(counts) - counts
+    valid = np.arange(counts.max()) < counts[:, None]
+    slots = np.where(valid, first[:, None] + np.arange(counts.max()), 0)
+    place = np.flatnonzero(valid)
+    picture = np.repeat(np.concatenate(picture)[order], MERGE**2)
+    return Windows(order, np.argsort(order), picture, slots, valid, place)
+
+
+def window_attention(query, key, value, windows: Windows) -> jax.Array:
+    """Attention within windows: [B, P, H, D] three times -> [B, P, H, D]."""
+    batch, patches, heads, dim = query.shape
+    count, length = windows.slots.shape
+    whole = count * length == patches
+
+    def cut(x):
+        x = x if whole else x[:, windows.slots.reshape(-1)]
+        return x.reshape(batch * count, length, heads, dim)
+
+    mask = None if whole else jnp.tile(windows.valid[:, None, None], (batch, 1, 1, 1))
+    out = attention(cut(query), cut(key), cut(value), mask)
+    out = out.reshape(batch, count * length, heads, dim)
+    return out if whole else out[:, windows.place]
+
+
+def picture_attention(query, key, value, windows: Windows) -> jax.Array:
+    """Attention within each picture: [B, P, H, D] three times -> [B, P, H, D]."""
+    same = windows.picture[:, None] == windows.picture
+    return attention(query, key, value, None if same.all() else jnp.asarray(same)[None, None])
+
+
+class VisionAttention(nn.Module):
+    """Self-attention with fused q|k|v and rotary in float32."""
+
+    config: VisionConfig
+    grids: Grids
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cos, sin, full: jax.Array) -> jax.Array:
+        """x [B, P, D] sorted by window, `full` bool [] -> [B, P, D]."""
+        cfg = self.config
+        fused = Dense(3 * cfg.hidden_size, ("embed", "heads"), dtype=self.dtype, name="qkv")(x)
+        fused = fused.reshape(*x.shape[:2], 3, cfg.num_heads, cfg.head_dim)
+        query, key, value = (fused[:, :, i] for i in range(3))
+        query = mrope.rotate(query.astype(jnp.float32), cos, sin).astype(self.dtype)
+        key = mrope.rotate(key.astype(jnp.float32), cos, sin).astype(self.dtype)
+        windows = windows_of(self.grids, cfg.window_size)
+        out = jax.lax.cond(
+            full,
+            functools.partial(picture_attention, windows=windows),
+            functools.partial(window_attention, windows=windows),
+            query, key, value,
+        )  # fmt: skip
+        out = out.reshape(x.shape)
+        return Dense(cfg.hidden_size, ("heads", "embed"), dtype=self.dtype, name="proj")(out)
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    hidden: int
+    use_bias: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., D] -> [..., D]."""
+
+        def dense(features, axes, name):
+            return Dense(features, axes, use_bias=self.use_bias, dtype=self.dtype, name=name)
+
+        gate = dense(self.hidden, ("embed", "mlp"), "gate_proj")(x)
+        up = dense(self.hidden, ("embed", "mlp"), "up_proj")(x)
+        return dense(x.shape[-1], ("mlp", "embed"), "down_proj")(jax.nn.silu(gate) * up)
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm attention and gated MLP."""
+
+    config: VisionConfig
+    grids: Grids
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cos, sin, full: jax.Array):
+        """x [B, P, D], `full` bool [] -> ([B, P, D], None)."""
+        cfg, dtype = self.config, self.dtype
+        normed = RMSNorm(NORM_EPSILON, dtype, name="norm1")(x)
+        x = x + VisionAttention(cfg, self.grids, dtype, name="attn")(normed, cos, sin, full)
+        normed = RMSNorm(NORM_EPSILON, dtype, name="norm2")(x)
+        return x + GatedMLP(cfg.intermediate_size, True, dtype, name="mlp")(normed), None
+
+
+class PatchEmbed(nn.Module):
+    """The Conv3d of transformers as one matrix product over flattened patches."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, patches: jax.Array) -> jax.Array:
+        """patches [B, P, 1176] -> [B, P, D]."""
+        axes = ("patch", "embed")
+        return Dense(self.features, axes, use_bias=False, dtype=self.dtype, name="proj")(patches)
+
+
+class Merger(nn.Module):
+    """2x2 patches -> one token of the language model's width, exact GELU between."""
+
+    config: VisionConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, P, D] -> [B, P / 4, out_hidden_size]."""
+        cfg = self.config
+        x = RMSNorm(NORM_EPSILON, self.dtype, name="ln_q")(x)
+        x = x.reshape(x.shape[0], -1, cfg.hidden_size * MERGE**2)
+        x = Dense(x.shape[-1], ("embed", "mlp"), dtype=self.dtype, name="mlp_0")(x)
+        x = jax.nn.gelu(x, approximate=False)
+        return Dense(cfg.out_hidden_size, ("mlp", "embed"), dtype=self.dtype, name="mlp_2")(x)
+
+
+class VisionTower(nn.Module):
+    """Pictures as patches -> tokens for the language model.
+
+    `remat` is the rematerialisation policy of the blocks (`layers.scan_blocks`).
+    """
+
+    config: VisionConfig
+    dtype: Any = jnp.float32
+    remat: str | None = None
+
+    @nn.compact
+    def __call__(self, pixel_values: jax.Array, grids: Grids) -> jax.Array:
+        """pixel_values [B, P, 1176]: the pictures of `grids` in turn, patches in merge-block order.
+
+        Returns [B, P / 4, out_hidden_size], the merge blocks of each picture in row-major order.
+        """
+        cfg = self.config
+        windows = windows_of(grids, cfg.window_size)
+        patch_order = (windows.order[:, None] * MERGE**2 + np.arange(MERGE**2)).reshape(-1)
+        cos, sin = (table[patch_order][None] for table in mrope.vision_rotary(grids, cfg.head_dim))
+        x = PatchEmbed(cfg.hidden_size, self.dtype, name="patch_embed")(pixel_values)
+        x = x[:, patch_order]
+        full = jnp.asarray([i in cfg.fullatt_block_indexes for i in range(cfg.depth)])
+        blocks = scan_blocks(
+            VisionBlock, cfg.depth, self.remat, (nn.broadcast, nn.broadcast, 0)
+        )(cfg, grids, self.dtype, name="blocks")  # fmt: skip
+        x, _ = blocks(x, cos, sin, full)
+        return Merger(cfg, self.dtype, name="merger")(x)[:, windows.back]
