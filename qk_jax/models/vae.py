@@ -1,0 +1,599 @@
+"""KL autoencoders: AutoencoderKL (SD3, FLUX.1, SDXL) and the image path of AutoencoderKLQwenImage.
+
+Pictures are NHWC in [-1, 1], latents [B, H/8, W/8, C] for the public configs. The modules equal
+`diffusers`; a list element `name.3` of PyTorch is the module `name_3` here, so that every PyTorch
+name can be derived from a path.
+
+For single pictures the causal 3-D convolutions of AutoencoderKLQwenImage see two frames of zeros
+before the picture: only the last temporal tap of each kernel counts, and the `time_conv`s are
+never reached. The parameter tree holds that 2-D view.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from qk_jax.errors import InputError
+from qk_jax.models import layers
+from qk_jax.models.attention import attention
+
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+def _fields_of(cls: type, values: Mapping[str, Any], name: str, fixed: Mapping[str, Any]) -> dict:
+    """The dataclass arguments in a diffusers config; see the `from_hf` methods for the errors."""
+    found = values.get("_class_name", name)
+    if found != name:
+        raise InputError(f"the VAE config is of class {found!r}; give one of class {name!r}")
+    known = {field.name for field in dataclasses.fields(cls)}
+    arguments = {}
+    for key, value in values.items():
+        value = tuple(value) if isinstance(value, list) else value
+        if key.startswith("_"):
+            continue
+        if key in known:
+            arguments[key] = value
+        elif key not in fixed:
+            raise InputError(f"{name} config has the unknown key {key!r}; remove it")
+        elif value != fixed[key] and not (isinstance(value, tuple) and {*value} == {fixed[key]}):
+            raise InputError(
+                f"{name} config says {key} = {value!r}, but only {fixed[key]!r} is supported"
+            )
+    return arguments
+
+
+def _json(config: Any) -> dict:
+    """Dataclass fields with lists in place of tuples, as they stand in a config.json."""
+    values = dataclasses.asdict(config)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderKLConfig:
+    """Fields of diffusers' AutoencoderKL that change its function or its normalisation."""
+
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+    in_channels: int = 3
+    out_channels: int = 3
+    sample_size: int = 32
+    force_upcast: bool = True
+
+    def __post_init__(self):
+        bad = [c for c in self.block_out_channels if c % self.norm_num_groups]
+        if bad or not self.block_out_channels:
+            raise InputError(
+                f"block_out_channels {self.block_out_channels} of AutoencoderKL must be multiples"
+                f" of norm_num_groups {self.norm_num_groups}; change one of them"
+            )
+
+    @property
+    def downscale(self) -> int:
+        """Picture pixels per latent position along one side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    def shift_and_scale(self) -> tuple[np.ndarray, np.ndarray]:
+        """(shift, scale), float32 [C]: model space is (z - shift) * scale."""
+        shift = np.full(self.latent_channels, self.shift_factor or 0.0)
+        scale = np.full(self.latent_channels, self.scaling_factor)
+        if self.latents_mean is not None and self.latents_std is not None:
+            shift, scale = np.asarray(self.latents_mean), scale / np.asarray(self.latents_std)
+        return shift.astype(np.float32), scale.astype(np.float32)
+
+    @classmethod
+    def from_hf(cls, values: Mapping[str, Any]) -> AutoencoderKLConfig:
+        """From the content of a diffusers config.json.
+
+        Raises:
+          InputError: another class, an unknown key, or a variant that this model does not have.
+        """
+        blocks = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+        return cls(**_fields_of(cls, values, "AutoencoderKL", {"act_fn": "silu", **blocks}))
+
+    def to_hf(self) -> dict:
+        """The content of a diffusers config.json."""
+        count = len(self.block_out_channels)
+        return {
+            "_class_name": "AutoencoderKL",
+            "act_fn": "silu",
+            "down_block_types": ["DownEncoderBlock2D"] * count,
+            "up_block_types": ["UpDecoderBlock2D"] * count,
+            **_json(self),
+        }
+
+
+QWEN_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+QWEN_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenImageVAEConfig:
+    """Fields of diffusers' AutoencoderKLQwenImage (`temperal_downsample` is its spelling)."""
+
+    base_dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    input_channels: int = 3
+    latents_mean: tuple[float, ...] = QWEN_MEAN
+    latents_std: tuple[float, ...] = QWEN_STD
+
+    def __post_init__(self):
+        if len(self.temperal_downsample) != len(self.dim_mult) - 1:
+            raise InputError(
+                f"temperal_downsample {self.temperal_downsample} of AutoencoderKLQwenImage needs"
+                f" one entry less than dim_mult {self.dim_mult}"
+            )
+        if not len(self.latents_mean) == len(self.latents_std) == self.z_dim:
+            raise InputError(
+                f"latents_mean and latents_std of AutoencoderKLQwenImage need z_dim = {self.z_dim}"
+                f" entries; they have {len(self.latents_mean)} and {len(self.latents_std)}"
+            )
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+        return self.z_dim
+
+    @property
+    def downscale(self) -> int:
+        """Picture pixels per latent position along one side."""
+        return 2 ** (len(self.dim_mult) - 1)
+
+    def shift_and_scale(self) -> tuple[np.ndarray, np.ndarray]:
+        """(shift, scale), float32 [C]: model space is (z - shift) * scale."""
+        return np.float32(self.latents_mean), np.float32(1.0 / np.asarray(self.latents_std))
+
+    @classmethod
+    def from_hf(cls, values: Mapping[str, Any]) -> QwenImageVAEConfig:
+        """From the content of a diffusers config.json.
+
+        Raises:
+          InputError: another class, an unknown key, or a variant that this model does not have.
+        """
+        fixed = {"attn_scales": (), "dropout": 0.0}
+        return cls(**_fields_of(cls, values, "AutoencoderKLQwenImage", fixed))
+
+    def to_hf(self) -> dict:
+        """The content of a diffusers config.json."""
+        fixed = {"_class_name": "AutoencoderKLQwenImage", "attn_scales": [], "dropout": 0.0}
+        return {**fixed, **_json(self)}
+
+
+VAEConfig = AutoencoderKLConfig | QwenImageVAEConfig
+
+_SDXL = AutoencoderKLConfig(
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+    scaling_factor=0.13025,
+    sample_size=1024,
+)
+_SD3 = dataclasses.replace(
+    _SDXL,
+    latent_channels=16,
+    scaling_factor=1.5305,
+    shift_factor=0.0609,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
+)
+PRESETS: dict[str, VAEConfig] = {
+    "tiny": AutoencoderKLConfig(
+        block_out_channels=(16, 32, 64, 64),
+        latent_channels=16,
+        norm_num_groups=8,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        sample_size=64,
+    ),
+    "sd3": _SD3,
+    "flux": dataclasses.replace(_SD3, scaling_factor=0.3611, shift_factor=0.1159),
+    "sdxl": _SDXL,
+    "qwen_image": QwenImageVAEConfig(),
+}
+
+
+def config_from_hf(values: Mapping[str, Any]) -> VAEConfig:
+    """The config that a diffusers config.json describes, by its `_class_name`.
+
+    Raises:
+      InputError: neither of the two classes, or a config that its class refuses.
+    """
+    classes = {"AutoencoderKL": AutoencoderKLConfig, "AutoencoderKLQwenImage": QwenImageVAEConfig}
+    name = values.get("_class_name")
+    if name not in classes:
+        raise InputError(f"the VAE config is of class {name!r}; give one of {sorted(classes)}")
+    return classes[name].from_hf(values)
+
+
+class Conv(nn.Module):
+    """torch.nn.Conv2d over NHWC: kernel [k, k, in, out], bias [out].
+
+    Stride 1 pads k // 2 on every side; stride 2 pads one row below and one column to the right,
+    as the downsampling layers of both VAEs do.
+    """
+
+    features: int
+    size: int = 3
+    stride: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        axes = (None, None, "conv_in", "conv_out")
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", layers.boxed(layers.lecun, axes), shape, jnp.float32)
+        zeros = layers.boxed(nn.initializers.zeros_init(), ("conv_out",))
+        bias = self.param("bias", zeros, (self.features,), jnp.float32)
+        pad = (0, 1) if self.stride == 2 else (self.size // 2, self.size // 2)
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            window_strides=(self.stride, self.stride),
+            padding=(pad, pad),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y + bias.astype(self.dtype)
+
+
+class GroupNorm(nn.Module):
+    """torch.nn.GroupNorm over [B, ..., C], eps 1e-6; statistics in float32."""
+
+    groups: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
+        scale = self.param("scale", layers.boxed(ones, ("norm",)), (channels,), jnp.float32)
+        bias = self.param("bias", layers.boxed(zeros, ("norm",)), (channels,), jnp.float32)
+        grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, channels // self.groups)
+        mean = jnp.mean(grouped, axis=(1, 3), keepdims=True)
+        variance = jnp.mean(jnp.square(grouped - mean), axis=(1, 3), keepdims=True)
+        grouped = (grouped - mean) * jax.lax.rsqrt(variance + 1e-6)
+        return (grouped.reshape(x.shape) * scale + bias).astype(self.dtype)
+
+
+class ChannelNorm(nn.Module):
+    """QwenImageRMS_norm: x / max(|x|, 1e-12) * sqrt(C) * scale, |x| over channels in float32."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        ones = nn.initializers.ones_init()
+        scale = self.param("scale", layers.boxed(ones, ("norm",)), (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        # max(|x|, 1e-12) through the square, whose gradient is finite at zero.
+        length = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
+        return (x / length).astype(self.dtype) * (x.shape[-1] ** 0.5 * scale).astype(self.dtype)
+
+
+class ResnetBlock(nn.Module):
+    """norm, SiLU, conv, twice, plus the input (1x1 conv when the width changes).
+
+    `groups` chooses GroupNorm; None is ChannelNorm (AutoencoderKLQwenImage).
+    """
+
+    features: int
+    groups: int | None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = nn.silu(_norm(self.groups, self.dtype, "norm1")(x))
+        h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
+        h = nn.silu(_norm(self.groups, self.dtype, "norm2")(h))
+        h = Conv(self.features, dtype=self.dtype, name="conv2")(h)
+        if x.shape[-1] != self.features:
+            x = Conv(self.features, size=1, dtype=self.dtype, name="conv_shortcut")(x)
+        return x + h
+
+
+def _norm(groups: int | None, dtype: Any, name: str) -> nn.Module:
+    """The norm of one of the two families."""
+    if groups is None:
+        return ChannelNorm(dtype=dtype, name=name)
+    return GroupNorm(groups, dtype=dtype, name=name)
+
+
+class AttentionBlock(nn.Module):
+    """AutoencoderKL's attention of one head over all positions, plus the input."""
+
+    groups: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, height, width, channels = x.shape
+
+        def dense(name, h):
+            axes = ("conv_in", "conv_out")
+            return layers.Dense(channels, axes=axes, dtype=self.dtype, name=name)(h)
+
+        h = GroupNorm(self.groups, dtype=self.dtype, name="group_norm")(x)
+        h = h.reshape(batch, height * width, 1, channels)
+        h = attention(dense("to_q", h), dense("to_k", h), dense("to_v", h))
+        return x + dense("to_out_0", h).reshape(x.shape)
+
+
+class QwenAttentionBlock(nn.Module):
+    """QwenImageAttentionBlock: one head with a fused projection, plus the input."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, height, width, channels = x.shape
+        h = ChannelNorm(dtype=self.dtype, name="norm")(x)
+        h = Conv(3 * channels, size=1, dtype=self.dtype, name="to_qkv")(h)
+        h = h.reshape(batch, height * width, 1, 3 * channels)
+        h = attention(*jnp.split(h, 3, axis=-1)).reshape(x.shape)
+        return x + Conv(channels, size=1, dtype=self.dtype, name="proj")(h)
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention (optional), residual block, at the lowest resolution."""
+
+    features: int
+    groups: int | None
+    attends: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = ResnetBlock(self.features, self.groups, self.dtype, name="resnets_0")(x)
+        if self.attends and self.groups is None:
+            x = QwenAttentionBlock(self.dtype, name="attentions_0")(x)
+        elif self.attends:
+            x = AttentionBlock(self.groups, self.dtype, name="attentions_0")(x)
+        return ResnetBlock(self.features, self.groups, self.dtype, name="resnets_1")(x)
+
+
+class Resample(nn.Module):
+    """A convolution that halves the picture, or doubles it (nearest) before convolving.
+
+    `conv` is the PyTorch name of the convolution inside.
+    """
+
+    features: int
+    conv: str
+    upsamples: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.upsamples:
+            b, h, w, c = x.shape
+            x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
+            x = x.reshape(b, 2 * h, 2 * w, c)
+        stride = 1 if self.upsamples else 2
+        return Conv(self.features, stride=stride, dtype=self.dtype, name=self.conv)(x)
+
+
+class Stage(nn.Module):
+    """Residual blocks of one resolution, then a resampling layer called `name_of` (optional)."""
+
+    features: int
+    count: int
+    groups: int | None
+    resampled: int | None = None
+    conv: str = "conv"
+    upsamples: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for index in range(self.count):
+            x = ResnetBlock(self.features, self.groups, self.dtype, name=f"resnets_{index}")(x)
+        if self.resampled is not None:
+            name = "upsamplers_0" if self.upsamples else "downsamplers_0"
+            resample = Resample(self.resampled, self.conv, self.upsamples, self.dtype, name=name)
+            x = resample(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """AutoencoderKL's encoder: picture [B, H, W, 3] -> moments [B, H/8, W/8, 2 C]."""
+
+    config: AutoencoderKLConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        config, dtype, groups = self.config, self.dtype, self.config.norm_num_groups
+        widths = config.block_out_channels
+        x = Conv(widths[0], dtype=dtype, name="conv_in")(x)
+        for index, width in enumerate(widths):
+            resampled = width if index + 1 < len(widths) else None
+            stage = Stage(
+                width, config.layers_per_block, groups, resampled, dtype=dtype,
+                name=f"down_blocks_{index}",
+            )  # fmt: skip
+            x = stage(x)
+        attends = config.mid_block_add_attention
+        x = MidBlock(widths[-1], groups, attends, dtype, name="mid_block")(x)
+        x = nn.silu(GroupNorm(groups, dtype, name="conv_norm_out")(x))
+        return Conv(2 * config.latent_channels, dtype=dtype, name="conv_out")(x)
+
+
+class Decoder(nn.Module):
+    """AutoencoderKL's decoder: latent [B, h, w, C] -> picture [B, 8 h, 8 w, 3], not clamped."""
+
+    config: AutoencoderKLConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, z: jax.Array) -> jax.Array:
+        config, dtype, groups = self.config, self.dtype, self.config.norm_num_groups
+        widths = config.block_out_channels[::-1]
+        x = Conv(widths[0], dtype=dtype, name="conv_in")(z)
+        attends = config.mid_block_add_attention
+        x = MidBlock(widths[0], groups, attends, dtype, name="mid_block")(x)
+        for index, width in enumerate(widths):
+            resampled = width if index + 1 < len(widths) else None
+            stage = Stage(
+                width, config.layers_per_block + 1, groups, resampled, upsamples=True, dtype=dtype,
+                name=f"up_blocks_{index}",
+            )  # fmt: skip
+            x = stage(x)
+        x = nn.silu(GroupNorm(groups, dtype, name="conv_norm_out")(x))
+        return Conv(config.out_channels, dtype=dtype, name="conv_out")(x)
+
+
+class QwenEncoder(nn.Module):
+    """QwenImageEncoder3d for one frame; its down_blocks are one flat list."""
+
+    config: QwenImageVAEConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        config, dtype = self.config, self.dtype
+        widths = [config.base_dim * multiple for multiple in config.dim_mult]
+        x = Conv(config.base_dim, dtype=dtype, name="conv_in")(x)
+        index = 0
+        for level, width in enumerate(widths):
+            for _ in range(config.num_res_blocks):
+                x = ResnetBlock(width, None, dtype, name=f"down_blocks_{index}")(x)
+                index += 1
+            if level + 1 < len(widths):
+                name = f"down_blocks_{index}"
+                x = Resample(width, "resample_1", False, dtype, name=name)(x)
+                index += 1
+        x = MidBlock(widths[-1], None, dtype=dtype, name="mid_block")(x)
+        x = nn.silu(ChannelNorm(dtype, name="norm_out")(x))
+        return Conv(2 * config.z_dim, dtype=dtype, name="conv_out")(x)
+
+
+class QwenDecoder(nn.Module):
+    """QwenImageDecoder3d for one frame; each upsampling convolution halves the channels."""
+
+    config: QwenImageVAEConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, z: jax.Array) -> jax.Array:
+        config, dtype = self.config, self.dtype
+        widths = [config.base_dim * multiple for multiple in config.dim_mult[::-1]]
+        x = Conv(widths[0], dtype=dtype, name="conv_in")(z)
+        x = MidBlock(widths[0], None, dtype=dtype, name="mid_block")(x)
+        for index, width in enumerate(widths):
+            resampled = width // 2 if index + 1 < len(widths) else None
+            stage = Stage(
+                width, config.num_res_blocks + 1, None, resampled, "resample_1", True, dtype,
+                name=f"up_blocks_{index}",
+            )  # fmt: skip
+            x = stage(x)
+        x = nn.silu(ChannelNorm(dtype, name="norm_out")(x))
+        return Conv(config.input_channels, dtype=dtype, name="conv_out")(x)
+
+
+def _moments(h: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(mean, logvar) in float32 from 2 C channels; logvar clamped as diffusers clamps it."""
+    mean, logvar = jnp.split(h.astype(jnp.float32), 2, axis=-1)
+    return mean, jnp.clip(logvar, *LOGVAR_RANGE)
+
+
+class AutoencoderKL(nn.Module):
+    """diffusers' AutoencoderKL; `encode` and `decode` are the methods to apply."""
+
+    config: AutoencoderKLConfig
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        config, channels = self.config, self.config.latent_channels
+        self.encoder = Encoder(config, self.dtype)
+        self.decoder = Decoder(config, self.dtype)
+        if config.use_quant_conv:
+            self.quant_conv = Conv(2 * channels, size=1, dtype=self.dtype)
+        if config.use_post_quant_conv:
+            self.post_quant_conv = Conv(channels, size=1, dtype=self.dtype)
+
+    def encode(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Pictures [B, H, W, 3] in [-1, 1] -> (mean, logvar), float32 [B, H/8, W/8, C]."""
+        h = self.encoder(x)
+        return _moments(self.quant_conv(h) if self.config.use_quant_conv else h)
+
+    def decode(self, z: jax.Array) -> jax.Array:
+        """Latents [B, h, w, C] -> pictures [B, 8 h, 8 w, 3], about [-1, 1] but not clamped."""
+        return self.decoder(self.post_quant_conv(z) if self.config.use_post_quant_conv else z)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Pictures through the posterior mean and back; used to make the parameters."""
+        return self.decode(self.encode(x)[0])
+
+
+class AutoencoderKLQwenImage(nn.Module):
+    """The image path of diffusers' AutoencoderKLQwenImage, with the same methods."""
+
+    config: QwenImageVAEConfig
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        channels = self.config.z_dim
+        self.encoder = QwenEncoder(self.config, self.dtype)
+        self.decoder = QwenDecoder(self.config, self.dtype)
+        self.quant_conv = Conv(2 * channels, size=1, dtype=self.dtype)
+        self.post_quant_conv = Conv(channels, size=1, dtype=self.dtype)
+
+    def encode(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Pictures [B, H, W, 3] in [-1, 1] -> (mean, logvar), float32 [B, H/8, W/8, C]."""
+        return _moments(self.quant_conv(self.encoder(x)))
+
+    def decode(self, z: jax.Array) -> jax.Array:
+        """Latents [B, h, w, C] -> pictures [B, 8 h, 8 w, 3], clamped to [-1, 1]."""
+        return jnp.clip(self.decoder(self.post_quant_conv(z)), -1.0, 1.0)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Pictures through the posterior mean and back; used to make the parameters."""
+        return self.decode(self.encode(x)[0])
+
+
+def VAE(config: VAEConfig, dtype: Any = jnp.float32) -> AutoencoderKL | AutoencoderKLQwenImage:
+    """The autoencoder that `config` describes, computing in `dtype`."""
+    if isinstance(config, QwenImageVAEConfig):
+        return AutoencoderKLQwenImage(config, dtype)
+    return AutoencoderKL(config, dtype)
+
+
+def sample(mean: jax.Array, logvar: jax.Array, rng: jax.Array) -> jax.Array:
+    """A draw from the posterior, float32, of mean's shape."""
+    return mean + jnp.exp(0.5 * logvar) * jax.random.normal(rng, mean.shape, jnp.float32)
+
+
+def normalize(z: jax.Array, config: VAEConfig) -> jax.Array:
+    """Latents [..., C] -> the space that the diffusion model works in, float32."""
+    shift, scale = config.shift_and_scale()
+    return (z.astype(jnp.float32) - shift) * scale
+
+
+def denormalize(z: jax.Array, config: VAEConfig) -> jax.Array:
+    """The inverse of `normalize`, float32."""
+    shift, scale = config.shift_and_scale()
+    return z.astype(jnp.float32) / scale + shift
