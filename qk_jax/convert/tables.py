@@ -292,7 +292,7 @@ def autoencoder_kl() -> Table:
             (f"{half}.{blocks}.{{i}}.resnets.{{j}}", f"{half}/{blocks}_{{i}}/resnets_{{j}}"),
         ):
             rows += _residual(torch, path, _group_norm, _convolution)
-            rows += _convolution(f"{torch}.conv_shortcut", f"{path}/conv_shortcut")
+        rows += _convolution(f"{torch}.conv_shortcut", f"{path}/conv_shortcut")
         torch, path = f"{half}.mid_block.attentions.0", f"{half}/mid_block/attentions_0"
         rows += _group_norm(f"{torch}.group_norm", f"{path}/group_norm")
         for name in ("to_q", "to_k", "to_v", "to_out.0"):
@@ -336,7 +336,7 @@ def autoencoder_kl_qwen_image() -> Table:
         )
         for torch, path in blocks:
             rows += _residual(torch, path, _channel_norm, _causal3)
-            rows += _convolution(f"{torch}.conv_shortcut", f"{path}/conv_shortcut", CAUSAL1)
+        rows += _convolution(f"{torch}.conv_shortcut", f"{path}/conv_shortcut", CAUSAL1)
         torch, path = f"{half}.mid_block.attentions.0", f"{half}/mid_block/attentions_0"
         rows.append(Row(f"{torch}.norm.gamma", f"{path}/norm/scale", VECTOR3))
         for name in ("to_qkv", "proj"):

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from qk_jax.convert import tables
 from qk_jax.convert.safetensors_io import Path, TensorFolder, read_json, some
 from qk_jax.errors import InputError
-from qk_jax.models import layers, mmdit, qwen_vision, qwen_vl, vae
+from qk_jax.models import layers, mmdit, mrope, qwen_vl, vae
 
 Params = dict[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -32,7 +32,7 @@ def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
 def vlm_shapes(config: qwen_vl.VLMConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of all leaves of a VLM; computes nothing."""
     ids, positions = jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 3, 8), jnp.int32)
-    pixels = jnp.zeros((1, 4, qwen_vision.PATCH_VALUES))
+    pixels = jnp.zeros((1, 4, mrope.PATCH_DIM))
     module = qwen_vl.QwenVL(config)
     return _shapes(module, ids, positions, ids == 0, pixels, ((2, 2),))
 
