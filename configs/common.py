@@ -1,0 +1,181 @@
+"""What every experiment has: all fields, with the defaults where the paper is silent.
+
+`base` returns a complete config; a stage file then sets what makes the experiment. Every value is
+a field that the command line can override: --config.optimizer.lr=3e-4. Architectures are spelled
+out from the presets, so that --config.model.mmdit.num_layers=8 works too.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+import qk_jax
+from qk_jax.diffusion import flow
+from qk_jax.errors import InputError
+from qk_jax.models import mmdit, qwen_vl, rotary, vae
+from qk_jax.sharding import Rules
+from qk_jax.training.stages import STAGES
+
+ASSETS = Path(qk_jax.__file__).parent / "assets"
+
+# The towers of each size. A 3b or 7b connector writes Qwen-Image's context width, so that one
+# connector serves the stage-1 head and the generator after it.
+TOWERS = {
+    "tiny": {"vlm": "tiny", "head": "tiny_head", "mmdit": "tiny", "vae": "tiny"},
+    "3b": {"vlm": "3b", "head": "0.9b", "mmdit": "10b", "vae": "qwen_image"},
+    "7b": {"vlm": "7b", "head": "0.9b", "mmdit": "10b", "vae": "qwen_image"},
+    "20b": {"vlm": "7b", "head": "0.9b", "mmdit": "20b", "vae": "qwen_image"},
+}
+SIZES = ("tiny", "tiny_long", "smoke", "3b", "7b", "20b")
+
+
+def towers(size: str) -> str:
+    """The row of TOWERS that a size uses.
+
+    Raises:
+      InputError: there is no such size.
+    """
+    if size not in SIZES:
+        raise InputError(f"size {size!r} is unknown; give one of {', '.join(SIZES)}")
+    return size if size in TOWERS else "tiny"
+
+
+def pick(size: str, tiny: int, tiny_long: int, smoke: int, full: int) -> int:
+    """The value for a size; `full` for all the big ones."""
+    return {"tiny": tiny, "tiny_long": tiny_long, "smoke": smoke}.get(size, full)
+
+
+def base(stage: str, size: str) -> ConfigDict:
+    """A complete config of `stage` (of training.stages) at `size`; `steps` is still to be set.
+
+    Raises:
+      InputError: there is no such size.
+    """
+    row = TOWERS[towers(size)]
+    tiny = towers(size) == "tiny"
+    generator = mmdit.PRESETS[row["head" if stage == "stage1" else "mmdit"]]
+    autoencoder = vae.PRESETS[row["vae"]]
+    config = ConfigDict()
+    config.stage = stage
+    config.size = size
+    config.seed = 0
+    config.steps = 1
+
+    config.model = ConfigDict({
+        "vlm": dataclasses.asdict(qwen_vl.PRESETS[row["vlm"]]),
+        "mmdit": dataclasses.asdict(generator),
+        "vae": {"kind": _kind(autoencoder), **dataclasses.asdict(autoencoder)},
+        "num_queries": 16 if tiny else 128,
+        "max_text": 48 if tiny else 512,
+        "tail_tokens": 5,
+        "vlm_pixels": 112 * 112 if tiny else 448 * 448,
+        "query_std": 0.02,
+        "law": dataclasses.asdict(rotary.PositionLaw()),
+        "condition_latents": False,
+        "remat": "" if tiny else "full",  # '' is none; or a name of jax.checkpoint_policies
+    })  # fmt: skip
+
+    # Parameters: what is trained (first regex that matches), and where parts come from.
+    config.rules = STAGES[stage].rules
+    config.lora = ConfigDict({"pattern": "", "rank": 0, "alpha": 0.0})  # models/lora.py
+    config.init = ConfigDict({
+        "vlm": str(ASSETS / "tiny/vlm") if tiny else "",  # a transformers folder; '' starts fresh
+        "vae": str(ASSETS / "tiny/vae") if tiny else "",  # diffusers folders
+        "mmdit": "",
+        "checkpoint": "",  # folder of the stage before; '' is <workdir>/<stage before>
+        "ema": False,  # take the moving average of the stage before
+    })  # fmt: skip
+
+    config.optimizer = ConfigDict({
+        "lr": 1e-4,
+        "schedule": "cosine",  # or 'constant'
+        "lr_end": 0.1,  # last rate of the cosine, as a part of lr
+        "warmup": 1000,
+        "b1": 0.9,
+        "b2": 0.95,
+        "eps": 1e-8,
+        "weight_decay": 0.05,
+        "clip": 1.0,  # global norm; 0 is off
+        "accumulation": 1,  # micro-batches per step
+        "ema": 0.9999,  # 0 is off
+        # factors of the decay and of the rate by parameter name; the first regex that matches
+        "decay": ((r".*/(kernel|lora_a|lora_b)", 1.0), (r".*", 0.0)),
+        "rates": ((r".*", 1.0),),
+    })  # fmt: skip
+    config.time = ConfigDict(dataclasses.asdict(flow.TimeLaw()))
+    config.alignment = ConfigDict({"weight": 0.0})
+
+    config.data = ConfigDict({
+        "corpus": "",  # '' is the embedded one
+        "tokenizer": "",  # '' is the VLM's folder
+        "batch": 32,
+        "tasks": {
+            "text_to_image": 0.0, "reconstruction": 0.0, "transformation": 0.0,
+            "editing": 0.0, "customization": 0.0, "composition": 0.0,
+        },
+        # target sizes (height, width); a picture goes to the one nearest in aspect ratio
+        "sizes": ((64, 64), (48, 80), (80, 48)) if tiny else ratios(512),
+        "reference_size": 64 if tiny else 512,
+        "dropout": {"text": 0.1, "pictures": 0.1, "both": 0.1},
+        "max_pixels": 64_000_000,  # a larger picture is a bad record
+        "max_bad_share": 0.01,  # of the records read; above it the run stops
+        "workers": 0 if tiny else 8,
+        "threads": 2 if tiny else 16,
+        "prefetch": 4 if tiny else 8,
+    })  # fmt: skip
+
+    config.dtype = ConfigDict({
+        "compute": "float32" if tiny else "bfloat16",
+        "frozen": "float32" if tiny else "bfloat16",
+    })  # fmt: skip
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "context": 1, "tensor": 1})
+    config.slices = ConfigDict({"data": 1, "fsdp": 1})  # the part of the mesh that spans slices
+    table = {name: tuple(axes) for name, axes in dataclasses.asdict(Rules()).items()}
+    config.sharding = ConfigDict(
+        {tower: dict(table) for tower in ("vision", "text", "connector", "mmdit", "vae")}
+    )
+    config.sharding_limit = 0.02  # largest share of shardable parameter bytes left replicated
+    config.zero2 = ()  # towers whose weights are gathered over fsdp once per step
+
+    config.checkpoint = ConfigDict({
+        "every": pick(size, 100, 500, 10, 1000),
+        "keep": 2,
+        "keep_every": 0,  # steps divisible by it stay for good; 0 for none
+    })  # fmt: skip
+    config.validation = ConfigDict({
+        "every": pick(size, 200, 1000, 20, 2000), "batches": 4, "batch": 32, "seed": 17,
+    })  # fmt: skip
+    config.samples = ConfigDict({
+        "every": 0,  # steps between sheets of painted pictures; 0 for none
+        "records": 4,  # validation records per task
+        "steps": 20, "guidance": 4.0, "image_guidance": 1.5, "seed": 0,
+    })  # fmt: skip
+    config.log = ConfigDict({"every": pick(size, 10, 50, 5, 50), "t_bins": 5})
+    config.wandb = ConfigDict({"project": "", "name": ""})
+    return config
+
+
+def _kind(config: object) -> str:
+    """diffusers' class name of a VAE config."""
+    kinds = {
+        vae.AutoencoderKLConfig: "AutoencoderKL",
+        vae.QwenImageVAEConfig: "AutoencoderKLQwenImage",
+    }
+    return kinds[type(config)]
+
+
+def ratios(side: int) -> tuple[tuple[int, int], ...]:
+    """Sizes (H, W) of area about side^2 and multiples of 16, for the paper's seven aspect ratios
+    1:1, 1:2, 2:3, 3:4, 3:5, 4:5, 9:16 and their mirrors."""
+    out = []
+    for a, b in ((1, 1), (1, 2), (2, 3), (3, 4), (3, 5), (4, 5), (9, 16)):
+        near = [
+            (w, h)
+            for w in range(16, 2 * side + 1, 16)
+            for h in range(16, 2 * side + 1, 16)
+            if 0.8 <= w * h / side**2 <= 1.08
+        ]
+        w, h = min(near, key=lambda s: (abs(s[0] / s[1] - a / b), -s[0] * s[1]))
+        out += [(h, w)] if a == b else [(h, w), (w, h)]
+    return tuple(out)

@@ -1,0 +1,31 @@
+"""Stage 1: the VLM learns to write a kontext that a small generator can paint from.
+
+    python -m qk_jax.train --config configs/stage1.py:tiny --workdir runs/tiny
+
+trains queries, connector, a LoRA on the language model and a fresh diffusion head on text-to-image,
+reconstruction and transformation; condition pictures reach the head through the kontext alone.
+Sizes: tiny (the quickstart), tiny_long, smoke (a minute, shows that it runs), and 3b, 7b, 20b (the
+paper's 72K steps at batch 512; 20b differs from 7b in its later stages). The big sizes want
+--config.init.vlm=<Qwen2.5-VL folder> and --config.init.vae=<AutoencoderKLQwenImage folder>.
+"""
+
+from configs import common
+from qk_jax.models import lora
+
+
+def get_config(size: str = "tiny"):
+    """The config at `size`."""
+    config = common.base("stage1", size)
+    tiny = common.towers(size) == "tiny"
+    config.steps = common.pick(size, tiny=400, tiny_long=6000, smoke=20, full=72_000)
+    config.data.batch = 32 if tiny else 512
+    config.data.tasks.text_to_image = 0.4
+    config.data.tasks.reconstruction = 0.3
+    config.data.tasks.transformation = 0.3
+    config.lora.pattern = lora.VLM_TARGETS
+    config.lora.rank = 16 if tiny else 128
+    config.lora.alpha = 16.0 if tiny else 128.0
+    config.optimizer.lr = 1e-3 if tiny else 1e-4
+    config.optimizer.warmup = common.pick(size, tiny=20, tiny_long=100, smoke=2, full=2000)
+    config.optimizer.ema = 0.99 if tiny else 0.9999
+    return config

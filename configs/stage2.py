@@ -1,0 +1,27 @@
+"""Stage 2: the kontext meets the large generator, which is trained in full.
+
+    python -m qk_jax.train --config configs/stage2.py:tiny --workdir runs/tiny
+
+starts from <workdir>/stage1: its LoRA is merged into the VLM, which is frozen from here on, and its
+head is dropped for the pretrained MMDiT. Queries, connector and the whole MMDiT are trained on
+text-to-image and reconstruction. 7b is the paper's (10 B generator, 420K steps at batch 1024); 20b
+starts from public Qwen-Image weights (--config.init.mmdit=<transformer folder>), and its position
+law is the paper's, so that text and kontext move from Qwen-Image's diagonal to zero.
+"""
+
+from configs import common
+
+
+def get_config(size: str = "tiny"):
+    """The config at `size`."""
+    config = common.base("stage2", size)
+    tiny = common.towers(size) == "tiny"
+    config.steps = common.pick(size, tiny=400, tiny_long=8000, smoke=20, full=420_000)
+    config.data.batch = 32 if tiny else 1024
+    config.data.tasks.text_to_image = 0.7
+    config.data.tasks.reconstruction = 0.3
+    config.init.mmdit = str(common.ASSETS / "tiny/mmdit") if tiny else ""
+    config.optimizer.lr = 5e-4 if tiny else 5e-5
+    config.optimizer.warmup = common.pick(size, tiny=20, tiny_long=100, smoke=2, full=2000)
+    config.optimizer.ema = 0.99 if tiny else 0.9999
+    return config

@@ -1,0 +1,33 @@
+"""Stage 3: pictures also reach the generator as VAE tokens, and it learns to edit and compose.
+
+    python -m qk_jax.train --config configs/stage3.py:tiny --workdir runs/tiny
+
+starts from <workdir>/stage2 and trains queries, connector and a LoRA on the frozen MMDiT, on
+editing, customized generation and multi-subject composition, with some of the earlier tasks so
+that they are not forgotten. The paper: rank 256, 30K steps at batch 512.
+"""
+
+from configs import common
+from qk_jax.models import lora
+
+
+def get_config(size: str = "tiny"):
+    """The config at `size`."""
+    config = common.base("stage3", size)
+    tiny = common.towers(size) == "tiny"
+    config.steps = common.pick(size, tiny=400, tiny_long=8000, smoke=20, full=30_000)
+    config.data.batch = 32 if tiny else 512
+    config.data.tasks.text_to_image = 0.1
+    config.data.tasks.reconstruction = 0.1
+    config.data.tasks.transformation = 0.1
+    config.data.tasks.editing = 0.3
+    config.data.tasks.customization = 0.2
+    config.data.tasks.composition = 0.2
+    config.model.condition_latents = True
+    config.lora.pattern = lora.MMDIT_TARGETS
+    config.lora.rank = 32 if tiny else 256
+    config.lora.alpha = 32.0 if tiny else 256.0
+    config.optimizer.lr = 2e-3 if tiny else 1e-4
+    config.optimizer.warmup = common.pick(size, tiny=20, tiny_long=100, smoke=2, full=500)
+    config.optimizer.ema = 0.99 if tiny else 0.9999
+    return config

@@ -1,0 +1,184 @@
+"""What a run says of itself: windows of losses, an honest clock, and the files they go to."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from qk_jax.data.tasks import TASKS
+from qk_jax.errors import InputError
+
+
+class Window:
+    """Collects the metrics of several steps and gives their means, per task and per t-bin."""
+
+    def __init__(self):
+        self._sums: dict[str, np.ndarray] = {}
+        self._last: dict[str, float] = {}
+        self.steps = 0
+
+    def add(self, metrics: Mapping[str, np.ndarray]) -> None:
+        """Metrics of one step or validation batch, on the host (`step.summaries`)."""
+        self.steps += 1
+        for name, value in metrics.items():
+            if name == "lr":
+                self._last[name] = float(value)
+            else:
+                old = self._sums.get(name, 0.0)
+                self._sums[name] = old + np.asarray(value, np.float64)
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call; a task or bin that did not occur is left out."""
+        sums, steps = self._sums, max(self.steps, 1)
+        out = dict(self._last)
+        for name, value in sums.items():
+            if value.ndim == 0:
+                out[name] = float(value) / steps
+        out |= _ratios("loss", TASKS, sums.get("task_sum"), sums.get("task_count"))
+        if "t_sum" in sums:
+            bins = len(sums["t_sum"])
+            names = [f"t{i / bins:.2f}-{(i + 1) / bins:.2f}" for i in range(bins)]
+            out |= _ratios("loss", names, sums["t_sum"], sums["t_count"])
+        self.__init__()
+        return out
+
+
+def _ratios(prefix: str, names: Any, total: Any, count: Any) -> dict[str, float]:
+    """{prefix/name: total / count} where there is something to divide by."""
+    if total is None:
+        return {}
+    rows = zip(names, total, count, strict=True)
+    return {f"{prefix}/{name}": float(t / n) for name, t, n in rows if n > 0}
+
+
+class Clock:
+    """Steady speed: iterations that compiled, or came after a pause, do not count.
+
+    An iteration dispatches one step and waits for the one before, whose rows and FLOPs it gets.
+    """
+
+    def __init__(self):
+        self._start = time.perf_counter()
+        self._skip = True
+        self._seconds = self._rows = self._flops = self._wait = 0.0
+
+    def pause(self) -> None:
+        """The next iteration does not count (compilation, validation, painting, saving)."""
+        self._skip = True
+
+    def begin(self) -> None:
+        """Call before the iteration asks for its batch."""
+        self._start = time.perf_counter()
+
+    def data_ready(self) -> None:
+        """Call when the iteration has its batch."""
+        self._ready = time.perf_counter()
+
+    def end(self, rows: int, flops: int, counts: bool) -> None:
+        """Call when the step before is done; `counts` is False when this iteration compiled."""
+        now = time.perf_counter()
+        if counts and not self._skip:
+            self._seconds += now - self._start
+            self._wait += self._ready - self._start
+            self._rows += rows
+            self._flops += flops
+        self._skip = not counts
+
+    def take(self, peak: float | None, devices: int) -> dict[str, float]:
+        """Speed since the last call: pictures/s, model TFLOP/s per device, MFU where known."""
+        out = {}
+        if self._seconds > 0:
+            rate = self._flops / self._seconds / devices
+            out = {
+                "pictures_per_second": self._rows / self._seconds,
+                "model_tflops_per_second_per_device": rate / 1e12,
+                "data_wait": self._wait / self._seconds,
+            }
+            if peak:
+                out["mfu"] = rate / peak
+        self._seconds = self._rows = self._flops = self._wait = 0.0
+        return out
+
+
+class Writers:
+    """metrics.jsonl and TensorBoard always, Weights & Biases when asked for; process 0 only."""
+
+    def __init__(self, folder: pathlib.Path, first_step: int, config: Mapping[str, Any]):
+        """Opens the files; what an abandoned run wrote after `first_step` is dropped.
+
+        Raises:
+          InputError: wandb.project is set but wandb is not installed.
+        """
+        self.active = jax.process_index() == 0
+        self._wandb = None
+        if not self.active:
+            return
+        self._path = folder / "metrics.jsonl"
+        _drop_after(self._path, first_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
+        if config["wandb"]["project"]:
+            try:
+                import wandb
+            except ImportError:
+                raise InputError(
+                    "wandb.project is set but wandb is not installed; install it or unset it"
+                ) from None
+            self._wandb = wandb.init(
+                project=config["wandb"]["project"],
+                name=config["wandb"]["name"] or folder.name,
+                dir=str(folder),
+                config=config.to_dict(),
+                resume="allow",
+            )
+
+    def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        """One line, and one point per value under '<kind>/<name>'."""
+        if not self.active:
+            return
+        # JSON knows no NaN or infinity
+        clean = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, "kind": kind, **clean}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log({f"{kind}/{name}": v for name, v in values.items()}, step=step)
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """A picture uint8 [H, W, 3] for TensorBoard."""
+        if self.active:
+            self._board.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+        if self.active:
+            self._file.close()
+            self._board.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+
+
+def _drop_after(path: pathlib.Path, step: int) -> None:
+    """Keeps the whole lines of a metrics file up to `step`; rewrites it beside and renames."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # the torn last line of a killed run
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(beside, path)

@@ -1,0 +1,234 @@
+"""One training step and one validation pass, as pure functions of state, frozen tree and batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from qk_jax import sharding
+from qk_jax.data.tasks import TASKS
+from qk_jax.diffusion import flow
+from qk_jax.models import mrope
+from qk_jax.models.query_kontext import QueryKontext
+from qk_jax.training import checkpoint, flops, optimizer, stages
+from qk_jax.training import config as config_lib
+from qk_jax.training.state import Layout, TrainState, build_model
+
+Tree = dict[str, Any]
+Batch = dict[str, Any]
+# (params, batch, rng) -> per-row loss [B] and aux with `t` [B]
+LossFn = Callable[[Tree, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def loss_fn(model: QueryKontext, config: Mapping[str, Any]) -> LossFn:
+    """The per-row loss: flow matching, plus the weighted alignment term where it is on."""
+    law = config_lib.time_law(config)
+    weight, pixels = config["alignment"]["weight"], config["model"]["vlm_pixels"]
+
+    def loss(params: Tree, batch: Batch, rng: jax.Array):
+        rows, aux = model.loss(params, batch, rng, law)
+        aux = {"t": aux["t"], "kontext": aux["kontext"], "flow": rows}
+        if weight:
+            aux["alignment"] = alignment(model, params, batch, aux["kontext"], pixels)
+            rows = rows + weight * aux["alignment"]
+        del aux["kontext"]
+        return rows, aux
+
+    return loss
+
+
+def alignment(
+    model: QueryKontext, params: Tree, batch: Batch, kontext: jax.Array, pixels: int
+) -> jax.Array:
+    """1 - cosine [B] between the projected mean kontext and the vision tower's mean of the target.
+
+    kontext [B, K, D]; batch['target_pixel_values'] [B, P, 1176] is the target at its vision size.
+    The vision tower is a fixed teacher: no gradient enters it.
+    """
+    size = mrope.vision_size(*batch["target"].shape[1:3], pixels)
+    teacher = model.vlm.apply(
+        {"params": params["vlm"]},
+        batch["target_pixel_values"],
+        (mrope.grid_of(*size),),
+        method="pool",
+    )
+    teacher = jax.lax.stop_gradient(teacher).astype(jnp.float32)
+    pooled = jnp.mean(kontext.astype(jnp.float32), axis=1) @ params["alignment"]["proj"]["kernel"]
+    return 1.0 - optax.losses.cosine_similarity(pooled, teacher, epsilon=1e-6)
+
+
+def micro_batches(batch: Batch, count: int) -> Batch:
+    """Leaves [B, ...] -> [count, B / count, ...]; micro-batch i has the rows i, i + count, ...
+
+    Striding keeps every row on its device when rows are sharded in contiguous parts.
+    """
+
+    def part(x: jax.Array) -> jax.Array:
+        rows = x.reshape(x.shape[0] // count, count, *x.shape[1:])
+        return jnp.swapaxes(rows, 0, 1)
+
+    return jax.tree.map(part, batch)
+
+
+def gradients(
+    loss: LossFn, params: Tree, frozen: Tree, batch: Batch, rng: jax.Array, accumulation: int
+) -> tuple[Tree, Batch]:
+    """Gradient of the mean loss over all rows, and per-row values in order of micro-batches.
+
+    The gradient is the mean over micro-batches of equal size, summed in float32: what one big
+    batch gives. Micro-batch i draws from fold_in(rng, i).
+
+    Returns:
+      gradients like `params`; {'loss', 'task', every aux of `loss`} with B rows each.
+    """
+
+    def mean_loss(params: Tree, part: Batch, key: jax.Array):
+        rows, aux = loss(stages.join(params, frozen), part, key)
+        return jnp.mean(rows), {"loss": rows, "task": part["task"], **aux}
+
+    grad = jax.grad(mean_loss, has_aux=True)
+    if accumulation == 1:
+        return grad(params, batch, jax.random.fold_in(rng, 0))
+
+    def body(total: Tree, inputs: tuple[Batch, jax.Array]):
+        part, index = inputs
+        grads, rows = grad(params, part, jax.random.fold_in(rng, index))
+        return jax.tree.map(
+            lambda t, g: t + g.astype(jnp.float32) / accumulation, total, grads
+        ), rows
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    parts = micro_batches(batch, accumulation)
+    grads, rows = jax.lax.scan(body, zeros, (parts, jnp.arange(accumulation)))
+    return grads, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+
+
+def summaries(rows: Batch, bins: int) -> dict[str, jax.Array]:
+    """Sums and counts of the flow loss per task [6] and per t-bin [bins], and plain means."""
+    tasks = jax.nn.one_hot(rows["task"], len(TASKS), dtype=jnp.float32)
+    times = jax.nn.one_hot(flow.t_bin(rows["t"], bins), bins, dtype=jnp.float32)
+    out = {
+        "loss": jnp.mean(rows["loss"]),
+        "task_sum": rows["flow"] @ tasks,
+        "task_count": jnp.sum(tasks, axis=0),
+        "t_sum": rows["flow"] @ times,
+        "t_count": jnp.sum(times, axis=0),
+    }
+    if "alignment" in rows:
+        out["alignment"] = jnp.mean(rows["alignment"])
+    return out
+
+
+def make_train_step(
+    model: QueryKontext,
+    config: Mapping[str, Any],
+    layout: Layout,
+    adam: optimizer.Optimizer,
+) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The compiled step (state, frozen, batch) -> (state, metrics); it consumes the state.
+
+    Every random number comes from fold_in(key(seed), step), so the step number alone decides them.
+    A batch of new shapes compiles anew. Metrics are device arrays; reading them waits.
+    """
+    loss = loss_fn(model, config)
+    accumulation, bins = config["optimizer"]["accumulation"], config["log"]["t_bins"]
+    decay = config["optimizer"]["ema"]
+    state_places = jax.tree.map(lambda s: s.sharding, layout.state(config, adam.tx))
+    param_places, frozen_places = state_places.params, places(layout.frozen)
+    whole = {
+        name: sharding.gathered(param_places[name])
+        for name in config["zero2"]
+        if name in layout.params
+    }
+
+    def gather(params: Tree) -> Tree:
+        """ZeRO-2: the weights of these towers come together once per step, in compute dtype."""
+        cast = {name: jax.tree.map(lambda p: p.astype(model.dtype), params[name]) for name in whole}
+        return params | jax.lax.with_sharding_constraint(cast, whole)
+
+    def step(state: TrainState, frozen: Tree, batch: Batch):
+        rng = jax.random.fold_in(jax.random.key(config["seed"]), state.step)
+        weights = gather(state.params) if whole else state.params
+        grads, rows = gradients(loss, weights, frozen, batch, rng, accumulation)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        grads = jax.lax.with_sharding_constraint(grads, param_places)
+        updates, opt_state = adam.tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = optimizer.ema_update(state.ema, params, state.step, decay) if decay else {}
+        metrics = summaries(rows, bins) | {
+            "grad_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm(params),
+            "lr": adam.rate(state.step),
+        }
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    return jax.jit(
+        step,
+        in_shardings=(state_places, frozen_places, sharding.batch_sharding(layout.mesh)),
+        out_shardings=(state_places, sharding.replicated(layout.mesh)),
+        donate_argnums=0,
+    )
+
+
+class Compiled:
+    """The train step, compiled once per batch shape, with the model FLOPs of each shape."""
+
+    def __init__(
+        self,
+        model: QueryKontext,
+        config: Mapping[str, Any],
+        layout: Layout,
+        adam: optimizer.Optimizer,
+    ):
+        self._step = make_train_step(model, config, layout, adam)
+        self._plain = self._step
+        if model.config.remat:  # recomputation is no work of the model
+            self._plain = make_train_step(build_model(config, remat=False), config, layout, adam)
+        self._known: dict[Any, tuple[Any, int]] = {}
+
+    def __call__(self, state: TrainState, frozen: Tree, batch: Batch):
+        """(state, metrics, FLOPs of this step, whether it had to compile)."""
+        key = tuple((name, x.shape) for name, x in checkpoint.named(batch).items())
+        new = key not in self._known
+        if new:
+            traced = self._step.trace(state, frozen, batch)
+            plain = traced if self._plain is self._step else self._plain.trace(state, frozen, batch)
+            self._known[key] = traced.lower().compile(), flops.of_jaxpr(plain.jaxpr.jaxpr)
+        compiled, work = self._known[key]
+        state, values = compiled(state, frozen, batch)
+        return state, values, work, new
+
+
+def make_eval_step(
+    model: QueryKontext, config: Mapping[str, Any], layout: Layout
+) -> Callable[[Tree, Tree, Batch, jax.Array], dict[str, jax.Array]]:
+    """The compiled (params, frozen, batch, index) -> summaries, with noise fixed by the index.
+
+    The same index draws the same t and noise at every step and stage, so that values compare.
+    """
+    loss, bins = loss_fn(model, config), config["log"]["t_bins"]
+
+    def step(params: Tree, frozen: Tree, batch: Batch, index: jax.Array):
+        rng = jax.random.fold_in(jax.random.key(config["validation"]["seed"]), index)
+        values, aux = loss(stages.join(params, frozen), batch, rng)
+        return summaries({"loss": values, "task": batch["task"], **aux}, bins)
+
+    return jax.jit(
+        step,
+        in_shardings=(
+            places(layout.params),
+            places(layout.frozen),
+            sharding.batch_sharding(layout.mesh),
+            sharding.replicated(layout.mesh),
+        ),
+        out_shardings=sharding.replicated(layout.mesh),
+    )
+
+
+def places(tree: Tree) -> Tree:
+    """The shardings of a tree of ShapeDtypeStructs."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
