@@ -24,12 +24,13 @@ from qk_jax.convert.torch_import import (
     cast,
     host,
     mmdit_shapes,
+    shapes_of,
     vae_shapes,
     vae_table,
     vlm_shapes,
 )
 from qk_jax.errors import InputError
-from qk_jax.models import mmdit, qwen_vl, vae
+from qk_jax.models import lora, mmdit, qwen_vl, vae
 
 Params = Mapping[str, Any]
 
@@ -184,3 +185,33 @@ def _with_time(
         yield name, array
     for name, shape in time_convolutions(config).items():
         yield name, read(name, shape) if original is not None else np.zeros(shape, last)
+
+
+def export_lora(
+    adapter: Params, scale: float, base: tables.Table, folder: Path, dtype: Any = None
+) -> None:
+    """Writes `pytorch_lora_weights.safetensors` as `load_lora_weights` of diffusers reads it.
+
+    alpha / rank is folded into lora_B and no metadata is written: then every reader agrees, while
+    a file with alpha in its metadata means something else to those that ignore it.
+
+    Args:
+      adapter: of `lora.init` for the transformer.
+      scale: alpha / rank.
+      base: the table of the adapted model.
+      folder: gets the file.
+      dtype: of the tensors; None keeps the leaves'.
+
+    Raises:
+      InputError: the adapter is of another model, or the folder cannot be written.
+    """
+    adapter = lora.scaled(adapter, scale)
+    shapes = shapes_of(adapter)
+    table = tables.lora(base, "transformer.")
+    try:
+        for path, shape in shapes.items():
+            list(table.names(path, shape))
+    except KeyError as error:
+        raise InputError(f"the adapter of {error.args[0]} fits no Linear of this model") from None
+    tensors = spill(table, adapter, shapes, dtype)
+    write_tensors(folder, "pytorch_lora_weights", tensors)

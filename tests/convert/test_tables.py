@@ -2,6 +2,7 @@
 
 import functools
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -11,7 +12,7 @@ import torch
 
 from qk_jax.convert import safetensors_io, torch_export, torch_import
 from qk_jax.errors import InputError
-from qk_jax.models import mmdit, mrope, qwen_vl, rotary, vae
+from qk_jax.models import lora, mmdit, mrope, qwen_vl, rotary, vae
 from tests.convert import nano
 
 GRID = (4, 6)
@@ -238,3 +239,36 @@ def test_ignored_tensors_must_be_named(tmp_path):
     source = safetensors_io.TensorFolder(tmp_path)
     params = torch_import.fill(kind.table, source, kind.shapes(kind.config), ignore=[r"extra\..*"])
     nano.assert_same(params, params_of("mmdit"))
+
+
+def test_an_adapter_computes_the_same_in_diffusers(tmp_path):
+    kind = nano.KINDS["mmdit"]
+    params = params_of("mmdit")
+    adapter = lora.init(jax.random.key(0), params, lora.MMDIT_TARGETS, rank=3)
+    adapter = nano.random_tree({k: v.shape for k, v in nano.flat(adapter).items()}, seed=1)
+    kind.write(lora.merge(params, adapter, 0.5), kind.config, tmp_path / "merged")
+    kind.write(params, kind.config, tmp_path / "base")
+    torch_export.export_lora(adapter, 0.5, kind.table, tmp_path / "lora")
+    merged, adapted = (nano.load(kind, tmp_path / folder) for folder in ("merged", "base"))
+    rng = np.random.default_rng(0)
+    given = {
+        "hidden_states": torch.from_numpy(rng.standard_normal((1, 24, 16)).astype(np.float32)),
+        "encoder_hidden_states": torch.from_numpy(
+            rng.standard_normal((1, 5, 24)).astype(np.float32)
+        ),
+        "timestep": torch.tensor([0.3]),
+        "img_shapes": [[(1, *GRID)]],
+    }
+    with torch.no_grad():
+        bare = adapted(**given).sample
+        weights = diffusers.QwenImagePipeline.lora_state_dict(str(tmp_path / "lora"))
+        adapted.load_lora_adapter(weights, prefix="transformer")
+        with_adapter, wanted = adapted(**given).sample, merged(**given).sample
+    assert (bare - wanted).abs().max() > 0.1
+    np.testing.assert_allclose(with_adapter, wanted, atol=2e-5, rtol=1e-5)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path):
+    adapter = {"img_conv": {"lora_a": np.zeros((3, 2)), "lora_b": np.zeros((2, 3))}}
+    with pytest.raises(InputError, match="img_conv.* fits no Linear"):
+        torch_export.export_lora(adapter, 1.0, nano.KINDS["mmdit"].table, tmp_path)
