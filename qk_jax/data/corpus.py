@@ -1,0 +1,115 @@
+"""The embedded corpus: captioned cut-outs, split by subject."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+import qk_jax
+from qk_jax.data.records import RecordFile
+from qk_jax.errors import InputError
+
+EMBEDDED = Path(qk_jax.__file__).parent / "assets" / "corpus"
+SPLITS = ("train", "validation")
+
+
+class BadRecord(InputError):
+    """A record that can be read but not used; bad records are counted by their `kind`."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self):
+        return type(self), (self.kind, str(self))
+
+
+class Cutout(NamedTuple):
+    """One captioned picture with a transparent background.
+
+    Attributes:
+      rgba: uint8 [h, w, 4], not premultiplied, cropped to what is visible.
+      caption: a short English phrase in lower case.
+      subject: key of the split; pictures of one subject are on one side.
+      group: 'animals & nature', 'flags', 'clip art', ...
+      key: name of the picture in its source.
+    """
+
+    rgba: np.ndarray
+    caption: str
+    subject: str
+    group: str
+    key: str
+
+
+def decode_picture(data: bytes, mode: str, max_pixels: int, name: str) -> np.ndarray:
+    """An encoded picture as uint8 [h, w, channels of mode].
+
+    Raises: BadRecord of kind 'undecodable' or 'too large' (more than max_pixels, 0 for no bound).
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        if max_pixels and image.width * image.height > max_pixels:
+            raise BadRecord(
+                "too large",
+                f"{name}: a picture of {image.width}x{image.height} exceeds the bound of "
+                f"{max_pixels:,} pixels (config.data.max_pixels)",
+            )
+        return np.asarray(image.convert(mode))
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError,
+            Image.DecompressionBombError) as error:  # fmt: skip
+        raise BadRecord("undecodable", f"{name}: a picture cannot be decoded ({error})") from None
+
+
+def caption_of(value: object, name: str) -> str:
+    """A caption or instruction. Raises: BadRecord of kind 'no text' when it is no filled string."""
+    if not isinstance(value, str) or not value.strip():
+        raise BadRecord("no text", f"{name}: the caption is {value!r:.60}, no string of words")
+    return value
+
+
+class Corpus:
+    """One side of a corpus by number; decoded pictures are kept (about 16 KB each).
+
+    Args:
+      split: 'train' or 'validation'.
+      folder: with SPLIT.array_record and its index; the embedded one by default.
+      max_pixels: a larger picture is a bad record; 0 for no bound.
+
+    Raises: InputError when the files are missing or damaged.
+    """
+
+    def __init__(self, split: str, folder: str | os.PathLike | None = None, max_pixels: int = 0):
+        if split not in SPLITS:
+            raise InputError(f"a corpus has the sides {' and '.join(SPLITS)}, not {split!r}")
+        self.split = split
+        self.file = RecordFile(Path(folder or EMBEDDED) / f"{split}.array_record")
+        self.max_pixels = max_pixels
+        self._decoded: dict[int, Cutout] = {}
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_decoded": {}}
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def __getitem__(self, number: int) -> Cutout:
+        """Cut-out `number`. Raises: IndexError; BadRecord when it cannot be used."""
+        found = self._decoded.get(number)
+        if found is None:
+            name = f"record {number} of {self.file.path}"
+            header, blobs = self.file[number]
+            caption = caption_of(header.get("caption"), name)
+            if "image" not in blobs:
+                raise BadRecord("undecodable", f"{name}: there is no blob 'image'")
+            rgba = decode_picture(blobs["image"], "RGBA", self.max_pixels, name)
+            subject = str(header.get("subject") or caption)
+            group, key = str(header.get("group", "")), str(header.get("key", number))
+            found = Cutout(rgba, caption, subject, group, key)
+            self._decoded[number] = found
+        return found
