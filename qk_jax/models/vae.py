@@ -201,7 +201,7 @@ _SD3 = dataclasses.replace(
 )
 PRESETS: dict[str, VAEConfig] = {
     "tiny": AutoencoderKLConfig(
-        block_out_channels=(16, 32, 64, 64),
+        block_out_channels=(16, 32, 48, 48),
         latent_channels=16,
         norm_num_groups=8,
         scaling_factor=1.0,
@@ -272,11 +272,20 @@ class GroupNorm(nn.Module):
         ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
         scale = self.param("scale", layers.boxed(ones, ("norm",)), (channels,), jnp.float32)
         bias = self.param("bias", layers.boxed(zeros, ("norm",)), (channels,), jnp.float32)
-        grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, channels // self.groups)
-        mean = jnp.mean(grouped, axis=(1, 3), keepdims=True)
-        variance = jnp.mean(jnp.square(grouped - mean), axis=(1, 3), keepdims=True)
-        grouped = (grouped - mean) * jax.lax.rsqrt(variance + 1e-6)
-        return (grouped.reshape(x.shape) * scale + bias).astype(self.dtype)
+        flat = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
+        flat = flat - self._group_mean(flat)
+        flat = flat * jax.lax.rsqrt(self._group_mean(jnp.square(flat)) + 1e-6)
+        return (flat * scale + bias).reshape(x.shape).astype(self.dtype)
+
+    def _group_mean(self, flat: jax.Array) -> jax.Array:
+        """[B, N, C] -> the mean of each channel's group, [B, 1, C].
+
+        Positions are summed before channels: a reduction over both at once, with the channels
+        split in two axes, is several times slower on a CPU.
+        """
+        batch, _, channels = flat.shape
+        mean = jnp.mean(jnp.mean(flat, axis=1).reshape(batch, self.groups, -1), axis=-1)
+        return jnp.repeat(mean, channels // self.groups, axis=-1)[:, None]
 
 
 class ChannelNorm(nn.Module):
