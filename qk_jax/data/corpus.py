@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 from pathlib import Path
@@ -97,6 +98,18 @@ class Corpus:
 
     def __len__(self) -> int:
         return len(self.file)
+
+    @functools.cached_property
+    def _words(self) -> np.ndarray:
+        captions = (self.file[number].header.get("caption") for number in range(len(self)))
+        return np.array([len(c.split()) if isinstance(c, str) else 0 for c in captions])
+
+    def captioned(self, words: int) -> np.ndarray:
+        """Numbers of the pictures whose caption has at most so many words.
+
+        A caption that is no string counts as short, so that reading it finds a bad record.
+        """
+        return np.flatnonzero(self._words <= words)
 
     def __getitem__(self, number: int) -> Cutout:
         """Cut-out `number`. Raises: IndexError; BadRecord when it cannot be used."""

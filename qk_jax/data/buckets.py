@@ -1,0 +1,75 @@
+"""Aspect-ratio buckets: which picture sizes exist, and which one a picture goes to.
+
+Sizes are (height, width) in pixels. Each size is one compiled shape, so there are few.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from qk_jax.errors import InputError
+
+Size = tuple[int, int]
+
+# The paper's seven aspect ratios (section 4), short side to long side; mirrors are added.
+RATIOS = ((1, 1), (1, 2), (2, 3), (3, 4), (3, 5), (4, 5), (9, 16))
+
+
+def table(
+    side: int, multiple: int, ratios: Sequence[tuple[int, int]] = RATIOS, mirror: bool = True
+) -> tuple[Size, ...]:
+    """Sizes (H, W) with about side x side pixels for every ratio and its mirror, without repeats.
+
+    Of all sizes whose sides are multiples of `multiple`, the one with the least
+    2 |log ratio error| + |log area error|: shape counts twice what area counts.
+
+    Raises: InputError when the multiple is larger than the side.
+    """
+    if not 0 < multiple <= side:
+        raise InputError(f"buckets of side {side} cannot have sides in multiples of {multiple}")
+    out: list[Size] = []
+    for a, b in ratios:
+        short, long = _nearest_sides(side, multiple, min(a, b) / max(a, b))
+        portrait, landscape = (long, short), (short, long)
+        both = [portrait, landscape] if a <= b else [landscape, portrait]
+        out += both if mirror else both[:1]
+    return tuple(dict.fromkeys(out))
+
+
+def _nearest_sides(side: int, multiple: int, ratio: float) -> Size:
+    """(short, long) in multiples, for a ratio short/long of at most 1."""
+    steps = range(multiple, 4 * side + 1, multiple)
+    ideal = side * math.sqrt(ratio)
+    shorts = [short for short in steps if abs(short - ideal) < 2 * multiple]
+    longs = [long for long in steps if abs(long - ideal / ratio) < 2 * multiple]
+    pairs = [(short, long) for short in shorts for long in longs if short <= long]
+
+    def error(pair: Size) -> tuple[float, int]:
+        shape = abs(math.log(pair[0] / pair[1] / ratio))
+        area = abs(math.log(pair[0] * pair[1] / side**2))
+        return round(2 * shape + area, 9), pair[0]  # rounded, so that ties break alike everywhere
+
+    return min(pairs, key=error)
+
+
+def nearest(height: np.ndarray, width: np.ndarray, sizes: Sequence[Size]) -> np.ndarray:
+    """Index of the size nearest in log aspect ratio, symmetric in portrait and landscape.
+
+    Of several equally near sizes the squarest, then the first is taken: a mirrored picture goes
+    to the mirrored size.
+
+    Args:
+      height, width: integer arrays of one shape.
+      sizes: (H, W) of the buckets.
+
+    Returns:
+      int64 array of that shape.
+    """
+    logs = np.log([size[1] / size[0] for size in sizes])
+    order = np.argsort(np.abs(logs), kind="stable")
+    asked = np.log(np.asarray(width, np.float64) / np.asarray(height, np.float64))
+    gaps = np.round(np.abs(asked[..., None] - logs[order]), 9)
+    return order[np.argmin(gaps, axis=-1)]
