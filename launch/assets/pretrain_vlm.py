@@ -14,22 +14,25 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import io
 import json
 import math
 import os
 import pathlib
 import re
 import time
+from collections.abc import Sequence
+from random import Random
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from PIL import Image, ImageColor
 
 from qk_jax.convert import torch_export
-from qk_jax.data import prompts, records, tasks
+from qk_jax.data import prompts, scenes, tasks
+from qk_jax.data.corpus import Corpus, Cutout
+from qk_jax.data.wordings import BESIDE
 from qk_jax.errors import InputError, exits
 from qk_jax.models import layers
 from qk_jax.models.qwen_vl import PRESETS, QwenVL
@@ -38,33 +41,17 @@ ASSETS = pathlib.Path(__file__).resolve().parents[2] / "qk_jax" / "assets"
 CONFIG = PRESETS["tiny"]
 MODEL = QwenVL(CONFIG)
 VLM_PIXELS = 112 * 112
-ANSWER = 28  # tokens, with <|im_end|>
-COLOURS = (
-    "white", "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "grey", "black",
-)  # fmt: skip
+ANSWER = 24  # tokens, with <|im_end|>
 ASK_CAPTION = ("", "what is it?", "describe the picture")
-ASK_KEYWORDS = ("which words describe it?", "keywords")
 SQUARE, WIDE, TALL = (64, 64), (48, 80), (80, 48)
-KINDS = {  # what a batch shows, its picture sizes and its share of the steps
-    "square": ((SQUARE,), 0.4),
-    "wide": ((WIDE,), 0.15),
-    "tall": ((TALL,), 0.15),
-    "two": ((SQUARE, SQUARE), 0.15),
+KINDS = {  # sizes of the pictures of a row and its share of the steps; each compiles once
+    "one": ((SQUARE,), 0.45),
+    "two": ((WIDE, TALL), 0.4),
     "text": ((), 0.15),
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """A cut-out RGBA with its words."""
-
-    image: Image.Image
-    caption: str
-    keywords: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Conversation:
+class Conversation(NamedTuple):
     """What the user shows and says, and the answer; `learn_text`: predict the user's words too."""
 
     pictures: tuple[np.ndarray, ...]
@@ -73,119 +60,99 @@ class Conversation:
     learn_text: bool = False
 
 
-def load_side(corpus: pathlib.Path, side: str) -> list[Subject]:
-    """All subjects of one side ("train" or "validation") of the corpus, decoded."""
-    file = records.RecordFile(corpus / f"{side}.array_record")
-    subjects = []
-    for number in range(len(file)):
-        header, blobs = file[number]
-        image = Image.open(io.BytesIO(blobs["image"])).convert("RGBA")
-        subjects.append(Subject(image, header["caption"], tuple(header.get("keywords", ()))))
-    return subjects
+class Shown(NamedTuple):
+    """A picture uint8 [H, W, 3] and its full caption."""
+
+    pixels: np.ndarray
+    caption: str
 
 
-def put(canvas: Image.Image, image: Image.Image, box: tuple[float, float, float, float]) -> None:
-    """Pastes a cut-out centred into box (left, top, right, bottom), fractions of the canvas."""
-    left, top, right, bottom = (f * side for f, side in zip(box, canvas.size * 2, strict=True))
-    scale = min((right - left) / image.width, (bottom - top) / image.height)
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    image = image.resize(size, Image.Resampling.LANCZOS)
-    corner = round((left + right - size[0]) / 2), round((top + bottom - size[1]) / 2)
-    canvas.alpha_composite(image, (max(0, corner[0]), max(0, corner[1])))
+def plain_picture(subject: Cutout, size: tuple[int, int]) -> np.ndarray:
+    """The subject as large as it goes on white, uint8 [H, W, 3]."""
+    return scenes.paint(scenes.flat(size, "white"), [scenes.Item(subject.rgba, (0, 0, 1, 1))])
 
 
-def canvas_of(size: tuple[int, int], colour: str) -> Image.Image:
-    """An empty RGBA canvas of (height, width)."""
-    return Image.new("RGBA", size[::-1], ImageColor.getrgb(colour) + (255,))
+def thing(rng: Random, subjects: Sequence[Cutout]) -> tuple[np.ndarray, str]:
+    """Something to draw and its name: mostly a subject, sometimes tinted, sometimes a shape."""
+    chance = rng.random()
+    if chance < 0.1:
+        kind, colour = rng.choice(scenes.SHAPES), rng.choice(scenes.TINTS)
+        return scenes.shape(kind, colour), f"{colour} {kind}"
+    subject = rng.choice(subjects)
+    if chance < 0.2:
+        colour = rng.choice(scenes.TINTS)
+        return scenes.tinted(subject.rgba, colour), f"{colour} {subject.caption}"
+    return subject.rgba, subject.caption
 
 
-def on_background(colour: str) -> str:
-    """How a caption names the background; white goes without saying."""
-    return "" if colour == "white" else f" on a {colour} background"
+def draw(rng: Random, size: tuple[int, int], chance: float, things, boxes, caption: str) -> Shown:
+    """Things in boxes, with `chance` on a coloured background, which the caption then names."""
+    colour = "white"
+    if rng.random() < chance:
+        colour = scenes.contrasting(rng, [rgba for rgba, _ in things], list(scenes.COLOURS))
+    items = [scenes.Item(rgba, box) for (rgba, _), box in zip(things, boxes, strict=True)]
+    pixels = scenes.paint(scenes.flat(size, colour), items)
+    return Shown(pixels, caption + ("" if colour == "white" else f" on a {colour} background"))
 
 
-def pixels_of(canvas: Image.Image) -> np.ndarray:
-    """uint8 [H, W, 3]."""
-    return np.asarray(canvas.convert("RGB"))
-
-
-def plain_picture(subject: Subject, size: tuple[int, int]) -> np.ndarray:
-    """The subject as large as it goes on white."""
-    canvas = canvas_of(size, "white")
-    put(canvas, subject.image, (0, 0, 1, 1))
-    return pixels_of(canvas)
-
-
-def one_subject(rng: np.random.Generator, subjects: list[Subject], size) -> Conversation:
-    """A single subject, sometimes small at a named place, sometimes on a colour."""
-    subject = subjects[rng.integers(len(subjects))]
-    colour = COLOURS[rng.integers(len(COLOURS))] if rng.random() < 0.35 else "white"
-    canvas, place = canvas_of(size, colour), ""
-    if rng.random() < 0.25:
-        x, y = rng.integers(0, 2, 2)
-        put(canvas, subject.image, (x / 2, y / 2, x / 2 + 0.5, y / 2 + 0.5))
-        place = f" at the {('upper', 'lower')[y]} {('left', 'right')[x]}"
+def one_subject(rng: Random, subjects: Sequence[Cutout], size: tuple[int, int]) -> Shown:
+    """One thing, sometimes small at a named place."""
+    what = thing(rng, subjects)
+    if rng.random() < 0.2:
+        x, y = rng.randrange(2), rng.randrange(2)
+        box = (x / 2, y / 2, x / 2 + 0.5, y / 2 + 0.5)
+        place = f" in the {('top', 'bottom')[y]} {('left', 'right')[x]} corner"
     else:
-        inset = rng.uniform(0, 0.15, 4)
-        put(canvas, subject.image, (inset[0], inset[1], 1 - inset[2], 1 - inset[3]))
-    if subject.keywords and rng.random() < 0.2:
-        ask = ASK_KEYWORDS[rng.integers(len(ASK_KEYWORDS))]
-        return Conversation((pixels_of(canvas),), ask, ", ".join(subject.keywords))
-    ask = ASK_CAPTION[rng.integers(len(ASK_CAPTION))]
-    answer = subject.caption + place + on_background(colour)
-    return Conversation((pixels_of(canvas),), ask, answer)
+        left, top, right, bottom = (rng.uniform(0, 0.15) for _ in range(4))
+        box, place = (left, top, 1 - right, 1 - bottom), ""
+    return draw(rng, size, 0.35, [what], [box], what[1] + place)
 
 
-def two_subjects(rng: np.random.Generator, subjects: list[Subject], size) -> Conversation:
-    """Two subjects side by side or one above the other, and the relation in words."""
-    first, second = (subjects[i] for i in rng.integers(0, len(subjects), 2))
-    colour = COLOURS[rng.integers(len(COLOURS))] if rng.random() < 0.5 else "white"
-    canvas = canvas_of(size, colour)
+def two_subjects(rng: Random, subjects: Sequence[Cutout], size: tuple[int, int]) -> Shown:
+    """Two things side by side or one above the other, and the relation in words."""
+    things = [thing(rng, subjects), thing(rng, subjects)]
     beside = size[1] > size[0] or (size[0] == size[1] and rng.random() < 0.5)
-    boxes = ((0, 0, 0.5, 1), (0.5, 0, 1, 1)) if beside else ((0, 0, 1, 0.5), (0, 0.5, 1, 1))
-    flipped = int(rng.integers(2))
-    put(canvas, first.image, boxes[flipped])
-    put(canvas, second.image, boxes[1 - flipped])
-    words = ("to the left of", "to the right of") if beside else ("above", "below")
-    answer = f"{first.caption} {words[flipped]} {second.caption}{on_background(colour)}"
-    return Conversation((pixels_of(canvas),), ASK_CAPTION[rng.integers(3)], answer)
+    boxes = [(0, 0, 0.5, 1), (0.5, 0, 1, 1)] if beside else [(0, 0, 1, 0.5), (0, 0.5, 1, 1)]
+    swapped = rng.random() < 0.5
+    side = ("left", "right")[swapped] if beside else ("top", "bottom")[swapped]
+    caption = f"{things[0][1]} {BESIDE[side]} {things[1][1]}"
+    return draw(rng, size, 0.5, things, boxes[::-1] if swapped else boxes, caption)
 
 
-def two_pictures(rng: np.random.Generator, subjects: list[Subject]) -> Conversation:
-    """Two pictures and both captions, or the caption of the one that is asked for."""
-    chosen = [subjects[i] for i in rng.integers(0, len(subjects), 2)]
-    shown = tuple(plain_picture(subject, SQUARE) for subject in chosen)
-    if rng.random() < 0.5:
-        both = " and ".join(subject.caption for subject in chosen)
-        return Conversation(shown, "what are they?", both)
-    asked = int(rng.integers(2))
-    return Conversation(shown, f"what is in picture {asked + 1}?", chosen[asked].caption)
+def pictured(rng: Random, subjects: Sequence[Cutout], sizes) -> Conversation:
+    """One or two pictures and their captions, or the caption of the one asked for."""
+    if len(sizes) == 1:
+        shown = rng.choice((one_subject, one_subject, two_subjects))(rng, subjects, sizes[0])
+        return Conversation((shown.pixels,), rng.choice(ASK_CAPTION), shown.caption)
+    if rng.random() < 0.6:
+        both = [one_subject(rng, subjects, size) for size in sizes]
+        answer = " and ".join(one.caption for one in both)
+        return Conversation(tuple(one.pixels for one in both), "what are they?", answer)
+    both = [two_subjects(rng, subjects, size) for size in sizes]
+    asked = rng.randrange(2)
+    ask = f"what is in picture {asked + 1}?"
+    return Conversation(tuple(one.pixels for one in both), ask, both[asked].caption)
 
 
 @functools.cache
 def templates() -> tuple[str, ...]:
-    """The wordings of all instructions."""
+    """Instructions in all wordings."""
     return tuple(tasks.template_texts())
 
 
-def words_only(rng: np.random.Generator, subjects: list[Subject]) -> Conversation:
-    """An instruction filled with captions, or a caption: read, then repeated."""
+def words_only(rng: Random, subjects: Sequence[Cutout]) -> Conversation:
+    """An instruction filled with names of things, or a caption: read, then repeated."""
+    text = rng.choice(subjects).caption
     if rng.random() < 0.5:
-        template = templates()[rng.integers(len(templates()))]
-        text = re.sub(r"\{\w*\}", lambda _: subjects[rng.integers(len(subjects))].caption, template)
-    else:
-        text = subjects[rng.integers(len(subjects))].caption
+        samples = re.compile(r"\b(red apple|dog|car)\b")  # that fill the gaps of template_texts
+        text = samples.sub(lambda _: thing(rng, subjects)[1], rng.choice(templates()))
     return Conversation((), text, text, learn_text=True)
 
 
-def draw(rng: np.random.Generator, kind: str, subjects: list[Subject]) -> Conversation:
+def converse(rng: Random, kind: str, subjects: Sequence[Cutout]) -> Conversation:
     """A random conversation of one kind."""
-    if kind == "text":
-        return words_only(rng, subjects)
-    if kind == "two":
-        return two_pictures(rng, subjects)
-    ((size,), _) = KINDS[kind]
-    return (two_subjects if rng.random() < 0.35 else one_subject)(rng, subjects, size)
+    sizes, _ = KINDS[kind]
+    return pictured(rng, subjects, sizes) if sizes else words_only(rng, subjects)
 
 
 class Rows:
@@ -198,7 +165,7 @@ class Rows:
         self.end = tokenizer.eos_token_id
         self.layouts = {
             pictured: prompts.PromptLayout(tokenizer, length, ANSWER, VLM_PIXELS)
-            for pictured, length in ((True, 8), (False, 40))
+            for pictured, length in ((True, 8), (False, 32))
         }
 
     def batch(self, talks: list[Conversation], blind: bool = False) -> tuple[dict, tuple]:
@@ -288,7 +255,7 @@ def losses_of(params, rows: Rows, talks: list[Conversation], blind=False, size=6
     return np.concatenate(out)[: len(talks)]
 
 
-def caption_figures(params, rows: Rows, subjects: list[Subject]) -> dict[str, float]:
+def caption_figures(params, rows: Rows, subjects: Sequence[Cutout]) -> dict[str, float]:
     """Caption loss in nats per token with the right, another and no picture, standard errors."""
     pictures = [plain_picture(subject, SQUARE) for subject in subjects]
     right = [
@@ -310,7 +277,9 @@ def caption_figures(params, rows: Rows, subjects: list[Subject]) -> dict[str, fl
     return figures
 
 
-def retrieval_figures(params, rows: Rows, subjects: list[Subject], seed: int) -> dict[str, float]:
+def retrieval_figures(
+    params, rows: Rows, subjects: Sequence[Cutout], seed: int
+) -> dict[str, float]:
     """Which of n captions suits a picture best: the likelihood against that without picture."""
     captions = sorted({subject.caption for subject in subjects})
     first = {subject.caption: subject for subject in reversed(subjects)}
@@ -330,16 +299,15 @@ def retrieval_figures(params, rows: Rows, subjects: list[Subject], seed: int) ->
     }
 
 
-def pretrain(args: argparse.Namespace, rows: Rows, train: list[Subject], held: list[Subject]):
+def pretrain(args: argparse.Namespace, rows: Rows, train: Sequence[Cutout], held: Sequence[Cutout]):
     """The training loop: (params, steps done, mean loss of the last 50 steps by kind)."""
-    rng = np.random.default_rng([args.seed, 0])
-    batch, grids = rows.batch([draw(rng, "square", train)])
+    batch, grids = rows.batch([converse(Random(args.seed), "one", train)])
     params = layers.init_params(
         MODEL, jax.random.key(args.seed), batch["input_ids"], batch["position_ids"],
         batch["attention_mask"], batch["pixel_values"], grids,
     )  # fmt: skip
     state = optimizer().init(params)
-    shares = np.array([share for _, share in KINDS.values()])
+    shares = [share for _, share in KINDS.values()]
     seen: dict[str, list[float]] = {kind: [] for kind in KINDS}
     start, step = time.monotonic(), 0
     while True:
@@ -347,9 +315,9 @@ def pretrain(args: argparse.Namespace, rows: Rows, train: list[Subject], held: l
         progress = max(step / args.steps, minutes / args.minutes)
         if progress >= 1:
             break
-        rng = np.random.default_rng([args.seed, 1, step])
-        kind = str(rng.choice(list(KINDS), p=shares / shares.sum()))
-        batch, grids = rows.batch([draw(rng, kind, train) for _ in range(args.batch)])
+        rng = Random(f"{args.seed}/{step}")
+        (kind,) = rng.choices(list(KINDS), shares)
+        batch, grids = rows.batch([converse(rng, kind, train) for _ in range(args.batch)])
         rate = learning_rate(step, progress, args.rate, args.warmup)
         params, state, value = train_step(params, state, batch, rate, grids)
         seen[kind].append(float(value))
@@ -444,17 +412,17 @@ def main() -> None:
     parser.add_argument("--corpus", type=pathlib.Path, default=ASSETS / "corpus")
     parser.add_argument("--tokenizer", type=pathlib.Path, default=ASSETS / "tiny" / "tokenizer")
     parser.add_argument("--out", type=pathlib.Path, default=ASSETS / "tiny" / "vlm")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--minutes", type=float, default=20.0, help="stop by then at the latest")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=1.5e-3)
-    parser.add_argument("--warmup", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--warmup", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.steps < 1 or args.minutes <= 0 or args.batch < 1:
         raise InputError("--steps, --minutes and --batch must be positive")
     rows = Rows(args.tokenizer)
-    train, held = load_side(args.corpus, "train"), load_side(args.corpus, "validation")
+    train, held = (list(Corpus(side, args.corpus)) for side in ("train", "validation"))
     print(f"{len(train)} pictures to learn, {len(held)} held out", flush=True)
     start = time.monotonic()
     params, steps, recent = pretrain(args, rows, train, held)

@@ -62,7 +62,7 @@ def training_texts(corpus: pathlib.Path) -> Iterator[str]:
         header = file[number].header
         yield header["caption"]
         yield " ".join(header.get("keywords", ()))
-    for _ in range(100):
+    for _ in range(20):
         yield from tasks.template_texts()
         yield from ("system", "user", "assistant", prompts.SYSTEM, "Picture 1: ")
 
