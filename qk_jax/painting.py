@@ -1,0 +1,479 @@
+"""Painting with a trained model: prompts and pictures in, pictures out, bit for bit again."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, ImageOps
+
+from qk_jax.data import buckets, corpus, prompts
+from qk_jax.diffusion import sampler
+from qk_jax.errors import InputError
+from qk_jax.models import lora, mmdit
+from qk_jax.models.query_kontext import PACKED, ModelConfig, QueryKontext
+from qk_jax.models.rotary import REFERENCE, SOURCE
+from qk_jax.training import config as config_lib
+from qk_jax.training import initial
+
+Params = dict[str, Any]
+FULL, NO_TEXT, NOTHING = "full", "no text", "nothing"
+MAX_STEPS = 1000
+REFERENCES = {"customization": 1, "composition": 3}  # most references in an example of a task
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """One picture to paint.
+
+    Attributes:
+      prompt: the instruction; never empty.
+      source: uint8 [h, w, 3] picture to edit, or None.
+      references: uint8 [h, w, 3] pictures of subjects.
+      size: (height, width) in pixels, multiples of 16.
+      seed: with `number`, the only origin of the noise.
+      number: counts the pictures of one prompt and seed.
+    """
+
+    prompt: str
+    source: np.ndarray | None = None
+    references: tuple[np.ndarray, ...] = ()
+    size: tuple[int, int] = (64, 64)
+    seed: int = 0
+    number: int = 0
+
+    @property
+    def pictures(self) -> tuple[np.ndarray, ...]:
+        """The condition pictures in the order in which the model sees them: the source is first."""
+        return (() if self.source is None else (self.source,)) + self.references
+
+    @property
+    def roles(self) -> tuple[int, ...]:
+        """SOURCE or REFERENCE for each of `pictures`."""
+        return (() if self.source is None else (SOURCE,)) + (REFERENCE,) * len(self.references)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to paint; recorded in every PNG.
+
+    Attributes:
+      steps: sampler steps.
+      guidance: weight of the text, 1 for none (classifier-free guidance's scale).
+      image_guidance: weight of the pictures, 1 for none; without pictures it has no effect.
+      solver: 'euler' or 'heun' (two evaluations a step, second order).
+    """
+
+    steps: int = 30
+    guidance: float = 4.0
+    image_guidance: float = 1.5
+    solver: str = "euler"
+
+    def variants(self, pictured: bool) -> tuple[str, ...]:
+        """The conditionings that guidance has to evaluate, the full one first."""
+        if pictured and self.image_guidance != 1:
+            return (FULL, NO_TEXT, NOTHING)
+        return (FULL,) if self.guidance == 1 else (FULL, NO_TEXT)
+
+    def check(self) -> None:
+        """Raises InputError for a value that no sampler can use."""
+        if self.steps < 1 or self.steps > MAX_STEPS:
+            raise InputError(f"steps is {self.steps}; give 1 to {MAX_STEPS}")
+        if self.solver not in sampler.SOLVERS:
+            raise InputError(f"solver is {self.solver!r}; give one of {', '.join(sampler.SOLVERS)}")
+        for name in ("guidance", "image_guidance"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"{name} is {getattr(self, name)}; give a number of at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a model was trained on, as far as painting depends on it.
+
+    Attributes:
+      sizes: target sizes (height, width) of the training.
+      reference_size: side of the white square on which a reference is shown.
+      max_references: most references of a training example.
+      max_pixels: the largest picture that is read, in pixels.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    reference_size: int
+    max_references: int
+    max_pixels: int
+
+    @property
+    def max_area(self) -> int:
+        """Pixels of the largest picture that is painted: four times as long and wide as trained."""
+        return 16 * max(height * width for height, width in self.sizes)
+
+
+class Programs:
+    """The compiled parts of painting for one model config; parameters are arguments."""
+
+    def __init__(self, config: ModelConfig, dtype: Any):
+        self.model = QueryKontext(config, dtype)
+        self.context = jax.jit(self.model.context)
+        self.encode = jax.jit(self.model.encode_pictures)
+        self.decode = jax.jit(self._decode)
+        self.denoise = jax.jit(self._denoise, static_argnames=("grid", "solver"))
+
+    def _decode(self, params: Params, latents: jax.Array) -> jax.Array:
+        """Latents [B, h, w, C] -> uint8 [B, 8 h, 8 w, 3]."""
+        x = self.model.decode(params, latents)
+        return jnp.round((x + 1.0) * 127.5).astype(jnp.uint8)
+
+    def _denoise(
+        self,
+        params: Params,
+        noise: jax.Array,
+        sigmas: jax.Array,
+        contexts: jax.Array,
+        masks: jax.Array,
+        shown: jax.Array,
+        latents: tuple[jax.Array, ...],
+        roles: jax.Array,
+        scales: jax.Array,
+        *,
+        grid: tuple[int, int],
+        solver: str,
+    ) -> jax.Array:
+        """Noise [B, h, w, C] -> latents [B, h, w, C], all steps in one scan.
+
+        Args:
+          params: the tree.
+          noise: float32 latents of pure noise.
+          sigmas: [steps + 1], from 1 to 0.
+          contexts: [V, B, L, J], one for each of V conditionings, the full one first.
+          masks: [V, B, L]; shown: [V, B], False where the pictures are hidden.
+          shown: see masks.
+          latents: condition latents [B, h, w, C].
+          roles: int32 [B, n].
+          scales: (guidance, image_guidance).
+          grid: (rows, columns) of the packed target.
+          solver: 'euler' or 'heun'.
+        """
+        variants, rows = masks.shape[:2]
+
+        def every(x):  # the same input for each conditioning
+            return jnp.tile(x, (variants,) + (1,) * (x.ndim - 1))
+
+        def merged(x):
+            return x.reshape(variants * rows, *x.shape[2:])
+
+        pictures, every_role = tuple(every(z) for z in latents), every(roles)
+
+        def velocity(x, sigma):
+            v = self.model.velocity(
+                params,
+                every(x),
+                jnp.full((variants * rows,), sigma, jnp.float32),
+                merged(contexts),
+                merged(masks),
+                grid,
+                pictures,
+                every_role,
+                merged(shown),
+            ).reshape(variants, rows, *x.shape[1:])
+            if variants == 1:
+                return v[0]
+            if variants == 2:
+                return v[1] + scales[0] * (v[0] - v[1])
+            return sampler.guide(v[0], v[1], v[2], scales[0], scales[1])
+
+        x = sampler.sample(velocity, mmdit.pack(noise), sigmas, solver)
+        return mmdit.unpack(x, *noise.shape[1:3])
+
+
+@functools.lru_cache(maxsize=8)
+def programs(config: ModelConfig, dtype: Any = jnp.float32) -> Programs:
+    """The programs of a model config: painters of the same config share what is compiled."""
+    return Programs(config, dtype)
+
+
+class Painter:
+    """A model, its parameters and its tokenizer, ready to paint.
+
+    Every call of a program has exactly `batch` rows, short ones filled up with copies, and a row's
+    noise depends on its own seed and number only: a picture has the same bits whatever else is
+    painted with it, as long as `batch`, the program and the machine are the same.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        layout: prompts.PromptLayout,
+        *,
+        limits: Limits,
+        batch: int = 4,
+        dtype: Any = jnp.float32,
+        name: str = "",
+    ):
+        """Holds what is needed to paint.
+
+        Args:
+          config: of the model.
+          params: the tree, adapters already merged.
+          layout: builds the VLM's rows.
+          limits: sizes and counts of the training.
+          batch: rows of every program.
+          dtype: compute dtype.
+          name: what PNGs call the model.
+        """
+        self.config, self.params, self.layout = config, params, layout
+        self.limits, self.batch, self.name = limits, batch, name
+        self.schedule = sampler.ScheduleConfig()
+        self.programs = programs(config, dtype)
+
+    def check(self, request: Request) -> None:
+        """Raises InputError, naming the mend, for what this model cannot paint."""
+        if not isinstance(request.prompt, str) or not request.prompt.strip():
+            raise InputError("there is no prompt; say what to paint")
+        self.layout.encode_text(request.prompt, strict=True)
+        height, width = request.size
+        if height % PACKED or width % PACKED or min(height, width) < PACKED:
+            near = [max(1, round(side / PACKED)) * PACKED for side in (width, height)]
+            raise InputError(
+                f"the size {width}x{height} is no multiple of {PACKED}; {near[0]}x{near[1]} is near"
+            )
+        if height * width > self.limits.max_area:
+            raise InputError(
+                f"the size {width}x{height} has more than {self.limits.max_area} pixels, sixteen "
+                "times the training's; choose a smaller one"
+            )
+        count, most = len(request.references), self.limits.max_references
+        if count > most:
+            raise InputError(
+                f"{count} references are given, the model was trained with at most {most}; "
+                "leave some out"
+            )
+
+    def read(self, path: str | os.PathLike) -> np.ndarray:
+        """A picture file as uint8 RGB [h, w, 3], on white where it is transparent.
+
+        Raises:
+          InputError: no such file, no picture, or one beyond `limits.max_pixels`.
+        """
+        try:
+            data = pathlib.Path(path).read_bytes()
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}; name a picture") from None
+        rgba = corpus.decode_picture(data, "RGBA", self.limits.max_pixels, str(path))
+        white = Image.new("RGBA", rgba.shape[1::-1], "white")
+        return np.asarray(Image.alpha_composite(white, Image.fromarray(rgba)).convert("RGB"))
+
+    def fit(
+        self,
+        prompt: str,
+        source: np.ndarray | None = None,
+        references: Sequence[np.ndarray] = (),
+        size: tuple[int, int] | None = None,
+        seed: int = 0,
+    ) -> Request:
+        """A request with its pictures fitted as in training: the source covers the target's size,
+        a reference lies whole on a white square.
+
+        Args:
+          prompt: the instruction.
+          source, references: uint8 [h, w, 3] of any size.
+          source: see above.
+          references: see above.
+          size: (height, width); None for the trained size nearest to the source's shape, or for
+            the first of the training's without a source.
+          seed: of the noise.
+        """
+        if size is None:
+            size = self.limits.sizes[0]
+            if source is not None:
+                size = self.limits.sizes[buckets.nearest(*source.shape[:2], self.limits.sizes)]
+        if source is not None:
+            source = np.asarray(
+                ImageOps.fit(Image.fromarray(source), size[::-1], Image.Resampling.BICUBIC)
+            )
+        side = self.limits.reference_size
+        fitted = tuple(on_white(reference, (side, side)) for reference in references)
+        return Request(prompt, source, fitted, tuple(size), seed)
+
+    def noise(self, request: Request) -> np.ndarray:
+        """Latents of pure noise, float32 [H / 8, W / 8, C], from the request's seed and number."""
+        height, width = request.size
+        channels = self.config.mmdit.in_channels // self.config.mmdit.patch_size**2
+        key = jax.random.fold_in(jax.random.key(request.seed), request.number)
+        return np.asarray(jax.random.normal(key, (height // 8, width // 8, channels), jnp.float32))
+
+    def rows(self, requests: Sequence[Request], variant: str = FULL) -> dict[str, Any]:
+        """The model's batch for requests of one shape: a row each, without target.
+
+        Args:
+          requests: same size and same picture shapes.
+          variant: FULL, NO_TEXT (an empty text) or NOTHING (no pictures either).
+        """
+        pictures = [request.pictures for request in requests]
+        sizes = [picture.shape[:2] for picture in pictures[0]]
+        shown = variant != NOTHING
+        texts = [request.prompt if variant == FULL else "" for request in requests]
+        built = [self.layout.build(text, sizes, pictures=shown) for text in texts]
+        batch = {name: np.stack([row[name] for row in built]) for name in built[0]}
+        area = self.config.vlm_pixels
+        batch["pixel_values"] = np.stack([prompts.pixel_values(p, area) for p in pictures])
+        batch["conditions"] = tuple(np.stack(column) for column in zip(*pictures, strict=True))
+        batch["condition_mask"] = np.full(len(requests), shown)
+        roles = [request.roles for request in requests]
+        batch["roles"] = np.asarray(roles, np.int32).reshape(len(requests), len(sizes))
+        return batch
+
+    def latents(self, batch: dict[str, Any]) -> tuple[jax.Array, ...]:
+        """Condition latents of a batch of `rows`; () for a model that takes none."""
+        if not self.config.condition_latents:
+            return ()
+        return tuple(self.programs.encode(self.params, x) for x in batch["conditions"])
+
+    def paint(self, requests: Sequence[Request], settings: Settings) -> list[np.ndarray]:
+        """Paints every request: uint8 [H, W, 3] each, in their order.
+
+        Raises:
+          InputError: a request or a setting that the model cannot follow.
+        """
+        return [picture for _, picture in sorted(self.stream(requests, settings), key=_first)]
+
+    def paint_with_noise(
+        self, requests: Sequence[Request], noise: Sequence[np.ndarray], settings: Settings
+    ) -> list[np.ndarray]:
+        """As `paint`, from given noise, float32 [H / 8, W / 8, C] each."""
+        painted = self.stream(requests, settings, noise)
+        return [picture for _, picture in sorted(painted, key=_first)]
+
+    def stream(
+        self,
+        requests: Sequence[Request],
+        settings: Settings,
+        noise: Sequence[np.ndarray] | None = None,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """(number of the request, its picture) as soon as it is painted, shape by shape.
+
+        Args:
+          requests: any mixture of sizes and pictures; condition pictures as `fit` gives them.
+          settings: for all of them.
+          noise: of each request; None for `self.noise` of it.
+
+        Raises:
+          InputError: before anything is painted, a request or setting that the model cannot follow.
+        """
+        settings.check()
+        groups: dict[tuple, list[int]] = {}
+        for index, request in enumerate(requests):
+            self.check(request)
+            shapes = tuple(picture.shape for picture in request.pictures)
+            groups.setdefault((request.size, shapes), []).append(index)
+        chunks = [
+            members[start : start + self.batch]
+            for members in groups.values()
+            for start in range(0, len(members), self.batch)
+        ]
+        for chunk in chunks:
+            filled = chunk + chunk[-1:] * (self.batch - len(chunk))
+            given = [self.noise(requests[i]) if noise is None else noise[i] for i in filled]
+            painted = self._paint_batch([requests[i] for i in filled], np.stack(given), settings)
+            yield from zip(chunk, painted[: len(chunk)], strict=True)
+
+    def _paint_batch(
+        self, requests: Sequence[Request], noise: np.ndarray, settings: Settings
+    ) -> np.ndarray:
+        """Requests of one shape, exactly `batch` of them: uint8 [B, H, W, 3]."""
+        height, width = requests[0].size
+        grid = (height // PACKED, width // PACKED)
+        variants = settings.variants(bool(requests[0].pictures))
+        batches = [self.rows(requests, variant) for variant in variants]
+        contexts, masks = zip(
+            *(self.programs.context(self.params, batch) for batch in batches), strict=True
+        )
+        latents = self.programs.denoise(
+            self.params,
+            noise,
+            sampler.schedule(settings.steps, grid[0] * grid[1], self.schedule),
+            jnp.stack(contexts),
+            jnp.stack(masks),
+            np.stack([batch["condition_mask"] for batch in batches]),
+            self.latents(batches[0]),
+            batches[0]["roles"],
+            np.asarray([settings.guidance, settings.image_guidance], np.float32),
+            grid=grid,
+            solver=settings.solver,
+        )
+        return np.asarray(self.programs.decode(self.params, latents))
+
+
+def on_white(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The whole of a picture [h, w, 3] in the middle of a white one of `size`: uint8 [H, W, 3]."""
+    image = Image.fromarray(picture)
+    return np.asarray(ImageOps.pad(image, size[::-1], Image.Resampling.BICUBIC, "white"))
+
+
+def _first(pair: tuple[int, np.ndarray]) -> int:
+    return pair[0]
+
+
+def load(
+    folder: str | os.PathLike, *, ema: bool = True, step: int | None = None, batch: int = 4
+) -> Painter:
+    """The painter of a stage folder (W/stage3) that the trainer wrote, on one device.
+
+    Args:
+      folder: with `checkpoints/` and `frozen/` inside.
+      ema: take the moving average of the weights where there is one.
+      step: default the newest that is whole.
+      batch: rows of every program.
+
+    Raises:
+      InputError: no such folder or step, or it is damaged.
+    """
+    loaded = initial.load(folder, step=step, ema=ema)
+    name = f"{loaded.config['stage']}-{loaded.config['size']}-{loaded.step}"
+    return of_params(loaded.model.config, loaded.params, loaded.config, batch=batch, name=name)
+
+
+def of_params(
+    config: ModelConfig,
+    params: Params,
+    run: Mapping[str, Any],
+    *,
+    batch: int = 4,
+    name: str = "",
+) -> Painter:
+    """The painter of parameters in memory.
+
+    Args:
+      config: of the model.
+      params: all of them; adapters are merged here, which changes no picture but saves time.
+      run: the training config, or its JSON.
+      batch: rows of every program.
+      name: what PNGs call the model.
+    """
+    params = dict(params)
+    for tower, adapter in params.pop("lora", {}).items():
+        params[tower] = jax.jit(lora.merge, static_argnums=2)(
+            params[tower], adapter, config.lora_scale
+        )
+    data = run["data"]
+    tokenizer = prompts.load_tokenizer(data["tokenizer"] or run["init"]["vlm"])
+    layout = prompts.PromptLayout(
+        tokenizer, config.max_text, config.num_queries, config.vlm_pixels
+    )
+    limits = Limits(
+        sizes=tuple(tuple(size) for size in data["sizes"]),
+        reference_size=data["reference_size"],
+        max_references=max(REFERENCES.get(task, 0) for task, part in data["tasks"].items() if part),
+        max_pixels=data["max_pixels"],
+    )
+    dtype = config_lib.dtype(run["dtype"]["compute"])
+    # The adapters are gone and nothing is differentiated: painters of all stages share programs.
+    config = dataclasses.replace(config, lora_scale=1.0, remat=None)
+    return Painter(config, params, layout, limits=limits, batch=batch, dtype=dtype, name=name)

@@ -1,0 +1,67 @@
+"""Sheets of pictures for people: a row per example, a labelled column per picture. PIL only."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+Cell = tuple[str, np.ndarray]  # (label, uint8 [h, w, 3])
+SIDE = 160  # longest side of a picture on the sheet, in pixels
+GAP = 12
+TEXT_WIDTH = 300
+INK, GREY, PAPER, FRAME = (20, 20, 20), (110, 110, 110), (255, 255, 255), (200, 200, 200)
+
+
+def draw(title: str, rows: Sequence[tuple[str, Sequence[Cell]]]) -> Image.Image:
+    """A sheet.
+
+    Args:
+      title: its heading.
+      rows: (prompt, pictures with their labels) each; small pictures are enlarged pixel by pixel.
+    """
+    heading, body, small = (ImageFont.load_default(size) for size in (22, 16, 13))
+    columns = max(len(cells) for _, cells in rows)
+    width = GAP + TEXT_WIDTH + columns * (SIDE + GAP) + GAP
+    lines = textwrap.wrap(title, max(20, width // 12))
+    top = GAP + 28 * len(lines) + GAP
+    height = top + len(rows) * (SIDE + 2 * GAP + 18)
+    sheet = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for number, line in enumerate(lines):
+        pen.text((GAP, GAP + 28 * number), line, INK, heading)
+    for number, (prompt, cells) in enumerate(rows):
+        y = top + number * (SIDE + 2 * GAP + 18)
+        pen.line((GAP, y - GAP // 2, width - GAP, y - GAP // 2), FRAME)
+        wrapped = "\n".join(textwrap.wrap(prompt, TEXT_WIDTH // 9, max_lines=9, placeholder=" ..."))
+        pen.multiline_text((GAP, y + 18), wrapped, INK, body, spacing=4)
+        for column, (label, pixels) in enumerate(cells):
+            x = GAP + TEXT_WIDTH + column * (SIDE + GAP)
+            pen.text((x, y), label, GREY, small)
+            picture = enlarged(pixels)
+            sheet.paste(picture, (x, y + 18))
+            right, bottom = x + picture.width, y + 18 + picture.height
+            pen.rectangle((x - 1, y + 17, right, bottom), outline=FRAME)
+    return sheet
+
+
+def enlarged(pixels: np.ndarray) -> Image.Image:
+    """A picture whose longest side is SIDE: pixels stay visible when it grows."""
+    picture = Image.fromarray(pixels)
+    scale = SIDE / max(picture.size)
+    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    grows = scale > 1
+    return picture.resize(size, Image.Resampling.NEAREST if grows else Image.Resampling.LANCZOS)
+
+
+def save(sheet: Image.Image, path: str | os.PathLike) -> None:
+    """Writes a PNG; it appears under its name only when complete."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    sheet.save(partial, format="PNG")
+    os.replace(partial, path)
