@@ -11,6 +11,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 import qk_jax
+from qk_jax.data import buckets
 from qk_jax.diffusion import flow
 from qk_jax.errors import InputError
 from qk_jax.models import mmdit, qwen_vl, rotary, vae
@@ -107,7 +108,9 @@ def base(stage: str, size: str) -> ConfigDict:
     config.alignment = ConfigDict({"weight": 0.0})
 
     config.data = ConfigDict({
-        "corpus": "",  # '' is the embedded one
+        "corpus": "",  # folder of cut-outs from which the tasks are made; '' is the embedded one
+        "records": "",  # instead: a folder of ready examples, or tfds:NAME
+        "tfds_image": "image", "tfds_text": "text",  # features of tfds:NAME
         "tokenizer": "",  # '' is the VLM's folder
         "batch": 32,
         "tasks": {
@@ -115,9 +118,10 @@ def base(stage: str, size: str) -> ConfigDict:
             "editing": 0.0, "customization": 0.0, "composition": 0.0,
         },
         # target sizes (height, width); a picture goes to the one nearest in aspect ratio
-        "sizes": ((64, 64), (48, 80), (80, 48)) if tiny else ratios(512),
+        "sizes": ((64, 64), (48, 80), (80, 48)) if tiny else buckets.table(512, 16),
         "reference_size": 64 if tiny else 512,
         "dropout": {"text": 0.1, "pictures": 0.1, "both": 0.1},
+        "max_groups": 8,  # shapes of one task; rarer ones are merged into the nearest
         "max_pixels": 64_000_000,  # a larger picture is a bad record
         "max_bad_share": 0.01,  # of the records read; above it the run stops
         "workers": 0 if tiny else 8,
@@ -163,19 +167,3 @@ def _kind(config: object) -> str:
         vae.QwenImageVAEConfig: "AutoencoderKLQwenImage",
     }
     return kinds[type(config)]
-
-
-def ratios(side: int) -> tuple[tuple[int, int], ...]:
-    """Sizes (H, W) of area about side^2 and multiples of 16, for the paper's seven aspect ratios
-    1:1, 1:2, 2:3, 3:4, 3:5, 4:5, 9:16 and their mirrors."""
-    out = []
-    for a, b in ((1, 1), (1, 2), (2, 3), (3, 4), (3, 5), (4, 5), (9, 16)):
-        near = [
-            (w, h)
-            for w in range(16, 2 * side + 1, 16)
-            for h in range(16, 2 * side + 1, 16)
-            if 0.8 <= w * h / side**2 <= 1.08
-        ]
-        w, h = min(near, key=lambda s: (abs(s[0] / s[1] - a / b), -s[0] * s[1]))
-        out += [(h, w)] if a == b else [(h, w), (w, h)]
-    return tuple(out)

@@ -7,6 +7,7 @@ starts from <workdir>/stage3 with its LoRA and trains the same parts on the same
 """
 
 from configs import common, stage3
+from qk_jax.data import buckets
 
 
 def get_config(size: str = "tiny"):
@@ -17,7 +18,7 @@ def get_config(size: str = "tiny"):
     config.rules = common.STAGES["highres"].rules
     config.steps = common.pick(size, tiny=100, tiny_long=1000, smoke=20, full=3000)
     config.data.batch = 16 if tiny else 256
-    config.data.sizes = ((128, 128), (96, 160), (160, 96)) if tiny else common.ratios(1024)
+    config.data.sizes = ((128, 128), (96, 160), (160, 96)) if tiny else buckets.table(1024, 16)
     config.data.reference_size = 128 if tiny else 1024
     config.optimizer.lr = 2e-4 if tiny else 1e-5
     config.optimizer.schedule = "constant"

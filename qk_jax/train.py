@@ -31,7 +31,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from qk_jax import errors, sharding
-from qk_jax.data import pipeline
+from qk_jax.data import pipeline, prompts
 from qk_jax.errors import InputError
 from qk_jax.models.query_kontext import QueryKontext
 from qk_jax.training import checkpoint, flops, initial, metrics, optimizer, stages
@@ -141,6 +141,26 @@ def check_rows(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     sharding.check_batch(config.validation.batch, mesh)
 
 
+def token_layout(config: ConfigDict) -> prompts.PromptLayout:
+    """The layout of token rows, checked against the model.
+
+    Raises:
+      InputError: there is no tokenizer, or it is not the VLM's.
+    """
+    layout = pipeline.make_layout(config)
+    pairs = {
+        "tail_tokens": (layout.tail_tokens, config.model.tail_tokens),
+        "vlm.image_token_id": (layout.image_token_id, config.model.vlm.image_token_id),
+    }
+    for name, (found, wanted) in pairs.items():
+        if found != wanted:
+            raise InputError(
+                f"the tokenizer gives {name} = {found}, config.model.{name} is {wanted}; "
+                "set data.tokenizer to the VLM's tokenizer, or the field"
+            )
+    return layout
+
+
 def describe(config: ConfigDict, layout: Layout) -> None:
     """Logs what is trained and frozen, rule by rule."""
     tree = checkpoint.named(stages.join(layout.params, layout.frozen))
@@ -246,8 +266,9 @@ class Run:
         self.hooks = tuple(hooks)
         self.train_step = step_lib.Compiled(model, config, layout, adam)
         self.eval_step = step_lib.make_eval_step(model, config, layout)
-        self.data = pipeline.Pipeline(config, "train")
-        self.held_out = pipeline.Pipeline(config, "validation")
+        tokens = token_layout(config)
+        self.data = pipeline.Pipeline(config, "train", layout=tokens)
+        self.held_out = pipeline.Pipeline(config, "validation", layout=tokens)
         self.window, self.clock = metrics.Window(), metrics.Clock()
         self.peak = flops.peak(jax.devices()[0])
         self.signal = 0

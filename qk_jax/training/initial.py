@@ -263,6 +263,26 @@ def parameters(
     return _placed(flat, layout)
 
 
+def untrained(config: Mapping[str, Any]) -> Loaded:
+    """The model of a first stage before any step, on one device: what training is measured against.
+
+    Raises:
+      InputError: as `parameters`.
+    """
+    mesh = sharding.build_mesh({}, devices=jax.devices()[:1])
+    model = state_lib.build_model(config)
+    layout = state_lib.Layout(model, config, mesh)
+    params = parameters(model, config, layout, pathlib.Path())
+    return Loaded(model, params, _plain(config), 0)
+
+
+def random_parameters(
+    model: QueryKontext, config: Mapping[str, Any], layout: state_lib.Layout, rng: jax.Array
+) -> Tree:
+    """Fresh parameters of every part, whatever the stage starts from (for measurements)."""
+    return _placed(_fresh(model, config, layout, rng, set()), layout)
+
+
 def _fresh(
     model: QueryKontext,
     config: Mapping[str, Any],

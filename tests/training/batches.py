@@ -50,8 +50,8 @@ def batch(config, seed, rows=None, pictures=0):
 class Pipeline:
     """Stands in for data.pipeline.Pipeline: pictures only at every second step."""
 
-    def __init__(self, config, split):
-        self.config, self.split = config, split
+    def __init__(self, config, split, layout):
+        self.config, self.split, self.layout = config, split, layout
 
     def batches(self, first):
         step = first

@@ -3,7 +3,7 @@
 python -m qk_jax.train --config tests/training/nano.py:stage1 --workdir W
 """
 
-from configs import highres, stage1, stage2, stage3
+from configs import common, highres, stage1, stage2, stage3
 
 STAGES = {"stage1": stage1, "stage2": stage2, "stage3": stage3, "highres": highres}
 
@@ -29,6 +29,7 @@ def get_config(stage: str = "stage1"):
         "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6),
     })  # fmt: skip
     model.vae.update({"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4})
+    config.data.tokenizer = str(common.ASSETS / "tiny/tokenizer")
     config.init.vlm = config.init.vae = config.init.mmdit = ""
     if config.lora.rank:
         config.lora.rank, config.lora.alpha = 2, 4.0
