@@ -89,7 +89,8 @@ def draw(rng: Random, size: tuple[int, int], chance: float, things, boxes, capti
     """Things in boxes, with `chance` on a coloured background, which the caption then names."""
     colour = "white"
     if rng.random() < chance:
-        colour = scenes.contrasting(rng, [rgba for rgba, _ in things], list(scenes.COLOURS))
+        means = [np.average(x[..., :3], axis=(0, 1), weights=x[..., 3]) for x, _ in things]
+        colour = scenes.contrasting(rng, np.stack(means), list(scenes.COLOURS))
     items = [scenes.Item(rgba, box) for (rgba, _), box in zip(things, boxes, strict=True)]
     pixels = scenes.paint(scenes.flat(size, colour), items)
     return Shown(pixels, caption + ("" if colour == "white" else f" on a {colour} background"))
@@ -167,6 +168,7 @@ class Rows:
             pictured: prompts.PromptLayout(tokenizer, length, ANSWER, VLM_PIXELS)
             for pictured, length in ((True, 8), (False, 32))
         }
+        self.answers = dataclasses.replace(self.layouts[True], max_text=ANSWER - 1)
 
     def batch(self, talks: list[Conversation], blind: bool = False) -> tuple[dict, tuple]:
         """(arrays, grids): model inputs, and `weights` [B, L] on the last L tokens to predict.
@@ -184,8 +186,7 @@ class Rows:
     def _row(self, layout, talk: Conversation, sizes, blind: bool) -> dict[str, np.ndarray]:
         row = layout.build(talk.text, sizes, pictures=not blind)
         text_mask = row.pop("text_mask")
-        answer = layout.encode_text(talk.answer) if talk.learn_text else self._answer(talk.answer)
-        answer = np.append(answer[: ANSWER - 1], self.end)
+        answer = np.append(self.answers.encode_text(talk.answer), self.end)
         ids, mask = row["input_ids"], row["attention_mask"]
         ids[-ANSWER:][: len(answer)] = answer
         mask[len(mask) - ANSWER + len(answer) :] = False
@@ -193,10 +194,6 @@ class Rows:
         tail[0] = talk.learn_text
         weights = [text_mask & talk.learn_text, tail, np.arange(ANSWER) < len(answer)]
         return row | {"weights": np.concatenate(weights).astype(np.float32)}
-
-    def _answer(self, text: str) -> np.ndarray:
-        long = dataclasses.replace(self.layouts[False], max_text=ANSWER - 1)
-        return long.encode_text(text)
 
 
 def token_losses(params, batch, grids):
