@@ -35,6 +35,7 @@ class Cutout(NamedTuple):
 
     Attributes:
       rgba: uint8 [h, w, 4], not premultiplied, cropped to what is visible.
+      colour: float32 [3], mean colour of what is visible.
       caption: a short English phrase in lower case.
       subject: key of the split; pictures of one subject are on one side.
       group: 'animals & nature', 'flags', 'clip art', ...
@@ -42,6 +43,7 @@ class Cutout(NamedTuple):
     """
 
     rgba: np.ndarray
+    colour: np.ndarray
     caption: str
     subject: str
     group: str
@@ -65,6 +67,11 @@ def decode_picture(data: bytes, mode: str, max_pixels: int, name: str) -> np.nda
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError,
             Image.DecompressionBombError) as error:  # fmt: skip
         raise BadRecord("undecodable", f"{name}: a picture cannot be decoded ({error})") from None
+
+
+def _mean_colour(rgba: np.ndarray) -> np.ndarray:
+    weight = rgba[..., 3:].astype(np.float32)
+    return (rgba[..., :3] * weight).sum((0, 1)) / max(float(weight.sum()), 1.0)
 
 
 def caption_of(value: object, name: str) -> str:
@@ -123,6 +130,6 @@ class Corpus:
             rgba = decode_picture(blobs["image"], "RGBA", self.max_pixels, name)
             subject = str(header.get("subject") or caption)
             group, key = str(header.get("group", "")), str(header.get("key", number))
-            found = Cutout(rgba, caption, subject, group, key)
+            found = Cutout(rgba, _mean_colour(rgba), caption, subject, group, key)
             self._decoded[number] = found
         return found

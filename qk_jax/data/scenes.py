@@ -78,19 +78,12 @@ def gradient(size: Size, top: str, bottom: str) -> np.ndarray:
     return np.repeat((1 - part) * ends[0] + part * ends[1], size[1], axis=1)
 
 
-def mean_colour(rgba: np.ndarray) -> np.ndarray:
-    """Mean colour [3] of what is visible."""
-    weight = rgba[..., 3:].astype(np.float32)
-    return (rgba[..., :3] * weight).sum((0, 1)) / max(float(weight.sum()), 1.0)
-
-
-def contrasting(rng: Random, cutouts: Sequence[np.ndarray], names: Sequence[str]) -> str:
-    """A random colour among `names` that no cut-out's mean colour is close to, if there is one."""
-    means = [mean_colour(rgba) for rgba in cutouts]
-    gaps = {name: min(float(np.abs(mean - COLOURS[name]).mean()) for mean in means)
-            for name in names}  # fmt: skip
-    clear = [name for name in names if gaps[name] > 55]
-    return rng.choice(clear) if clear else max(gaps, key=gaps.get)
+def contrasting(rng: Random, shown: np.ndarray, names: Sequence[str]) -> str:
+    """A random colour among `names` far from all colours `shown` [n, 3], or else the farthest."""
+    palette = np.array([COLOURS[name] for name in names], np.float32)
+    gaps = np.abs(palette[:, None] - shown).mean(-1).min(-1)
+    clear = [name for name, gap in zip(names, gaps.tolist(), strict=True) if gap > 55]
+    return rng.choice(clear) if clear else names[int(gaps.argmax())]
 
 
 def paste(canvas: np.ndarray, item: Item) -> None:
@@ -158,13 +151,14 @@ def luma(picture: np.ndarray) -> np.ndarray:
 
 
 def tinted(picture: np.ndarray, colour: str) -> np.ndarray:
-    """Shades of one colour: black stays black, middle grey becomes the colour, white stays white.
+    """Shades of one colour: middle grey becomes the colour, white stays white, black a dark shade.
 
-    Takes [H, W, 3] or [H, W, 4] uint8; alpha stays.
+    Takes [H, W, 3] or [H, W, 4] uint8; alpha stays. Black does not stay black, so that the change
+    shows in line drawings too.
     """
     part = luma(picture) / 255
     target = np.array(COLOURS[colour], np.float32)
-    dark, light = target * part * 2, target + (255 - target) * (part * 2 - 1)
+    dark, light = target * (0.35 + 1.3 * part), target + (255 - target) * (part * 2 - 1)
     out = finish(np.where(part < 0.5, dark, light))
     return np.dstack([out, picture[..., 3:]]) if picture.shape[-1] == 4 else out
 

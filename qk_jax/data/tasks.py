@@ -108,6 +108,7 @@ class Source:
                 f"{corpus.file.path} has {len(self.first)} pictures fit for {self.task}; "
                 "at least 4 are needed"
             )
+        self._references: dict[str, np.ndarray] = {}
         numbers = np.arange(len(self))
         self.size_of = self._sizes(numbers).astype(np.int32)
         self.pictures_of = self._pictures(numbers).astype(np.int32)
@@ -157,13 +158,23 @@ class Source:
         return found
 
     def _ground(
-        self, rng: Random, size: Size, cutouts: Sequence[Cutout], fancy: float, white: float = 0.0
+        self,
+        rng: Random,
+        size: Size,
+        cutouts: Sequence[Cutout],
+        fancy: float,
+        white: float = 0.0,
+        unlike: np.ndarray | None = None,
     ) -> tuple[np.ndarray, str]:
-        """A background and its phrase: white, one colour, or with probability `fancy` more."""
+        """A background and its phrase: white, one colour, or with probability `fancy` more.
+
+        `unlike` is a canvas of one colour which is not to come again.
+        """
         if rng.random() < white:
             return scenes.flat(size, "white"), "a white background"
-        shown = [cutout.rgba for cutout in cutouts]
-        names = list(COLOURS)
+        shown = np.stack([cutout.colour for cutout in cutouts])
+        taken = () if unlike is None else tuple(unlike[0, 0].astype(int).tolist())
+        names = [name for name, colour in COLOURS.items() if colour != taken]
         first = scenes.contrasting(rng, shown, names)
         if rng.random() >= fancy:
             return scenes.flat(size, first), with_article(f"{first} background")
@@ -175,6 +186,15 @@ class Source:
         pattern = rng.choice(scenes.PATTERNS)
         phrase = f"a {pattern} background of {first} and {second}"
         return scenes.patterned(size, pattern, first, second), phrase
+
+    def _reference(self, cutout: Cutout) -> np.ndarray:
+        """The cut-out as a reference picture; kept, because it is the same in every example."""
+        if cutout.key not in self._references:
+            self._references[cutout.key] = reference(cutout, self.settings.reference_size)
+        return self._references[cutout.key]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_references": {}}
 
     def _example(
         self,
@@ -191,7 +211,7 @@ class Source:
         """Puts an example together; `named` is the kind of wording where it differs."""
         instruction = rng.choice(WORDINGS[named or kind]).format(**gaps)
         pictures = [] if source is None else [source]
-        pictures += [reference(cutout, self.settings.reference_size) for cutout in references]
+        pictures += [self._reference(cutout) for cutout in references]
         roles = (SOURCE,) * (source is not None) + (REFERENCE,) * len(references)
         subjects = tuple(cutout.subject for cutout in cutouts)
         return Example(
@@ -366,7 +386,8 @@ class Editing(Source):
             colour, form = rng.choice(scenes.TINTS), rng.choice(scenes.SHAPES)
             x, added = with_article(f"{colour} {form}"), scenes.shape(form, colour)
             others = [name for name in COLOURS if name != colour]
-            canvas = scenes.flat(size, scenes.contrasting(rng, [a.rgba, added], others))
+            shown = np.stack([a.colour, np.array(COLOURS[colour], np.float32)])
+            canvas = scenes.flat(size, scenes.contrasting(rng, shown, others))
         elif choice < 0.85:
             x, added = f"another {a.caption}", a.rgba
         else:
@@ -393,7 +414,7 @@ class Editing(Source):
         gaps = {"a": a.caption, "b": cutouts[-1].caption}
         changed = items
         if kind == "background":
-            after, gaps["ground"] = self._ground(rng, size, cutouts, fancy=0.2)
+            after, gaps["ground"] = self._ground(rng, size, cutouts, 0.2, unlike=canvas)
         elif kind == "recolour":
             gaps["colour"] = rng.choice(scenes.TINTS)
             changed = [Item(scenes.tinted(a.rgba, gaps["colour"]), boxes[0]), *items[1:]]
@@ -432,7 +453,10 @@ class Composition(Source):
     task, variants, multiple = "composition", 32, True
 
     def _pictures(self, numbers):
-        return 2 + (_mixed(self.key ^ 0x9C, numbers) < 0.4)
+        # Three in a square would be small, so there are three only in oblong pictures, if any.
+        oblong = np.array([height != width for height, width in self.settings.sizes])
+        three = oblong[self.size_of[numbers]] | ~oblong.any()
+        return 2 + (three & (_mixed(self.key ^ 0x9C, numbers) < 0.6))
 
     def _make(self, number, rng, size, first):
         count = int(self.pictures_of[number])

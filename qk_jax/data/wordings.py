@@ -109,7 +109,7 @@ WORDINGS: dict[str, tuple[str, ...]] = {
     ),
     # editing
     "background": (
-        "change the background to {ground}",
+        "set everything on {ground}",
         "replace the background with {ground}",
         "put it on {ground}",
         "give the picture {ground}",
