@@ -206,7 +206,11 @@ class Store:
         Raises:
           InputError: no step, none that is whole, or a saved item with other leaves than asked.
         """
-        found = [step] if step is not None else self.steps()[::-1]
+        self.wait()
+        found = self.steps()[::-1]
+        if step is not None and step not in found:
+            raise InputError(f"{self.root} holds no step {step}; it holds {found[::-1]}")
+        found = found if step is None else [step]
         if self.is_new():
             raise InputError(f"{self.root} holds no checkpoint; train that stage first")
         damage = "only steps that were set aside"

@@ -149,6 +149,7 @@ class Writers:
         clean = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps({"step": step, "kind": kind, **clean}) + "\n")
         self._file.flush()
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
         if self._wandb is not None:

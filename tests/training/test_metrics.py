@@ -1,0 +1,85 @@
+"""Windows, the clock and the files."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from qk_jax.errors import InputError
+from qk_jax.training import metrics
+
+CONFIG = ConfigDict({"wandb": {"project": "", "name": ""}})
+
+
+def step(loss, tasks, times):
+    """Summaries of rows all of one loss."""
+    tasks, times = np.array(tasks, float), np.array(times, float)
+    return {
+        "loss": np.float32(loss), "lr": np.float32(loss / 10), "task_sum": loss * tasks,
+        "task_count": tasks, "t_sum": loss * times, "t_count": times,
+    }  # fmt: skip
+
+
+def test_window_means_are_weighed_by_rows():
+    window = metrics.Window()
+    window.add(step(1.0, [2, 0, 0, 0, 0, 0], [2, 0]))
+    window.add(step(4.0, [1, 3, 0, 0, 0, 0], [0, 4]))
+    got = window.take()
+    assert got["loss"] == 2.5 and got["lr"] == pytest.approx(0.4)
+    assert got["loss/text_to_image"] == pytest.approx(2.0)
+    assert got["loss/reconstruction"] == 4.0
+    assert got["loss/t0.00-0.50"] == 1.0 and got["loss/t0.50-1.00"] == 4.0
+    assert "loss/editing" not in got
+    assert window.steps == 0
+
+
+def test_clock_leaves_out_compilation_and_pauses(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+
+    def iterate(seconds, counts=True):
+        clock.begin()
+        now[0] += 0.25 * seconds
+        clock.data_ready()
+        now[0] += 0.75 * seconds
+        clock.end(rows=32, flops=10**12, counts=counts)
+
+    clock = metrics.Clock()
+    iterate(100, counts=False)  # compiles
+    iterate(5)  # waits for the step that was compiled: not a full step
+    iterate(2)
+    iterate(2)
+    clock.pause()
+    iterate(50)
+    iterate(2)
+    got = clock.take(peak=1e12, devices=2)
+    assert got["pictures_per_second"] == pytest.approx(16)
+    assert got["model_tflops_per_second_per_device"] == pytest.approx(0.25)
+    assert got["mfu"] == pytest.approx(0.25) and got["data_wait"] == pytest.approx(0.25)
+    assert clock.take(None, 1) == {}
+
+
+def test_writers_keep_one_line_per_step_over_a_resume(tmp_path):
+    log = metrics.Writers(tmp_path, 0, CONFIG)
+    for number in (1, 2, 3):
+        log.write(number, "train", {"loss": number / 2, "grad_norm": float("nan")})
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 3, "ki')  # killed while writing
+    log = metrics.Writers(tmp_path, 2, CONFIG)
+    log.write(3, "train", {"loss": 9.0})
+    log.picture(3, "sheet", np.zeros((4, 4, 3), np.uint8))
+    log.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[0] == {"step": 1, "kind": "train", "loss": 0.5, "grad_norm": None}
+    assert lines[2]["loss"] == 9.0
+    assert list(tmp_path.glob("events*"))
+
+
+def test_weights_and_biases_must_be_there_when_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match="wandb is not installed"):
+        metrics.Writers(tmp_path, 0, ConfigDict({"wandb": {"project": "p", "name": ""}}))
