@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 import shutil
@@ -101,7 +100,9 @@ def export_pipeline(
         torch_export.export_vae(params["vae"], config.vae, part / "vae", **shards)
         _export_kontext(painter, part / "kontext", dtype)
         painter.layout.tokenizer.save_pretrained(str(part / "tokenizer"))
-        safetensors_io.write_json(part / "scheduler" / "scheduler_config.json", _scheduler(painter))
+        safetensors_io.write_json(
+            part / "scheduler" / "scheduler_config.json", painter.schedule.to_hf()
+        )
         shutil.copyfile(HERE / "torch_pipeline.py", part / "pipeline.py")
         shutil.copyfile(HERE / "torch_kontext.py", part / "kontext" / "kontext.py")
         safetensors_io.write_text(part / "README.md", _card(painter, folder, run, step, dtype))
@@ -120,18 +121,6 @@ def _export_kontext(painter: painting.Painter, folder: pathlib.Path, dtype: Any)
         "features": painter.config.mmdit.joint_attention_dim,
     }
     safetensors_io.write_json(folder / "config.json", values)
-
-
-def _scheduler(painter: painting.Painter) -> dict[str, Any]:
-    """The noise schedule of painting, in the words of FlowMatchEulerDiscreteScheduler."""
-    return {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "num_train_timesteps": 1000,
-        "shift": 1.0,
-        "use_dynamic_shifting": True,
-        "time_shift_type": "exponential",
-        **dataclasses.asdict(painter.schedule),
-    }
 
 
 def _index(painter: painting.Painter) -> dict[str, Any]:

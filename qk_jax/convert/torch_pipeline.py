@@ -164,11 +164,6 @@ def fit_reference(picture: Image.Image, side: int) -> np.ndarray:
     return np.asarray(ImageOps.pad(picture, (side, side), Image.Resampling.BICUBIC, "white"))
 
 
-def _aspect(height: int, width: int) -> float:
-    """Logarithm of the aspect ratio."""
-    return math.log(height / width)
-
-
 def pack(z: torch.Tensor) -> torch.Tensor:
     """Latents [1, C, h, w] -> tokens [1, h/2 * w/2, 4 C]."""
     _, c, h, w = z.shape
@@ -250,9 +245,7 @@ class QueryKontextPipeline(DiffusionPipeline):
         plain.normalizer, plain.pre_tokenizer = whole.normalizer, whole.pre_tokenizer
         ids = plain.encode(prompt).ids
         if len(ids) > self.config.max_text:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens, not {self.config.max_text} or less"
-            )
+            raise ValueError(f"the prompt has {len(ids)} tokens, over {self.config.max_text}")
         return ids
 
     def encode_context(self, prompt: str, pictures: Sequence[np.ndarray]) -> torch.Tensor:
@@ -347,6 +340,8 @@ class QueryKontextPipeline(DiffusionPipeline):
 
     def _sigmas(self, steps: int, tokens: int) -> torch.Tensor:
         """Noise levels [steps + 1] from 1 to 0, shifted for the target's number of tokens."""
+        if steps == 1:  # no range is left for the scheduler to shift and stretch
+            return torch.tensor([1.0, 0.0])
         config = self.scheduler.config
         slope = (config.max_shift - config.base_shift) / (
             config.max_image_seq_len - config.base_image_seq_len
@@ -360,9 +355,10 @@ class QueryKontextPipeline(DiffusionPipeline):
         sizes = [tuple(map(int, size.split("x")))[::-1] for size in self.config.sizes.split()]
         if source is None:
             return sizes[0]
-        return min(
-            sizes, key=lambda size: abs(_aspect(*size) - _aspect(source.height, source.width))
-        )
+        wanted = math.log(source.height / source.width)
+        aspects = {size: math.log(size[0] / size[1]) for size in sizes}
+        gaps = {size: round(abs(aspect - wanted), 9) for size, aspect in aspects.items()}
+        return min(sizes, key=lambda size: (gaps[size], abs(aspects[size])))
 
     @torch.no_grad()
     def __call__(
@@ -398,7 +394,7 @@ class QueryKontextPipeline(DiffusionPipeline):
         """
         if height is None or width is None:
             height, width = self._size(source)
-        self._check(prompt, references, height, width, solver)
+        self._check(prompt, references, height, width, num_inference_steps, solver)
         pictures = [fit_source(source, height, width)] if source is not None else []
         pictures += [fit_reference(x, self.config.reference_size) for x in references]
         roles = [SOURCE] * (source is not None) + [REFERENCE] * len(references)
@@ -413,7 +409,7 @@ class QueryKontextPipeline(DiffusionPipeline):
         sigmas = self._sigmas(num_inference_steps, x.shape[1])
         for now, then in self.progress_bar(list(zip(sigmas[:-1], sigmas[1:], strict=True))):
             slope = velocity(x, now)
-            if solver == "heun" and then > 0:
+            if solver == "heun" and then > 0:  # the model was not trained at 0
                 slope = (slope + velocity(x + (then - now) * slope, then)) / 2
             x = x + (then - now) * slope
         z = unpack(x, *shape[2:])
@@ -446,10 +442,12 @@ class QueryKontextPipeline(DiffusionPipeline):
 
         return velocity
 
-    def _check(self, prompt, references, height, width, solver) -> None:
+    def _check(self, prompt, references, height, width, steps, solver) -> None:
         """Raises ValueError for what this model cannot paint."""
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError("there is no prompt; give a string")
+        if steps < 1:
+            raise ValueError(f"num_inference_steps is {steps}; give 1 or more")
         if height % TOKEN or width % TOKEN or min(height, width) < TOKEN:
             raise ValueError(f"the size {width}x{height} is no multiple of {TOKEN}")
         if solver not in ("euler", "heun"):

@@ -127,7 +127,7 @@ def outputs(painter: painting.Painter, pipe: Any) -> Iterator[Line]:
             guidance=settings.guidance,
             image_guidance=settings.image_guidance,
             solver=settings.solver,
-            latents=torch.from_numpy(noise).permute(2, 0, 1)[None],
+            latents=torch.from_numpy(noise.copy()).permute(2, 0, 1)[None],
             output_type="np",
         ).images[0]
         worst = np.abs(ours.astype(np.int32) - theirs.astype(np.int32)).max()
