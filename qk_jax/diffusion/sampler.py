@@ -1,0 +1,170 @@
+"""From noise to pictures: the noise schedule, two solvers and guidance.
+
+The schedule and the Euler solver equal diffusers' FlowMatchEulerDiscreteScheduler as its
+Qwen-Image, FLUX and SD3 pipelines drive it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qk_jax.diffusion.flow import linear_shift
+from qk_jax.errors import InputError
+
+SOLVERS = ("euler", "heun")
+# (x, sigma scalar) -> velocity of x's shape
+Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """FlowMatchEulerDiscreteScheduler's config under its own names; defaults are Qwen-Image's.
+
+    shift: the constant factor, used only without dynamic shifting.
+    use_dynamic_shifting: the exponential shift whose mu grows with the packed target tokens.
+    shift_terminal: the last sigma before 0; None leaves it where the shift puts it.
+    """
+
+    shift: float = 1.0
+    use_dynamic_shifting: bool = True
+    base_shift: float = 0.5
+    max_shift: float = 0.9
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 8192
+    shift_terminal: float | None = 0.02
+    num_train_timesteps: int = 1000
+
+    def mu(self, tokens: int) -> float:
+        """The dynamic shift for `tokens` packed target tokens (condition tokens do not count)."""
+        return linear_shift(
+            tokens,
+            self.base_shift,
+            self.max_shift,
+            self.base_image_seq_len,
+            self.max_image_seq_len,
+        )
+
+    @classmethod
+    def from_hf(cls, values: Mapping[str, Any]) -> ScheduleConfig:
+        """From the content of a scheduler_config.json; missing keys get diffusers' defaults.
+
+        Raises:
+          InputError: another class, an unknown key, or a variant that `schedule` does not have.
+        """
+        name = values.get("_class_name", "FlowMatchEulerDiscreteScheduler")
+        if name != "FlowMatchEulerDiscreteScheduler":
+            raise InputError(
+                f"the scheduler config is of class {name!r};"
+                " give one of FlowMatchEulerDiscreteScheduler"
+            )
+        known = {field.name for field in dataclasses.fields(cls)}
+        arguments = dict(
+            use_dynamic_shifting=False, max_shift=1.15, max_image_seq_len=4096, shift_terminal=None
+        )
+        for key, value in values.items():
+            if key in known:
+                arguments[key] = value
+            elif key == "time_shift_type" and value == "exponential" or key.startswith("_"):
+                continue
+            elif value:  # the other keys are switches that are off by default
+                raise InputError(
+                    f"the scheduler config says {key} = {value!r}, which is not supported;"
+                    " remove it"
+                )
+        return cls(**arguments)
+
+    def to_hf(self) -> dict:
+        """The content of a scheduler_config.json."""
+        return {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "time_shift_type": "exponential",
+            **dataclasses.asdict(self),
+        }
+
+
+def schedule(steps: int, tokens: int, config: ScheduleConfig) -> np.ndarray:
+    """Noise levels from 1 to 0, float32 [steps + 1].
+
+    Args:
+      steps: number of solver steps.
+      tokens: packed target tokens, height / 16 * width / 16 with an 8x VAE.
+      config: the schedule's.
+
+    Raises:
+      InputError: fewer than one step.
+    """
+    if steps < 1:
+        raise InputError(f"{steps} sampling steps are too few; take at least one")
+    sigmas = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
+    if config.use_dynamic_shifting:
+        factor = math.exp(config.mu(tokens))
+        sigmas = factor / (factor + (1 / sigmas - 1))
+    else:
+        sigmas = config.shift * sigmas / (1 + (config.shift - 1) * sigmas)
+    if config.shift_terminal and steps > 1:  # a single step starts and ends the range
+        rest = 1 - sigmas
+        sigmas = 1 - rest / (rest[-1] / (1 - config.shift_terminal))
+    return np.append(sigmas, 0.0).astype(np.float32)
+
+
+def sample(
+    velocity: Velocity, noise: jax.Array, sigmas: jax.Array, solver: str = "euler"
+) -> jax.Array:
+    """Integrates dx / dsigma = velocity(x, sigma) along `sigmas`; float32 of noise's shape.
+
+    Args:
+      velocity: the model; called once a step by 'euler', twice by 'heun'.
+      noise: x at sigmas[0].
+      sigmas: [steps + 1], falling.
+      solver: 'euler' (first order) or 'heun' (second order; its last step is Euler's, so that the
+        model is never asked at sigma = 0, which training does not reach).
+
+    Raises:
+      InputError: an unknown solver.
+    """
+    if solver not in SOLVERS:
+        raise InputError(f"there is no solver {solver!r}; choose one of {SOLVERS}")
+    sigmas = jnp.asarray(sigmas, jnp.float32)
+
+    def euler(x, pair):
+        now, after = pair
+        return x + (after - now) * velocity(x, now).astype(jnp.float32), None
+
+    def heun(x, pair):
+        now, after = pair
+        first = velocity(x, now).astype(jnp.float32)
+        second = velocity(x + (after - now) * first, after).astype(jnp.float32)
+        return x + (after - now) * 0.5 * (first + second), None
+
+    x, pairs = noise.astype(jnp.float32), (sigmas[:-1], sigmas[1:])
+    if solver == "euler":
+        return jax.lax.scan(euler, x, pairs)[0]
+    x, _ = jax.lax.scan(heun, x, (sigmas[:-2], sigmas[1:-1]))
+    return euler(x, (sigmas[-2], sigmas[-1]))[0]
+
+
+def guide(
+    full: jax.Array,
+    without_text: jax.Array,
+    without_both: jax.Array,
+    guidance: float | jax.Array,
+    image_guidance: float | jax.Array,
+) -> jax.Array:
+    """Classifier-free guidance over text and pictures (InstructPix2Pix, equation 3).
+
+    Args:
+      full: velocity given text and condition pictures.
+      without_text: velocity given the pictures alone.
+      without_both: velocity given neither.
+      guidance: weight of the text; 1 with image_guidance 1 returns `full`.
+      image_guidance: weight of the pictures.
+    """
+    pictures = image_guidance * (without_text - without_both)
+    return without_both + pictures + guidance * (full - without_text)
