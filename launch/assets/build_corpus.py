@@ -45,6 +45,7 @@ VARIANT_WORDS = frozenset(
 )
 # Six bits a channel (white and black stay exact): no visible difference, two thirds of the bytes.
 _LEVELS = [round(round(v * 63 / 255) * 255 / 63) for v in range(256)]
+_LEFT_OUT = ("middle finger",)  # emoji nobody wants to meet in a sample
 _IRREGULAR = {"men": "man", "women": "woman", "mice": "mouse", "leaves": "leaf", "knives": "knife"}
 
 
@@ -173,7 +174,9 @@ def emoji_pictures(path: str) -> list[Picture]:
     for key, meta, png in out:
         image = cut_out(png)
         caption = emoji_caption(meta["caption"], meta["group"])
-        if image is not None and re.search("[a-z]", caption):
+        if image is None or not re.search("[a-z]", caption):
+            continue
+        if not caption.startswith(_LEFT_OUT):
             source, group = (meta["source"], meta["license"]), meta["group"].lower()
             pictures.append(
                 Picture(f"emoji/{key}", caption, meta["keywords"], group,
@@ -275,9 +278,9 @@ in this project's record format (`qk_jax/data/records.py`), made by `launch/asse
 {rows}
 
 No subject is on both sides. A subject is the caption without articles, plural, colour, gender and
-skin tone. Of each emoji with skin tones the plain one and {tones} with a tone are kept. Blank pictures,
-near-duplicates and clip art whose title is no short English phrase (other languages, names,
-brands) are left out.
+skin tone. Of each emoji with skin tones the plain one and {tones} with a tone are kept. Left out
+are blank pictures, near-duplicates and clip art whose title is no short English phrase (other
+languages, names, brands).
 
 Emoji: Noto Color Emoji 2.042, SIL Open Font License 1.1 (`LICENSE.OFL-1.1.txt`); their names and
 keywords: Unicode Character Database and CLDR, Unicode terms of use
