@@ -32,7 +32,8 @@ def randomize(module, seed: int = 0, scale: float = 0.3):
         for name, weight in module.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             if weight.ndim == 1 or name.endswith("gamma"):
-                weight.copy_(("norm" in name and "weight" in name or "gamma" in name) + scale * noise)
+                is_scale = "gamma" in name or ("norm" in name and "weight" in name)
+                weight.copy_(is_scale + scale * noise)
             else:
                 weight.copy_(noise / np.sqrt(max(weight[0].numel(), 1)))
     return module
