@@ -20,7 +20,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
 )
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image, ImageOps
+from PIL import Image
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
@@ -153,15 +153,28 @@ def on_white(picture: Image.Image) -> Image.Image:
 
 
 def fit_source(picture: Image.Image, height: int, width: int) -> np.ndarray:
-    """The middle of a picture that covers (height, width): uint8 [height, width, 3]."""
+    """The middle of a picture, scaled to cover (height, width): uint8 [height, width, 3]."""
     picture = on_white(picture)
-    return np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC))
+    if picture.size == (width, height):
+        return np.asarray(picture)
+    scale = max(height / picture.height, width / picture.width)
+    box_height, box_width = height / scale, width / scale
+    left, top = (picture.width - box_width) / 2, (picture.height - box_height) / 2
+    box = (left, top, left + box_width, top + box_height)
+    return np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS, box=box))
 
 
 def fit_reference(picture: Image.Image, side: int) -> np.ndarray:
-    """A whole picture on a white square: uint8 [side, side, 3]."""
+    """A whole picture, scaled into a white square: uint8 [side, side, 3]."""
     picture = on_white(picture)
-    return np.asarray(ImageOps.pad(picture, (side, side), Image.Resampling.BICUBIC, "white"))
+    if picture.size == (side, side):
+        return np.asarray(picture)
+    scale = side / max(picture.size)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    out = Image.new("RGB", (side, side), "white")
+    place = ((side - size[0]) // 2, (side - size[1]) // 2)
+    out.paste(picture.resize(size, Image.Resampling.LANCZOS), place)
+    return np.asarray(out)
 
 
 def pack(z: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from qk_jax.convert import torch_folder, torch_import, torch_pipeline, verify
 from qk_jax.data import prompts
 from qk_jax.errors import InputError
 from qk_jax.models import mmdit, mrope, query_kontext, qwen_vl, rotary
-from qk_jax.training import initial
+from tests import painters
 from tests.convert import nano
 
 TOKENIZER = pathlib.Path(qk_jax.__file__).parent / "assets" / "tiny" / "tokenizer"
@@ -247,23 +247,37 @@ def test_the_pipeline_says_what_it_cannot_paint(exported, arguments, message):
         pipe(**{"prompt": "a kite"} | arguments)
 
 
-def test_the_command_writes_verifies_and_answers_in_one_line(monkeypatch, capsys, tmp_path):
-    ours = painter(SHIFTED)
-    run = RUN | {"size": "nano"}
-    loaded = initial.Loaded(query_kontext.QueryKontext(ours.config), ours.params, run, 7)
-    monkeypatch.setattr(initial, "load", lambda folder, **_: loaded)
-    monkeypatch.setattr(painting, "of_params", lambda *_, **__: ours)
-    out = tmp_path / "out"
-    command.main(["to-pytorch", "--checkpoint", "W", "--out", str(out), "--dtype", "bfloat16"])
+@pytest.mark.parametrize(
+    "shape", [(30, 71, 4), (71, 30, 3), (48, 48, 4), (16, 16, 3), (300, 90, 4)]
+)
+def test_pictures_of_any_size_are_fitted_alike(exported, shape, tmp_path):
+    ours, _, pipe = exported()
+    array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    image = Image.fromarray(array)
+    image.save(tmp_path / "a.png")
+    picture = ours.read(tmp_path / "a.png")
+    request = ours.fit("a kite", picture, [picture])
+    assert pipe._size(image) == request.size
+    source = torch_pipeline.fit_source(image, *request.size)
+    reference = torch_pipeline.fit_reference(image, ours.limits.reference_size)
+    np.testing.assert_array_equal(source, request.source)
+    np.testing.assert_array_equal(reference, request.references[0])
+    assert pipe._size(None) == ours.fit("a kite").size
+
+
+def test_the_command_writes_verifies_and_answers_in_one_line(capsys, tmp_path):
+    stage, out = str(painters.save(tmp_path)), tmp_path / "out"
+    command.main(["to-pytorch", "--checkpoint", stage, "--out", str(out), "--dtype", "bfloat16"])
     assert capsys.readouterr().out == f"{out}\n"
-    command.main(["verify", "--checkpoint", "W", "--pytorch", str(out)])
+    command.main(["verify", "--checkpoint", stage, "--pytorch", str(out)])
     assert "weights in bfloat16" in capsys.readouterr().out
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "main.tex").write_text("")
     for arguments, message in (
-        (["verify", "--checkpoint", "W", "--pytorch", str(tmp_path)], "holds no model_index.json"),
-        (["to-pytorch", "--checkpoint", "W", "--out", str(tmp_path / "thesis")], "earlier export"),
-        (["to-pytorch", "--checkpoint", "W"], "--out"),
+        (["verify", "--checkpoint", stage, "--pytorch", str(tmp_path)], "no model_index.json"),
+        (["to-pytorch", "--checkpoint", stage, "--out", str(tmp_path / "thesis")], "no earlier"),
+        (["to-pytorch", "--checkpoint", str(tmp_path / "none"), "--out", str(out)], "none"),
+        (["to-pytorch", "--checkpoint", stage], "--out"),
         (["to-torch"], "to-torch"),
     ):
         with pytest.raises(SystemExit) as stop:
