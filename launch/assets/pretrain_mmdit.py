@@ -44,8 +44,8 @@ SIZES = ((64, 64), (48, 80), (80, 48))  # (height, width) of the targets
 TOKENS = 16  # of the largest size; the others are padded to it, so that one batch holds all
 MAX_TEXT = 48
 VLM_PIXELS = 112 * 112
-GROUPS = 3  # of prompt lengths; a batch comes from one, so that short prompts cost little
-RATE = 1.5e-3  # AdamW's peak learning rate
+GROUPS = 4  # of prompt lengths; a batch comes from one, so that short prompts cost little
+RATE = 1.2e-3  # AdamW's peak learning rate
 WARM_UP = 150  # steps
 DECAY = 0.01
 DROP_TEXT = 0.1
@@ -111,7 +111,7 @@ def places() -> tuple[np.ndarray, np.ndarray]:
 class Encoder:
     """The frozen parts: pictures to latents and words to states, each computed once."""
 
-    def __init__(self, vlm: pathlib.Path, autoencoder: pathlib.Path):
+    def __init__(self, vlm: pathlib.Path, tokens: pathlib.Path, autoencoder: pathlib.Path):
         vlm_config, self.vlm_params = torch_import.import_vlm(vlm)
         self.vae_config, self.vae_params = torch_import.import_vae(autoencoder)
         if vlm_config.text.hidden_size != CONFIG.joint_attention_dim:
@@ -123,7 +123,7 @@ class Encoder:
         self.states = jax.jit(vlm_model.apply, static_argnums=5)
         self.moments = jax.jit(functools.partial(self.vae.apply, method="encode"))
         self.pixels = jax.jit(functools.partial(self.vae.apply, method="decode"))
-        tokenizer = prompts.load_tokenizer(vlm)
+        tokenizer = prompts.load_tokenizer(tokens)
         self.layout = prompts.PromptLayout(tokenizer, MAX_TEXT, 0, VLM_PIXELS)
 
     def texts(self, words: Sequence[str], batch: int = 64) -> tuple[np.ndarray, np.ndarray]:
@@ -366,23 +366,21 @@ def sheet(params: Params, encoder: Encoder, sides: Sequence[Examples], path: pat
 
     The true ones are shown as the autoencoder gives them back.
     """
-    cell, rows = (164, 184), []
+    columns, cell, rows = 10, (164, 92), []
     for data in sides:
+        order = np.random.default_rng(4).permutation(len(data))
+        order = [np.resize(order[data.size[order] == i], columns) for i in range(len(SIZES))]
+        chosen = data.take(np.concatenate(order))
+        latents = painted(params, chosen)
         for index in range(len(SIZES)):
-            order = np.random.default_rng(4).permutation(np.flatnonzero(data.size == index))
-            chosen = data.take(np.resize(order, 10))
-            pairs = zip(
-                chosen.prompts,
-                encoder.decode(chosen.mean, index),
-                encoder.decode(painted(params, chosen), index),
-                strict=True,
-            )
-            rows.append(list(pairs))
-    canvas = Image.new("RGB", (10 * cell[0], len(rows) * cell[1] // 2), "white")
+            part = slice(index * columns, (index + 1) * columns)
+            pictures = (encoder.decode(x[part], index) for x in (chosen.mean, latents))
+            rows.append(zip(chosen.prompts[part], *pictures, strict=True))
+    canvas = Image.new("RGB", (columns * cell[0], len(rows) * cell[1]), "white")
     draw = ImageDraw.Draw(canvas)
     for y, row in enumerate(rows):
         for x, (words, *pictures) in enumerate(row):
-            corner = (x * cell[0], y * cell[1] // 2)
+            corner = (x * cell[0], y * cell[1])
             draw.text(corner, words[:26], "black")
             for offset, picture in zip((0, 80), pictures, strict=True):
                 canvas.paste(Image.fromarray(picture), (corner[0] + offset, corner[1] + 12))
@@ -392,6 +390,7 @@ def sheet(params: Params, encoder: Encoder, sides: Sequence[Examples], path: pat
 
 def write(folder: pathlib.Path, params: Params, metrics: dict[str, Any]) -> None:
     """The diffusers folder with float16 weights, metrics.json and the model card."""
+    print(json.dumps(metrics), flush=True)
     torch_export.export_mmdit(params, CONFIG, folder, jnp.float16)
     for name, text in (
         ("metrics.json", json.dumps(metrics, indent=2)),
@@ -458,7 +457,7 @@ def card(metrics: dict[str, Any]) -> str:
 def train(
     args: argparse.Namespace, encoder: Encoder, data: Examples, probes: dict[str, Examples]
 ) -> None:
-    """Trains for the given minutes or steps and writes the folder every few minutes."""
+    """Trains for the given minutes or steps, measures, and writes the folder."""
     groups = [device_rows(group) for group in by_length(data)]
     sizes = np.array([len(group["size"]) for group in groups])
     params = fresh()
@@ -484,13 +483,14 @@ def train(
             mean, recent = float(np.mean(recent)), []
             speed = step * args.batch / (now - start)
             print(f"step {step} {progress:.1%} loss {mean:.4f} {speed:.0f} pictures/s", flush=True)
-        if progress >= 1 or now - saved > 60 * args.save_minutes:
-            figures = evaluate(state[1], probes)
-            metrics |= {"steps": step, "seconds": round(now - start)} | figures
-            write(args.out, state[1], metrics)
-            sheet(state[1], encoder, (data, probes["held_out"]), args.sheet)
-            print(json.dumps(figures), flush=True)
+        if now - saved > 60 * args.save_minutes:  # an interrupted run leaves its weights
+            torch_export.export_mmdit(state[1], CONFIG, args.out, jnp.float16)
             saved = time.monotonic()
+    metrics |= {"steps": step, "seconds": round(time.monotonic() - start)}
+    # The figures are those of the weights as they are shipped, in float16.
+    shipped = jax.tree.map(lambda x: x.astype(jnp.float16).astype(jnp.float32), state[1])
+    write(args.out, shipped, metrics | evaluate(shipped, probes))
+    sheet(shipped, encoder, (data, probes["held_out"]), args.sheet)
 
 
 @exits
@@ -498,17 +498,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30, help="length of the training")
     parser.add_argument("--steps", type=int, help="length in steps, instead of minutes")
-    parser.add_argument("--batch", type=int, default=64, help="pictures per step")
-    parser.add_argument("--save-minutes", type=float, default=8, help="between two savings")
+    parser.add_argument("--batch", type=int, default=32, help="pictures per step")
+    parser.add_argument("--save-minutes", type=float, default=5, help="between two savings")
     parser.add_argument("--out", type=pathlib.Path, default=TINY / "mmdit", help="folder to write")
     parser.add_argument("--vlm", type=pathlib.Path, default=TINY / "vlm", help="tiny Qwen2.5-VL")
+    parser.add_argument("--tokenizer", type=pathlib.Path, default=TINY / "tokenizer")
     parser.add_argument("--vae", type=pathlib.Path, default=TINY / "vae", help="tiny AutoencoderKL")
     parser.add_argument("--sheet", type=pathlib.Path, default=pathlib.Path("runs/mmdit_sheet.png"))
     parser.add_argument("--limit", type=int, help="examples of each side, to try the recipe out")
     args = parser.parse_args()
     if args.batch < 1 or (args.steps is not None and args.steps < 1) or args.minutes <= 0:
         raise InputError("--batch, --steps and --minutes must be positive")
-    encoder = Encoder(args.vlm, args.vae)
+    encoder = Encoder(args.vlm, args.tokenizer, args.vae)
     data = encode(encoder, source_examples("train", VARIANTS, args.limit))
     spread = np.random.default_rng(6).permutation(len(data))
     held_out = encode(encoder, source_examples("validation", 2, args.limit))
