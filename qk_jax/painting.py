@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from qk_jax.data import buckets, corpus, prompts
+from qk_jax.data import buckets, corpus, pipeline, prompts, sources
 from qk_jax.diffusion import sampler
 from qk_jax.errors import InputError
 from qk_jax.models import lora, mmdit
@@ -295,11 +295,9 @@ class Painter:
             if source is not None:
                 size = self.limits.sizes[buckets.nearest(*source.shape[:2], self.limits.sizes)]
         if source is not None:
-            source = np.asarray(
-                ImageOps.fit(Image.fromarray(source), size[::-1], Image.Resampling.BICUBIC)
-            )
+            source = sources.cover(source, size)
         side = self.limits.reference_size
-        fitted = tuple(on_white(reference, (side, side)) for reference in references)
+        fitted = tuple(sources.contain(reference, side) for reference in references)
         return Request(prompt, source, fitted, tuple(size), seed)
 
     def noise(self, request: Request) -> np.ndarray:
@@ -411,12 +409,6 @@ class Painter:
         return np.asarray(self.programs.decode(self.params, latents))
 
 
-def on_white(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The whole of a picture [h, w, 3] in the middle of a white one of `size`: uint8 [H, W, 3]."""
-    image = Image.fromarray(picture)
-    return np.asarray(ImageOps.pad(image, size[::-1], Image.Resampling.BICUBIC, "white"))
-
-
 def _first(pair: tuple[int, np.ndarray]) -> int:
     return pair[0]
 
@@ -462,11 +454,7 @@ def of_params(
         params[tower] = jax.jit(lora.merge, static_argnums=2)(
             params[tower], adapter, config.lora_scale
         )
-    data = run["data"]
-    tokenizer = prompts.load_tokenizer(data["tokenizer"] or run["init"]["vlm"])
-    layout = prompts.PromptLayout(
-        tokenizer, config.max_text, config.num_queries, config.vlm_pixels
-    )
+    data, layout = run["data"], pipeline.make_layout(run)
     limits = Limits(
         sizes=tuple(tuple(size) for size in data["sizes"]),
         reference_size=data["reference_size"],

@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import logging
 import os
 import pathlib
 import re
@@ -306,6 +307,7 @@ def texts_of(
 @errors.exits
 def main(argv: Sequence[str]) -> None:
     """The command; see the module's docstring."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what we ask for
     args = parser().parse_args(argv)
     asked = orders(args)
     size = parse_size(args.size)

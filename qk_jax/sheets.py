@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from qk_jax.painting import Request
+
 Cell = tuple[str, np.ndarray]  # (label, uint8 [h, w, 3])
 SIDE = 160  # longest side of a picture on the sheet, in pixels
 GAP = 12
@@ -56,6 +58,24 @@ def enlarged(pixels: np.ndarray) -> Image.Image:
     size = tuple(max(1, round(side * scale)) for side in picture.size)
     grows = scale > 1
     return picture.resize(size, Image.Resampling.NEAREST if grows else Image.Resampling.LANCZOS)
+
+
+def of_requests(
+    title: str,
+    requests: Sequence[Request],
+    painted: Sequence[np.ndarray],
+    truths: Sequence[np.ndarray | None],
+) -> Image.Image:
+    """A sheet of painted pictures beside what they were painted from, and the truth if known."""
+    rows = []
+    for request, picture, truth in zip(requests, painted, truths, strict=True):
+        cells = [] if request.source is None else [("source", request.source)]
+        cells += [(f"reference {n}", x) for n, x in enumerate(request.references, start=1)]
+        cells.append(("painted", picture))
+        if truth is not None:
+            cells.append(("truth", truth))
+        rows.append((request.prompt, cells))
+    return draw(title, rows)
 
 
 def save(sheet: Image.Image, path: str | os.PathLike) -> None:

@@ -1,0 +1,242 @@
+"""The whole way in one command: trains three stages, measures, paints, exports, reports.
+
+Run by launch/quickstart.sh. Finished parts are kept: run again to resume, or to hear that all is
+done. What lies in the folder afterwards stands at the end of its output and in the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import report  # beside this file
+
+from qk_jax import errors, evaluation, painting, sheets
+from qk_jax.errors import InputError
+from qk_jax.training import config as config_lib
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+STAGES = ("stage1", "stage2", "stage3")
+PHASES = ("untrained", *STAGES)
+MODES = {
+    "quick": ("tiny", evaluation.Plan()),
+    "smoke": ("smoke", evaluation.SMOKE),
+    "long": ("tiny_long", evaluation.LONG),
+}
+
+
+class Quickstart:
+    """One folder with everything that the command makes in it."""
+
+    def __init__(self, out: pathlib.Path, mode: str):
+        self.out, self.mode = out, mode
+        self.size, self.plan = MODES[mode]
+        self.specs = {stage: f"{ROOT}/configs/{stage}.py:{self.size}" for stage in STAGES}
+        configs = [config_lib.to_json(config_lib.load(spec)) for spec in self.specs.values()]
+        text = json.dumps([configs, repr(self.plan)])
+        self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.state = {"mode": mode, "digest": self.digest, "parts": {}}
+
+    def open(self, fresh: bool) -> None:
+        """Makes the folder, or takes up the state of a run that was begun in it.
+
+        Raises:
+          InputError: the folder cannot be written, or holds something else.
+        """
+        marker = self.out / "state.json"
+        if fresh and marker.is_file():
+            shutil.rmtree(self.out)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            probe = self.out / f".write-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            reason = error.strerror
+            raise InputError(f"{self.out} cannot be written: {reason}; give --out") from None
+        if marker.is_file():
+            try:
+                found = json.loads(marker.read_text())
+            except ValueError:
+                raise InputError(f"{marker} is damaged; begin anew with --fresh") from None
+            if found.get("digest") != self.digest:
+                raise InputError(
+                    f"{self.out} holds a run of mode {found.get('mode')!r} with other settings "
+                    f"than this one of mode {self.mode!r}; give another --out, or --fresh"
+                )
+            self.state = found
+        elif any(self.out.iterdir()):
+            raise InputError(f"{self.out} is not empty and holds no quickstart; give another --out")
+        self.write_state()
+
+    def write_state(self) -> None:
+        """Notes which parts are done."""
+        write_text(self.out / "state.json", json.dumps(self.state, indent=1))
+
+    def part(self, name: str, title: str, work: Callable[[], None]) -> None:
+        """Does `work` unless it was done before; notes its time."""
+        if name in self.state["parts"]:
+            return
+        print(f"[{len(self.state['parts']) + 1}] {title}", flush=True)
+        start = time.monotonic()
+        work()
+        self.state["parts"][name] = {"seconds": round(time.monotonic() - start, 1)}
+        usage = resource.getrusage
+        for who, which in (("driver", resource.RUSAGE_SELF), ("child", resource.RUSAGE_CHILDREN)):
+            peak = usage(which).ru_maxrss / 1024  # KiB on Linux
+            memory = self.state.setdefault("peak_memory_mib", {})
+            memory[who] = max(memory.get(who, 0), round(peak))
+        self.write_state()
+
+    # ---- the parts -----------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """All parts that are not done, in order."""
+        before = len(self.state["parts"])
+        self.part("untrained", "measuring the untrained model", lambda: self.measure("untrained"))
+        for stage in STAGES:
+            self.part(f"train {stage}", f"training {stage}", lambda stage=stage: self.train(stage))
+            self.part(stage, f"measuring {stage}", lambda stage=stage: self.measure(stage))
+        self.part("export", "exporting stage3 to PyTorch", self.export)
+        missing = [name for name in ("torch", "diffusers") if not importlib.util.find_spec(name)]
+        if not missing:
+            self.part("compare", "painting the same noise with PyTorch", self.compare)
+        if before == len(self.state["parts"]):
+            print("all parts are already done; --fresh begins anew")
+        self.report(missing)
+
+    def train(self, stage: str) -> None:
+        """One stage, by the command that a user would type."""
+        self.command("-m", "qk_jax.train", "--config", self.specs[stage], "--workdir", self.out)
+
+    def export(self) -> None:
+        """The stage-3 model as a folder for diffusers."""
+        self.command(
+            "-m", "qk_jax.convert", "to-pytorch",
+            "--checkpoint", self.out / "stage3", "--out", self.out / "pytorch",
+        )  # fmt: skip
+
+    def compare(self) -> None:
+        """The same weights, states and pictures from the same noise, in JAX and in PyTorch."""
+        from qk_jax.convert import verify
+
+        painter = painting.load(self.out / "stage3", batch=1)
+        pipe = verify.load_pipeline(self.out / "pytorch")
+        rows = []
+        for lines in (verify.tensors(painter, self.out / "pytorch"), verify.outputs(painter, pipe)):
+            for line in lines:
+                print(f"    {line.name}: {line.difference:.3g} (at most {line.tolerance:g})")
+                rows.append(line._asdict() | {"is_good": line.is_good})
+        write_text(self.out / "comparison.json", json.dumps(rows, indent=1))
+
+    def command(self, *words: Any) -> None:
+        """Runs Python in a process of its own; leaves with its status when it fails."""
+        status = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT).returncode
+        if status:
+            print(f"stopped (status {status}); the same command goes on from here", file=sys.stderr)
+            raise SystemExit(status if status > 0 else 128 - status)
+
+    def measure(self, phase: str) -> None:
+        """Figures and sheets of one phase."""
+        if phase == "untrained":
+            painter = evaluation.untrained(config_lib.load(self.specs["stage1"]), self.plan.batch)
+        else:
+            painter = painting.load(self.out / phase, batch=self.plan.batch)
+        config = config_lib.load(self.specs["stage3"])
+        held_out = evaluation.held_out(config, self.plan.records)
+        captions = evaluation.captions(config, self.plan.captions)
+        figures, painted = evaluation.evaluate(
+            painter, self.plan, held_out, captions, lambda line: print(f"    {line}", flush=True)
+        )
+        for task, pictures in painted.items():
+            shown = held_out[task][: self.plan.sheet]
+            sheet = sheets.of_requests(
+                f"{task.replace('_', ' ')}, {phase}: held-out subjects",
+                [example.request for example in shown],
+                pictures[: self.plan.sheet],
+                [example.truth for example in shown],
+            )
+            sheets.save(sheet, self.out / "samples" / f"{task}_{phase}.png")
+        write_text(self.out / "evaluation" / f"{phase}.json", json.dumps(figures, indent=1))
+
+    def report(self, missing: Sequence[str]) -> None:
+        """report.json, report.md, and where things are.
+
+        Raises:
+          SystemExit: 1 when PyTorch does not paint what JAX paints.
+        """
+        found = {
+            phase: json.loads((self.out / "evaluation" / f"{phase}.json").read_text())
+            for phase in PHASES
+        }
+        comparison = self.out / "comparison.json"
+        compared = json.loads(comparison.read_text()) if comparison.is_file() else None
+        how = self.plan.settings
+        plan = dataclasses.asdict(self.plan) | {
+            "painting": f"{how.steps} {how.solver} steps, guidance {how.guidance:g}, "
+            f"image guidance {how.image_guidance:g}"
+        }
+        whole = report.collect(self.state, plan, found, compared)
+        write_text(self.out / "report.json", json.dumps(whole, indent=1))
+        write_text(self.out / "report.md", report.markdown(whole))
+        print(report.ending(self.out, whole))
+        if missing:
+            print(
+                f"  Not compared with PyTorch: {' and '.join(missing)} not installed. "
+                "`bash launch/test.sh` installs it; then run this command again."
+            )
+        bad = [row["name"] for row in compared or () if not row["is_good"]]
+        if bad:
+            print(f"error: PyTorch differs too much in: {', '.join(bad)}", file=sys.stderr)
+            raise SystemExit(1)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file that appears under its name only when complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    out = argparse.ArgumentParser(prog="launch/quickstart.sh", description=__doc__)
+    add = out.add_argument
+    add("--out", help="folder for everything (default runs/quickstart, with --long runs/long)")
+    add("--fresh", action="store_true", help="delete what an earlier run left in the folder")
+    how = out.add_mutually_exclusive_group()
+    how.add_argument("--smoke", action="store_true", help="everything, shortened: 4 minutes")
+    how.add_argument("--long", action="store_true", help="longer training: better pictures, hours")
+    return out
+
+
+@errors.exits
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    args = parser().parse_args(argv)
+    mode = "smoke" if args.smoke else "long" if args.long else "quick"
+    default = ROOT / "runs" / {"quick": "quickstart"}.get(mode, mode)
+    quickstart = Quickstart(pathlib.Path(args.out or default).resolve(), mode)
+    quickstart.open(args.fresh)
+    try:
+        quickstart.run()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
