@@ -287,12 +287,11 @@ def autoencoder_kl() -> Table:
         for name in ("conv_in", "conv_out"):
             rows += _convolution(f"{half}.{name}", f"{half}/{name}")
         rows += _group_norm(f"{half}.conv_norm_out", f"{half}/conv_norm_out")
-        for torch, path in (
-            (f"{half}.mid_block.resnets.{{j}}", f"{half}/mid_block/resnets_{{j}}"),
-            (f"{half}.{blocks}.{{i}}.resnets.{{j}}", f"{half}/{blocks}_{{i}}/resnets_{{j}}"),
-        ):
+        middle = f"{half}.mid_block.resnets.{{j}}", f"{half}/mid_block/resnets_{{j}}"
+        level = f"{half}.{blocks}.{{i}}.resnets.{{j}}", f"{half}/{blocks}_{{i}}/resnets_{{j}}"
+        for torch, path in (middle, level):
             rows += _residual(torch, path, _group_norm, _convolution)
-        rows += _convolution(f"{torch}.conv_shortcut", f"{path}/conv_shortcut")
+        rows += _convolution(f"{level[0]}.conv_shortcut", f"{level[1]}/conv_shortcut")
         torch, path = f"{half}.mid_block.attentions.0", f"{half}/mid_block/attentions_0"
         rows += _group_norm(f"{torch}.group_norm", f"{path}/group_norm")
         for name in ("to_q", "to_k", "to_v", "to_out.0"):
@@ -328,15 +327,13 @@ def autoencoder_kl_qwen_image() -> Table:
         for name in ("conv_in", "conv_out"):
             rows += _causal3(f"{half}.{name}", f"{half}/{name}")
         rows += _channel_norm(f"{half}.norm_out", f"{half}/norm_out")
-        blocks = (
-            (f"{half}.mid_block.resnets.{{j}}", f"{half}/mid_block/resnets_{{j}}"),
-            ("encoder.down_blocks.{i}", "encoder/down_blocks_{i}")
-            if half == "encoder"
-            else ("decoder.up_blocks.{i}.resnets.{j}", "decoder/up_blocks_{i}/resnets_{j}"),
-        )
-        for torch, path in blocks:
+        middle = f"{half}.mid_block.resnets.{{j}}", f"{half}/mid_block/resnets_{{j}}"
+        level = "encoder.down_blocks.{i}", "encoder/down_blocks_{i}"
+        if half == "decoder":
+            level = "decoder.up_blocks.{i}.resnets.{j}", "decoder/up_blocks_{i}/resnets_{j}"
+        for torch, path in (middle, level):
             rows += _residual(torch, path, _channel_norm, _causal3)
-        rows += _convolution(f"{torch}.conv_shortcut", f"{path}/conv_shortcut", CAUSAL1)
+        rows += _convolution(f"{level[0]}.conv_shortcut", f"{level[1]}/conv_shortcut", CAUSAL1)
         torch, path = f"{half}.mid_block.attentions.0", f"{half}/mid_block/attentions_0"
         rows.append(Row(f"{torch}.norm.gamma", f"{path}/norm/scale", VECTOR3))
         for name in ("to_qkv", "proj"):

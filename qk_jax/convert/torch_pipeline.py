@@ -434,7 +434,10 @@ class QueryKontextPipeline(DiffusionPipeline):
 
     def _guided(self, prompt, pictures, roles, shape, guidance, image_guidance) -> Callable:
         """velocity(x, sigma) with guidance over words and over pictures."""
-        shown = [self.encode_picture(x) for x in pictures] if self.config.condition_latents else []
+        shown = []
+        if self.config.condition_latents:
+            shown = [self.encode_picture(x) for x in pictures]
+        roles = roles[: len(shown)]
         grids = [(z[-2] // 2, z[-1] // 2) for z in (shape, *(z.shape for z in shown))]
         full, no_text, none = (self.encode_context(prompt, pictures), shown), None, None
         if pictures and image_guidance != 1:

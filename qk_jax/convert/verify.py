@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -40,24 +40,25 @@ def load_pipeline(folder: Path) -> Any:
     """The exported pipeline, in float32, from the folder alone.
 
     Raises:
-      InputError: PyTorch is not installed, or the folder is no export.
+      InputError: PyTorch is not installed, or diffusers cannot load the folder.
     """
     try:
         import torch
         from diffusers import DiffusionPipeline
     except ImportError as error:
         raise InputError(f"{error.name} is not installed; pip install 'qk_jax[torch]'") from None
-    if not (pathlib.Path(folder) / torch_folder.INDEX).is_file():
-        raise InputError(f"{folder} holds no {torch_folder.INDEX}; give a folder of to-pytorch")
-    folder = str(pathlib.Path(folder).resolve())
-    pipe = DiffusionPipeline.from_pretrained(
-        folder,
-        custom_pipeline=folder,
-        trust_remote_code=True,
-        dtype=torch.float32,
-        local_files_only=True,
-    )
+    path = str(pathlib.Path(folder).resolve())
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            path, custom_pipeline=path, trust_remote_code=True, local_files_only=True
+        )
+    except Exception as error:  # of diffusers, transformers or the folder's own code
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"diffusers cannot load {folder}: {first}; export again") from error
     pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.float()
     return pipe
 
 
@@ -164,24 +165,25 @@ def verify(painter: painting.Painter, folder: Path, say: Callable[[str], None] =
       InputError: the folder is no export of this model, or PyTorch is not installed.
     """
     folder = pathlib.Path(folder)
-    pipe = load_pipeline(folder)
+    if not (folder / torch_folder.INDEX).is_file():
+        raise InputError(f"{folder} holds no {torch_folder.INDEX}; give a folder of to-pytorch")
     dtype = read_json(folder / "text_encoder" / "config.json").get("dtype", "float32")
     if dtype not in DTYPES:
         raise InputError(f"{folder} is in {dtype!r}; this reads {', '.join(DTYPES)}")
-    changed = {
-        name: (pipe.config[name], value)
-        for name, value in torch_folder.settings(painter).items()
-        if pipe.config.get(name) != value
-    }
-    if changed:
-        name, (theirs, ours) = next(iter(changed.items()))
-        raise InputError(f"{folder} has {name} = {theirs!r}, the checkpoint {ours!r}; export again")
-    lines = []
+    index = read_json(folder / torch_folder.INDEX)
+    for name, ours in torch_folder.settings(painter).items():
+        if index.get(name) != ours:
+            found = f"{name} = {index.get(name)!r}, the checkpoint {ours!r}"
+            raise InputError(f"{folder} has {found}; export again")
     say(f"{'compared (weights in ' + dtype + ')':<44} {'difference':>12} {'tolerated':>10}")
-    same = _in_float32(painter, dtype)
-    for source in (tensors(painter, folder), outputs(same, pipe)):
-        for line in source:
+    lines = []
+
+    def compare(found: Iterable[Line]) -> None:
+        for line in found:
             lines.append(line)
             mark = "" if line.is_good else "  <- too large"
             say(f"{line.name:<44} {line.difference:>12.3g} {line.tolerance:>10.3g}{mark}")
+
+    compare(tensors(painter, folder))
+    compare(outputs(_in_float32(painter, dtype), load_pipeline(folder)))
     return all(line.is_good for line in lines)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -89,7 +90,7 @@ RUN = {"stage": "stage3", "data": {"tasks": {"editing": 0.5, "composition": 0.0}
 
 
 @functools.cache
-def painter(law, vae_kind="kl"):
+def painter(law, vae_kind="kl", latents=True):
     """A random painter of nano size with the tiny tokenizer."""
     config = query_kontext.ModelConfig(
         vlm=dataclasses.replace(
@@ -109,7 +110,7 @@ def painter(law, vae_kind="kl"):
         max_text=20,
         vlm_pixels=56 * 56,
         law=law,
-        condition_latents=True,
+        condition_latents=latents,
     )  # fmt: skip
     model = query_kontext.QueryKontext(config)
     params = nano.random_tree(torch_import.shapes_of(model.abstract()))
@@ -123,9 +124,9 @@ def exported(tmp_path_factory):
     """exported(law, vae kind, dtype) -> (painter, folder, pipeline), each exported once."""
 
     @functools.cache
-    def export(law=SHIFTED, vae_kind="kl", dtype="float32"):
+    def export(law=SHIFTED, vae_kind="kl", dtype="float32", latents=True):
         folder = tmp_path_factory.mktemp("export") / "model"
-        ours = painter(law, vae_kind)
+        ours = painter(law, vae_kind, latents)
         torch_folder.export_pipeline(ours, folder, RUN, 7, dtype)
         return ours, folder, verify.load_pipeline(folder)
 
@@ -178,6 +179,12 @@ def test_the_vae_of_qwen_image_gives_the_same_picture(exported):
     assert_paints_the_same(ours, pipe, "three_bare")
 
 
+@pytest.mark.parametrize("kind", ["shifted", "qwen_image"])
+def test_a_model_that_only_reads_pictures_gives_the_same_picture(exported, kind):
+    ours, _, pipe = exported(rotary.PositionLaw(kind), latents=False)
+    assert_paints_the_same(ours, pipe, "source")
+
+
 def test_verify_passes_in_every_type_and_finds_one_changed_weight(exported, capsys):
     for dtype in ("float32", "float16"):
         ours, folder, _ = exported(SHIFTED, "kl", dtype)
@@ -199,6 +206,14 @@ def test_verify_refuses_what_is_no_export_of_this_model(exported, tmp_path):
     other.config = dataclasses.replace(ours.config, vlm_pixels=28 * 28)
     with pytest.raises(InputError, match="has vlm_pixels = 3136, the checkpoint 784"):
         verify.verify(other, folder)
+    shutil.copytree(folder, tmp_path / "copy")
+    weights = tmp_path / "copy" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(InputError, match="is truncated or no safetensors file"):
+        verify.verify(ours, tmp_path / "copy")
+    (tmp_path / "copy" / "pipeline.py").write_text("1 / 0")
+    with pytest.raises(InputError, match="diffusers cannot load"):
+        verify.load_pipeline(tmp_path / "copy")
 
 
 def test_the_folder_says_what_it_is(exported):
