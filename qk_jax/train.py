@@ -30,8 +30,9 @@ import tqdm
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from qk_jax import errors, sharding
+from qk_jax import errors, painting, sharding, sheets
 from qk_jax.data import pipeline, prompts
+from qk_jax.data.tasks import REFERENCE, SOURCE, TASKS, Example
 from qk_jax.errors import InputError
 from qk_jax.models.query_kontext import QueryKontext
 from qk_jax.training import checkpoint, flops, initial, metrics, optimizer, stages
@@ -417,6 +418,48 @@ class Run:
             self.writers.close()
 
 
+def sheet_hook(config: ConfigDict) -> Hook:
+    """Paints the same few validation records of every task of the run, beside their truth.
+
+    Sheets go to <stage folder>/samples/ and to TensorBoard.
+
+    Raises:
+      InputError: the validation data is missing, or a setting of `samples` cannot be used.
+    """
+    section = config.samples
+    settings = painting.Settings(section.steps, section.guidance, section.image_guidance)
+    settings.check()
+    names = [name for name in TASKS if config.data.tasks[name] > 0]
+    held_out = pipeline.make_sources(config, "validation", config.validation.seed, names)
+    shown = {
+        name: [held_out[name][i] for i in range(min(section.records, len(held_out[name])))]
+        for name in names
+    }
+
+    def request(example: Example, number: int) -> painting.Request:
+        pictures = list(zip(example.pictures, example.roles, strict=True))
+        source = next((picture for picture, role in pictures if role == SOURCE), None)
+        references = tuple(picture for picture, role in pictures if role == REFERENCE)
+        size = example.target.shape[:2]
+        return painting.Request(example.instruction, source, references, size, section.seed, number)
+
+    def paint(moment: Moment) -> None:
+        painter = painting.of_params(moment.model.config, moment.params, moment.config)
+        for name, examples in shown.items():
+            requests = [request(example, i) for i, example in enumerate(examples)]
+            rows = []
+            painted = painter.paint(requests, settings)
+            for example, picture in zip(examples, painted, strict=True):
+                given = [("given", shown) for shown in example.pictures]
+                cells = [*given, ("painted", picture), ("truth", example.target)]
+                rows.append((example.instruction, cells))
+            sheet = sheets.draw(f"{name}, {config.stage}, step {moment.step}", rows)
+            sheets.save(sheet, moment.folder / "samples" / f"{name}_{moment.step:07d}.png")
+            moment.writers.picture(moment.step, f"samples/{name}", np.asarray(sheet.convert("RGB")))
+
+    return paint
+
+
 def parse(argv: Sequence[str]) -> tuple[str, str, dict[str, str]]:
     """(config spec, workdir, overrides) of a command line.
 
@@ -467,7 +510,7 @@ def main(argv: Sequence[str]) -> None:
     start_logging()
     spec, workdir, overrides = parse(argv)
     config = config_lib.load(spec, overrides)
-    train(config, workdir)
+    train(config, workdir, [sheet_hook(config)] if config.samples.every else ())
 
 
 def run() -> None:

@@ -160,8 +160,8 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         ema = optimizer.ema_update(state.ema, params, state.step, decay) if decay else {}
         metrics = summaries(rows, bins) | {
-            "grad_norm": optax.global_norm(grads),
-            "param_norm": optax.global_norm(params),
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(params),
             "lr": adam.rate(state.step),
         }
         return TrainState(state.step + 1, params, opt_state, ema), metrics
