@@ -11,6 +11,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 import qk_jax
+from qk_jax.convert.safetensors_io import read_json
 from qk_jax.data import buckets
 from qk_jax.diffusion import flow
 from qk_jax.errors import InputError
@@ -57,6 +58,8 @@ def base(stage: str, size: str) -> ConfigDict:
     tiny = towers(size) == "tiny"
     generator = mmdit.PRESETS[row["head" if stage == "stage1" else "mmdit"]]
     autoencoder = vae.PRESETS[row["vae"]]
+    if tiny:  # the scale of its latents was measured, so it stands beside the weights
+        autoencoder = vae.config_from_hf(read_json(ASSETS / "tiny/vae/config.json"))
     config = ConfigDict()
     config.stage = stage
     config.size = size
@@ -111,7 +114,7 @@ def base(stage: str, size: str) -> ConfigDict:
         "corpus": "",  # folder of cut-outs from which the tasks are made; '' is the embedded one
         "records": "",  # instead: a folder of ready examples, or tfds:NAME
         "tfds_image": "image", "tfds_text": "text",  # features of tfds:NAME
-        "tokenizer": "",  # '' is the VLM's folder
+        "tokenizer": str(ASSETS / "tiny/tokenizer") if tiny else "",  # '' is the VLM's folder
         "batch": 32,
         "tasks": {
             "text_to_image": 0.0, "reconstruction": 0.0, "transformation": 0.0,
@@ -121,7 +124,8 @@ def base(stage: str, size: str) -> ConfigDict:
         "sizes": ((64, 64), (48, 80), (80, 48)) if tiny else buckets.table(512, 16),
         "reference_size": 64 if tiny else 512,
         "dropout": {"text": 0.1, "pictures": 0.1, "both": 0.1},
-        "max_groups": 8,  # shapes of one task; rarer ones are merged into the nearest
+        # shapes of one task (each is compiled); rarer ones are merged into the nearest
+        "max_groups": pick(size, tiny=2, tiny_long=8, smoke=1, full=8),
         "max_pixels": 64_000_000,  # a larger picture is a bad record
         "max_bad_share": 0.01,  # of the records read; above it the run stops
         "workers": 0 if tiny else 8,
