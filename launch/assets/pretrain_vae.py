@@ -1,12 +1,16 @@
 """Pretrains the tiny AutoencoderKL on the embedded pictures.
 
     python launch/assets/pretrain_vae.py --minutes 20 [--steps N --batch N --out DIR --resume FILE]
+    python launch/assets/pretrain_vae.py --minutes 20 --decoder-of FOLDER --out DIR
 
 Pictures are composed as the tasks compose them: one to three cut-outs of the training side on
 white, flat or graded backgrounds, in the three bucket sizes. Loss: L1 + squared error + L1 of the
 differences between neighbours at three scales + a light KL term. Writes a diffusers folder with
 float16 weights whose scaling_factor and shift_factor are the measured ones, metrics.json with the
 figures on held-out subjects, a sheet of held-out reconstructions, and a model card.
+
+The second form trains the decoder of an existing folder further and keeps its encoder and
+normalisation to the bit, so that models of its latents stay valid.
 """
 
 from __future__ import annotations
@@ -138,8 +142,11 @@ def edge_loss(x: jax.Array, y: jax.Array) -> jax.Array:
     return total / 3
 
 
-def loss_of(params: dict, pictures: jax.Array, rng: jax.Array) -> tuple[jax.Array, dict]:
-    """The training loss of one uint8 batch, and its parts."""
+def loss_of(
+    params: dict, fixed: dict, pictures: jax.Array, rng: jax.Array
+) -> tuple[jax.Array, dict]:
+    """The training loss of one uint8 batch, and its parts; `fixed` are weights not trained."""
+    params = params | fixed
     x = to_float(pictures)
     mean, logvar = MODEL.apply({"params": params}, x, method="encode")
     y = MODEL.apply({"params": params}, vae.sample(mean, logvar, rng), method="decode")
@@ -158,10 +165,12 @@ OPTIMIZER = optax.chain(
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def train_step(state: dict, pictures: jax.Array, rate: jax.Array) -> tuple[dict, dict]:
+def train_step(
+    state: dict, fixed: dict, pictures: jax.Array, rate: jax.Array
+) -> tuple[dict, dict]:
     """One AdamW update at learning rate `rate`, and the moving average."""
     rng = jax.random.fold_in(jax.random.key(0), state["step"])
-    grads, parts = jax.grad(loss_of, has_aux=True)(state["params"], pictures, rng)
+    grads, parts = jax.grad(loss_of, has_aux=True)(state["params"], fixed, pictures, rng)
     updates, moments = OPTIMIZER.update(grads, state["moments"], state["params"])
     params = jax.tree.map(lambda p, u: p - rate * u, state["params"], updates)
     decay = jnp.minimum(EMA, (1.0 + state["step"]) / (10.0 + state["step"]))
@@ -239,9 +248,10 @@ block_out_channels {widths}, {count:,} parameters in float16. Made by
 - Data: {subjects:,} cut-outs of the training side of the embedded corpus (`../../corpus`, whose
   licences are stated there), one to three of them composed on white, flat or graded backgrounds
   in 64x64, 48x80 and 80x48 (height x width).
-- Training: {steps:,} steps of {batch} pictures on the CPU, AdamW with peak rate {rate}, cosine;
-  weights are the moving average ({ema}). Loss: L1 + squared error + {edge} x L1 of neighbour
-  differences at three scales + {kl} x KL per latent number.
+- Training: {steps:,} steps of {batch} pictures on the CPU, the last {alone:,} of them of the
+  decoder alone; AdamW with peak rate {rate}, cosine; weights are the moving average ({ema}).
+  Loss: L1 + squared error + {edge} x L1 of neighbour differences at three scales
+  + {kl} x KL per latent number.
 - Normalisation: (z - {shift}) * {scale}, measured on training scenes.
 - PSNR in dB on held-out subjects (posterior mean, the float16 weights):
   {psnr}.
@@ -250,10 +260,10 @@ Small and trained for minutes: fine texture and thin lines are lost. Not meant f
 """
 
 
-def save(state: dict, config, out: pathlib.Path, cuts, held, report: dict) -> dict:
+def save(params: dict, config, out: pathlib.Path, cuts, held, report: dict) -> dict:
     """Writes the folder beside `out` and renames it; returns the figures."""
     partial = out.with_name(f".{out.name}.{os.getpid()}")
-    torch_export.export_vae(state["ema"], config, partial, jnp.float16)
+    torch_export.export_vae(params, config, partial, jnp.float16)
     config, params = torch_import.import_vae(partial, jnp.float32)
     report |= {"psnr_db": figures(params, held), "parameters": count(params)}
     report |= {"held_out_subject_pictures": len(held["on_white_64x64"])}
@@ -262,8 +272,8 @@ def save(state: dict, config, out: pathlib.Path, cuts, held, report: dict) -> di
     card = CARD.format(
         latent=config.latent_channels, widths=config.block_out_channels, count=count(params),
         subjects=len(cuts), steps=report["steps"], batch=report["batch"], rate=RATE, ema=EMA,
-        edge=GRADIENT_WEIGHT, kl=KL_WEIGHT, shift=config.shift_factor,
-        scale=config.scaling_factor,
+        alone=report["steps_of_the_decoder_alone"], edge=GRADIENT_WEIGHT, kl=KL_WEIGHT,
+        shift=config.shift_factor, scale=config.scaling_factor,
         psnr=", ".join(f"{name} {value:.2f}" for name, value in report["psnr_db"].items()),
     )  # fmt: skip
     (partial / "README.md").write_text(card, encoding="utf-8")
@@ -281,7 +291,7 @@ def rate_at(step: int, done: float) -> float:
     return RATE * min(1.0, (step + 1) / WARM_UP) * (0.51 + 0.49 * math.cos(math.pi * min(done, 1)))
 
 
-def train(state: dict, args: argparse.Namespace, cuts, held) -> dict:
+def train(state: dict, fixed: dict, args: argparse.Namespace, cuts, held) -> dict:
     """Trains until the steps or the minutes are used up; `done` drives the learning rate."""
     rng = np.random.default_rng([5, int(state["step"])])
     sizes, shares = list(BUCKETS), list(BUCKETS.values())
@@ -294,7 +304,7 @@ def train(state: dict, args: argparse.Namespace, cuts, held) -> dict:
             break
         bucket = sizes[rng.choice(len(sizes), p=shares)]
         batch = scenes(rng, cuts, bucket, args.batch)
-        state, parts = train_step(state, batch, np.float32(rate_at(step, done)))
+        state, parts = train_step(state, fixed, batch, np.float32(rate_at(step, done)))
         if now - shown > 20:
             shown = now
             text = " ".join(f"{k} {float(v):.5f}" for k, v in parts.items())
@@ -302,7 +312,7 @@ def train(state: dict, args: argparse.Namespace, cuts, held) -> dict:
         if args.checkpoint and now - saved > 180:
             saved = now
             args.checkpoint.write_bytes(serialization.to_bytes(state))
-            print(f"step {step} psnr {figures(state['ema'], held)}", flush=True)
+            print(f"step {step} psnr {figures(state['ema'] | fixed, held)}", flush=True)
     if args.checkpoint:
         args.checkpoint.write_bytes(serialization.to_bytes(state))
     return state
@@ -310,7 +320,7 @@ def train(state: dict, args: argparse.Namespace, cuts, held) -> dict:
 
 @exits
 def main() -> None:
-    """Trains, measures the latents, writes the folder and opens what it wrote."""
+    """Trains, measures the latents, and writes the folder with what was measured on it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--steps", type=int, default=0, help="instead of --minutes")
@@ -319,23 +329,37 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=ASSETS / "tiny" / "vae")
     parser.add_argument("--checkpoint", type=pathlib.Path, help="written every three minutes")
     parser.add_argument("--resume", type=pathlib.Path, help="a checkpoint to go on from")
+    parser.add_argument("--decoder-of", type=pathlib.Path, help="a folder to train further")
     args = parser.parse_args()
     if args.out.exists():
         raise InputError(f"{args.out} exists; remove it or name another --out")
     cuts = cut_outs(args.corpus / "train.array_record")
     others = cut_outs(args.corpus / "validation.array_record")
     start = time.monotonic()
-    params = layers.init_params(MODEL, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    config, fixed, before = None, {}, 0
+    if args.decoder_of:
+        config, params = torch_import.import_vae(args.decoder_of, jnp.float32)
+        if dataclasses.replace(config, scaling_factor=1.0, shift_factor=0.0) != CONFIG:
+            raise InputError(f"{args.decoder_of} holds no tiny autoencoder; name one that does")
+        before = json.loads((args.decoder_of / "metrics.json").read_text())["steps"]
+        fixed = {"encoder": params.pop("encoder")}
+    else:
+        params = layers.init_params(MODEL, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    params = jax.tree.map(jnp.asarray, params)
     state = {"params": params, "ema": jax.tree.map(jnp.copy, params), "step": jnp.int32(0)}
     state["moments"] = OPTIMIZER.init(params)
     if args.resume:
         state = serialization.from_bytes(state, args.resume.read_bytes())
-    state = train(state, args, cuts, held_out(others, 32))
-    config, channels = statistics(state["ema"], cuts)
-    report = {"steps": int(state["step"]), "batch": args.batch, "latent_channels": channels}
+    state = train(state, fixed, args, cuts, held_out(others, 32))
+    params = state["ema"] | fixed
+    measured, channels = statistics(params, cuts)
+    report = {"steps": before + int(state["step"]), "steps_of_the_decoder_alone": 0}
+    if args.decoder_of:
+        report["steps_of_the_decoder_alone"] = int(state["step"])
+    report |= {"batch": args.batch, "latent_channels": channels}
     report["minutes"] = round((time.monotonic() - start) / 60, 1)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    report = save(state, config, args.out, cuts, held_out(others), report)
+    report = save(params, config or measured, args.out, cuts, held_out(others), report)
     print(f"{args.out}: {report['psnr_db']}")
 
 
