@@ -6,6 +6,7 @@ training, so that phases can be compared.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -76,7 +77,9 @@ class Evaluator:
     """Figures of one painter. All examples of a task have the same shapes."""
 
     def __init__(self, painter: Painter, plan: Plan):
-        self.painter, self.plan = painter, plan
+        self.painter, self.plan = copy.copy(painter), plan
+        # Stages are compared in all tasks, also in those that they were not trained for.
+        self.painter.limits = dataclasses.replace(painter.limits, max_references=len(TASKS))
         self._loss = jax.jit(self._losses, static_argnames="grid")
         self._pool = jax.jit(self._pooled, static_argnames="grid")
 
