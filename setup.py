@@ -40,6 +40,7 @@ setup(
             "qk-train = qk_jax.train:run",
             "qk-sample = qk_jax.sample:run",
             "qk-convert = qk_jax.convert.__main__:run",
+            "qk-bench = qk_jax.bench.__main__:run",
         ]
     },
 )

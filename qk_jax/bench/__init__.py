@@ -1,0 +1,1 @@
+"""What a config costs: parameters, memory, FLOPs, and the speed on the devices at hand."""

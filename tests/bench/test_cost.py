@@ -1,0 +1,79 @@
+"""Prices of the real sizes, and the command on a small one."""
+
+import jax
+import numpy as np
+import pytest
+
+from qk_jax import sharding
+from qk_jax.bench import __main__ as bench
+from qk_jax.bench import cost
+from qk_jax.data import prompts
+from qk_jax.training import config as config_lib
+from qk_jax.training import state as state_lib
+
+NANO = "tests/training/nano.py:stage3"
+
+
+def layout_of(spec):
+    config = config_lib.load(spec)
+    mesh = sharding.build_mesh(config.mesh, slices=config.slices)
+    return config, state_lib.Layout(state_lib.build_model(config), config, mesh)
+
+
+def test_parts_of_the_real_size():
+    config, layout = layout_of("configs/stage2.py:20b")
+    parts = {part.name: part for part in cost.parts(layout, config)}
+    assert parts["mmdit"].trained == 20_430_401_088
+    assert parts["vlm"].frozen == 8_292_166_656
+    assert parts["connector"].trained == pytest.approx(51.4e6, rel=1e-3)
+    # float32 weights, two moments and the average; the frozen tower once in bfloat16
+    assert parts["mmdit"].state_bytes == 16 * 20_430_401_088
+    assert parts["vlm"].state_bytes == 2 * 8_292_166_656
+
+
+def test_batch_shapes_are_those_of_the_prompt_layout():
+    config = config_lib.load("configs/stage3.py:tiny")
+    model = config.model
+    layout = prompts.PromptLayout(
+        prompts.load_tokenizer(config.data.tokenizer),
+        model.max_text, model.num_queries, model.vlm_pixels,
+    )  # fmt: skip
+    for pictures in ((), ((64, 64),), ((64, 64), (48, 80))):
+        shapes = cost.batch_shapes(config, (64, 64), pictures, rows=2)
+        patches = sum(h * w for h, w in layout.grids(pictures))
+        assert shapes["pixel_values"].shape == (2, patches, 1176)
+        words = shapes["input_ids"].shape[1] - layout.length(pictures)
+        assert abs(words) <= 12 + 4 * len(pictures)  # the words around differ with the tokenizer
+
+
+def test_flops_grow_with_pictures_and_rows_do_not_matter():
+    config, layout = layout_of(NANO)
+    few = cost.flops_per_row(config, layout, cost.batch_shapes(config, (64, 64), (), 2))
+    more = cost.flops_per_row(config, layout, cost.batch_shapes(config, (64, 64), ((64, 64),), 2))
+    many = cost.flops_per_row(config, layout, cost.batch_shapes(config, (64, 64), (), 4))
+    assert 0 < few < more
+    assert many == few
+
+
+def test_command_measures_on_the_devices_at_hand(capsys):
+    bench.main(["--config", NANO, "--pictures", "1", "--rows", "8", "--measure", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(f"{jax.device_count()} x cpu")
+    rows = [line.split() for line in lines if line.startswith("64x64")]
+    assert [row[1] for row in rows] == ["0", "1"]
+    assert all(float(row[4]) > 0 and float(row[5]) > 0 for row in rows)
+
+
+def test_command_refuses_negative_counts(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        bench.main(["--config", NANO, "--rows", "-1"])
+    assert leaving.value.code == 2
+    assert "at least 0" in capsys.readouterr().err
+
+
+def test_synthetic_rows_show_every_picture():
+    config, _ = layout_of(NANO)
+    shapes = cost.batch_shapes(config, (64, 64), ((64, 64),), 3)
+    batch = cost.synthetic_batch(shapes, image_token_id=7)
+    shown = (batch["input_ids"] == 7).sum(axis=1)
+    assert np.array_equal(shown, [batch["pixel_values"].shape[1] // 4] * 3)
