@@ -42,7 +42,7 @@ def test_the_weights_cover_the_answer_and_its_end(rows, subjects, kind):
     talks = [vlm.converse(Random(i), kind, subjects) for i in range(6)]
     batch, grids = rows.batch(talks)
     length = batch["weights"].shape[1]
-    assert len(grids) == len(vlm.KINDS[kind][0])
+    assert len(grids) == len(vlm.KINDS[kind])
     assert batch["pixel_values"].shape[1] == sum(h * w for h, w in grids)
     for row, talk in enumerate(talks):
         learnt = batch["input_ids"][row, -length:][batch["weights"][row] > 0]
@@ -76,19 +76,26 @@ def test_captions_say_what_is_drawn(subjects):
             assert shown.pixels.std() > 0  # a subject covers the corner
 
 
-def test_a_step_lowers_the_loss(rows, subjects):
-    batch, grids = rows.batch([vlm.converse(Random(i), "text", subjects) for i in range(2)])
+@pytest.mark.parametrize(("phase", "kind"), [("together", "text"), ("naming", "one")])
+def test_a_phase_learns_its_towers_and_leaves_the_others(rows, subjects, phase, kind):
+    phase = next(p for p in vlm.PHASES if p.name == phase)
+    batch, grids = rows.batch([vlm.converse(Random(i), kind, subjects) for i in range(2)])
     params = layers.init_params(
         vlm.MODEL, jax.random.key(0), batch["input_ids"], batch["position_ids"],
         batch["attention_mask"], batch["pixel_values"], grids,
     )  # fmt: skip
-    state = vlm.optimizer().init(params)
+    params |= {"names": {"scale": jnp.float32(10), "bias": jnp.zeros(2048)}}
+    params = jax.tree.map(jnp.asarray, params)
+    frozen = {name: params[name] for name in params if name not in phase.trained}
+    trained = {name: params[name] for name in phase.trained}
+    state = vlm.optimizer().init(trained)
     losses = []
     for _ in range(4):
-        params, state, loss = vlm.train_step(params, state, batch, jnp.float32(1e-3), grids)
+        trained, state, loss = vlm.train_step(
+            trained, frozen, state, batch, jnp.float32(1e-3), grids, phase.loss
+        )
         losses.append(float(loss))
-    assert losses[-1] < losses[0]
-    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0] and np.isfinite(losses).all()
 
 
 def test_the_rate_warms_up_and_falls_to_zero():
