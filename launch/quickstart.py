@@ -28,6 +28,7 @@ from qk_jax.errors import InputError
 from qk_jax.training import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+IS_MAC = sys.platform == "darwin"  # counts memory in bytes, where Linux counts KiB
 STAGES = ("stage1", "stage2", "stage3")
 PHASES = ("untrained", *STAGES)
 MODES = {
@@ -90,13 +91,15 @@ class Quickstart:
         if name in self.state["parts"]:
             return
         print(f"[{len(self.state['parts']) + 1}] {title}", flush=True)
-        start = time.monotonic()
+        start, before = time.monotonic(), processor_seconds()
         work()
-        self.state["parts"][name] = {"seconds": round(time.monotonic() - start, 1)}
-        usage = resource.getrusage
+        self.state["parts"][name] = {
+            "seconds": round(time.monotonic() - start, 1),
+            "processor_seconds": round(processor_seconds() - before, 1),
+        }
+        memory = self.state.setdefault("peak_memory_mib", {})
         for who, which in (("driver", resource.RUSAGE_SELF), ("child", resource.RUSAGE_CHILDREN)):
-            peak = usage(which).ru_maxrss / 1024  # KiB on Linux
-            memory = self.state.setdefault("peak_memory_mib", {})
+            peak = resource.getrusage(which).ru_maxrss / (1024**2 if IS_MAC else 1024)
             memory[who] = max(memory.get(who, 0), round(peak))
         self.write_state()
 
@@ -201,6 +204,12 @@ class Quickstart:
         if bad:
             print(f"error: PyTorch differs too much in: {', '.join(bad)}", file=sys.stderr)
             raise SystemExit(1)
+
+
+def processor_seconds() -> float:
+    """What this process and its finished children have used of all cores."""
+    usages = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

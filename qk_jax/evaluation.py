@@ -21,11 +21,11 @@ from PIL import Image, ImageOps
 from qk_jax import sharding, similarity
 from qk_jax.data import prompts, tasks
 from qk_jax.data.corpus import Corpus
-from qk_jax.data.tasks import REFERENCE, SOURCE, TASKS
+from qk_jax.data.tasks import TASKS
 from qk_jax.diffusion import flow
 from qk_jax.models import mmdit, mrope
 from qk_jax.models.query_kontext import PACKED
-from qk_jax.painting import FULL, Painter, Request, Settings, of_params
+from qk_jax.painting import FULL, Painter, Request, Settings, of_params, request_of
 from qk_jax.training import initial
 from qk_jax.training import state as state_lib
 
@@ -264,7 +264,7 @@ def held_out(run: Mapping[str, Any], count: int) -> dict[str, list[Example]]:
             size=widest if composed else settings.sizes[0],
             pictures=2 if composed else None,
         )  # fmt: skip
-        out[task] = [example_of(example, number) for number, example in enumerate(found)]
+        out[task] = [Example(request_of(x, number=n), x.target) for n, x in enumerate(found)]
     return out
 
 
@@ -276,26 +276,13 @@ def captions(run: Mapping[str, Any], count: int) -> list[Example]:
         corpus=Corpus("train", run["data"]["corpus"] or None),
         size=settings.sizes[0], kind="plain",
     )  # fmt: skip
-    return [example_of(example, 10_000 + number) for number, example in enumerate(found)]
+    return [Example(request_of(x, number=10_000 + n), x.target) for n, x in enumerate(found)]
 
 
 def _task_settings(run: Mapping[str, Any]) -> tasks.Settings:
     data = run["data"]
     sizes = tuple(tuple(size) for size in data["sizes"])
     return tasks.Settings(sizes, data["reference_size"], run["validation"]["seed"])
-
-
-def example_of(made: tasks.Example, number: int) -> Example:
-    """An example of the data as a request; `number` decides its noise."""
-    pairs = list(zip(made.pictures, made.roles, strict=True))
-    request = Request(
-        prompt=made.instruction,
-        source=next((picture for picture, role in pairs if role == SOURCE), None),
-        references=tuple(picture for picture, role in pairs if role == REFERENCE),
-        size=made.target.shape[:2],
-        number=number,
-    )
-    return Example(request, made.target)
 
 
 def untrained(config: ConfigDict, batch: int) -> Painter:

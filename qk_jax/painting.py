@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from qk_jax.data import buckets, corpus, pipeline, prompts, sources
+from qk_jax.data import buckets, corpus, pipeline, prompts, sources, tasks
 from qk_jax.diffusion import sampler
 from qk_jax.errors import InputError
 from qk_jax.models import lora, mmdit
@@ -58,6 +58,19 @@ class Request:
     def roles(self) -> tuple[int, ...]:
         """SOURCE or REFERENCE for each of `pictures`."""
         return (() if self.source is None else (SOURCE,)) + (REFERENCE,) * len(self.references)
+
+
+def request_of(example: tasks.Example, seed: int = 0, number: int = 0) -> Request:
+    """The request of an example of the data; its pictures are fitted already."""
+    pairs = list(zip(example.pictures, example.roles, strict=True))
+    return Request(
+        prompt=example.instruction,
+        source=next((picture for picture, role in pairs if role == SOURCE), None),
+        references=tuple(picture for picture, role in pairs if role == REFERENCE),
+        size=example.target.shape[:2],
+        seed=seed,
+        number=number,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
