@@ -22,7 +22,7 @@ setup(
         "transformers>=5.15",
         "tokenizers>=0.22",
         "tensorflow-datasets>=4.9",
-        "safetensors>=0.5",
+        "safetensors>=0.8",
         "huggingface_hub>=1.0",
         "tensorboardX>=2.6",
         "etils[epath,epy]>=1.9",

@@ -5,7 +5,8 @@ import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+EIGHT = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT}"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax  # noqa: E402  (the flags above must be set before jax starts)
@@ -15,3 +16,11 @@ jax.config.update(
     "jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax")
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled():
+    """Compiled functions are shared within a module and dropped after it, to bound the memory."""
+    yield
+    jax.clear_caches()
