@@ -147,19 +147,21 @@ def base(stage: str, size: str) -> ConfigDict:
     config.zero2 = ()  # towers whose weights are gathered over fsdp once per step
 
     config.checkpoint = ConfigDict({
-        "every": pick(size, 100, 500, 10, 1000),
+        "every": pick(size, 50, 500, 3, 1000),
         "keep": 2,
         "keep_every": 0,  # steps divisible by it stay for good; 0 for none
     })  # fmt: skip
     config.validation = ConfigDict({
-        "every": pick(size, 200, 1000, 20, 2000), "batches": 4, "batch": 32, "seed": 17,
+        "every": pick(size, 0, 1000, 6, 2000),  # 0 is off
+        "batches": pick(size, 4, 4, 1, 4),
+        "batch": pick(size, 32, 32, 8, 32), "seed": 17,
     })  # fmt: skip
     config.samples = ConfigDict({
         "every": 0,  # steps between sheets of painted pictures; 0 for none
         "records": 4,  # validation records per task
         "steps": 20, "guidance": 4.0, "image_guidance": 1.5, "seed": 0,
     })  # fmt: skip
-    config.log = ConfigDict({"every": pick(size, 10, 50, 5, 50), "t_bins": 5})
+    config.log = ConfigDict({"every": pick(size, 10, 50, 2, 50), "t_bins": 5})
     config.wandb = ConfigDict({"project": "", "name": ""})
     return config
 

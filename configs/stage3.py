@@ -15,8 +15,8 @@ def get_config(size: str = "tiny"):
     """The config at `size`."""
     config = common.base("stage3", size)
     tiny = common.towers(size) == "tiny"
-    config.steps = common.pick(size, tiny=400, tiny_long=8000, smoke=20, full=30_000)
-    config.data.batch = 32 if tiny else 512
+    config.steps = common.pick(size, tiny=350, tiny_long=8000, smoke=6, full=30_000)
+    config.data.batch = common.pick(size, tiny=32, tiny_long=32, smoke=8, full=512)
     config.data.tasks.text_to_image = 0.1
     config.data.tasks.reconstruction = 0.1
     config.data.tasks.transformation = 0.1

@@ -280,7 +280,8 @@ class Run:
         config, total = self.config, self.config.steps
         self.writers = metrics.Writers(self.folder, first, config)
         if first == 0:
-            self.validate(state, 0)
+            if config.validation.every:
+                self.validate(state, 0)
             self.call_hooks(state, 0)
         bar = tqdm.tqdm(
             total=total, initial=first, desc=config.stage, unit="step", smoothing=0.1,
@@ -321,7 +322,8 @@ class Run:
             self.store.wait()
             log.info("stopped by a signal after step %d; run the same command to go on", step)
             raise SystemExit(leave)
-        if last or (config.validation.every and step % config.validation.every == 0):
+        every = config.validation.every
+        if every and (last or step % every == 0):
             self.validate(state, step)
         if last or (config.samples.every and step % config.samples.every == 0):
             self.call_hooks(state, step)
