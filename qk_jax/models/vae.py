@@ -406,7 +406,8 @@ class Resample(nn.Module):
 
 
 class Stage(nn.Module):
-    """Residual blocks of one resolution, then a resampling layer called `name_of` (optional)."""
+    """Residual blocks of one resolution, then a resampling layer where `resampled`, its width, is
+    given; `conv` is the PyTorch name of the convolution in it."""
 
     features: int
     count: int
@@ -523,72 +524,45 @@ class QwenDecoder(nn.Module):
         return Conv(config.input_channels, dtype=dtype, name="conv_out")(x)
 
 
-def _moments(h: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(mean, logvar) in float32 from 2 C channels; logvar clamped as diffusers clamps it."""
-    mean, logvar = jnp.split(h.astype(jnp.float32), 2, axis=-1)
-    return mean, jnp.clip(logvar, *LOGVAR_RANGE)
+class VAE(nn.Module):
+    """diffusers' AutoencoderKL, or the image path of AutoencoderKLQwenImage, as `config` says.
 
+    `encode` and `decode` are the methods to apply.
+    """
 
-class AutoencoderKL(nn.Module):
-    """diffusers' AutoencoderKL; `encode` and `decode` are the methods to apply."""
-
-    config: AutoencoderKLConfig
+    config: VAEConfig
     dtype: Any = jnp.float32
 
     def setup(self):
-        config, channels = self.config, self.config.latent_channels
-        self.encoder = Encoder(config, self.dtype)
-        self.decoder = Decoder(config, self.dtype)
-        if config.use_quant_conv:
-            self.quant_conv = Conv(2 * channels, size=1, dtype=self.dtype)
-        if config.use_post_quant_conv:
-            self.post_quant_conv = Conv(channels, size=1, dtype=self.dtype)
+        config, dtype, channels = self.config, self.dtype, self.config.latent_channels
+        self.qwen = isinstance(config, QwenImageVAEConfig)
+        self.encoder = QwenEncoder(config, dtype) if self.qwen else Encoder(config, dtype)
+        self.decoder = QwenDecoder(config, dtype) if self.qwen else Decoder(config, dtype)
+        if self.qwen or config.use_quant_conv:
+            self.quant_conv = Conv(2 * channels, size=1, dtype=dtype)
+        if self.qwen or config.use_post_quant_conv:
+            self.post_quant_conv = Conv(channels, size=1, dtype=dtype)
 
     def encode(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Pictures [B, H, W, 3] in [-1, 1] -> (mean, logvar), float32 [B, H/8, W/8, C]."""
         h = self.encoder(x)
-        return _moments(self.quant_conv(h) if self.config.use_quant_conv else h)
+        h = self.quant_conv(h) if self.qwen or self.config.use_quant_conv else h
+        mean, logvar = jnp.split(h.astype(jnp.float32), 2, axis=-1)
+        return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
     def decode(self, z: jax.Array) -> jax.Array:
-        """Latents [B, h, w, C] -> pictures [B, 8 h, 8 w, 3], about [-1, 1] but not clamped."""
-        return self.decoder(self.post_quant_conv(z) if self.config.use_post_quant_conv else z)
+        """Latents [B, h, w, C] -> pictures [B, 8 h, 8 w, 3], about [-1, 1].
+
+        AutoencoderKLQwenImage clamps to [-1, 1], AutoencoderKL does not.
+        """
+        if self.qwen or self.config.use_post_quant_conv:
+            z = self.post_quant_conv(z)
+        x = self.decoder(z)
+        return jnp.clip(x, -1.0, 1.0) if self.qwen else x
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Pictures through the posterior mean and back; used to make the parameters."""
         return self.decode(self.encode(x)[0])
-
-
-class AutoencoderKLQwenImage(nn.Module):
-    """The image path of diffusers' AutoencoderKLQwenImage, with the same methods."""
-
-    config: QwenImageVAEConfig
-    dtype: Any = jnp.float32
-
-    def setup(self):
-        channels = self.config.z_dim
-        self.encoder = QwenEncoder(self.config, self.dtype)
-        self.decoder = QwenDecoder(self.config, self.dtype)
-        self.quant_conv = Conv(2 * channels, size=1, dtype=self.dtype)
-        self.post_quant_conv = Conv(channels, size=1, dtype=self.dtype)
-
-    def encode(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Pictures [B, H, W, 3] in [-1, 1] -> (mean, logvar), float32 [B, H/8, W/8, C]."""
-        return _moments(self.quant_conv(self.encoder(x)))
-
-    def decode(self, z: jax.Array) -> jax.Array:
-        """Latents [B, h, w, C] -> pictures [B, 8 h, 8 w, 3], clamped to [-1, 1]."""
-        return jnp.clip(self.decoder(self.post_quant_conv(z)), -1.0, 1.0)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Pictures through the posterior mean and back; used to make the parameters."""
-        return self.decode(self.encode(x)[0])
-
-
-def VAE(config: VAEConfig, dtype: Any = jnp.float32) -> AutoencoderKL | AutoencoderKLQwenImage:
-    """The autoencoder that `config` describes, computing in `dtype`."""
-    if isinstance(config, QwenImageVAEConfig):
-        return AutoencoderKLQwenImage(config, dtype)
-    return AutoencoderKL(config, dtype)
 
 
 def sample(mean: jax.Array, logvar: jax.Array, rng: jax.Array) -> jax.Array:

@@ -142,10 +142,10 @@ def test_sample_has_the_posterior_moments():
 
 
 def test_bfloat16_is_near_float32():
-    config = vae.PRESETS["tiny"]
-    x = jnp.asarray(np.random.default_rng(2).uniform(-1, 1, (1, 32, 16, 3)), jnp.float32)
-    params = layers.init_params(vae.VAE(config), jax.random.key(0), x)
-    exact = vae.VAE(config).apply({"params": params}, x)
-    rough = vae.VAE(config, jnp.bfloat16).apply({"params": params}, x)
+    config = dataclasses.replace(KL, block_out_channels=(8, 8))
+    x = jnp.asarray(np.random.default_rng(2).uniform(-1, 1, (1, 8, 4, 3)), jnp.float32)
+    params = jax.jit(vae.VAE(config).init)(jax.random.key(0), x)
+    exact = jax.jit(vae.VAE(config).apply)(params, x)
+    rough = jax.jit(vae.VAE(config, jnp.bfloat16).apply)(params, x)
     assert rough.shape == x.shape
-    assert float(jnp.abs(exact - rough).max()) < 0.1 * float(jnp.abs(exact).max())
+    assert 0 < float(jnp.abs(exact - rough).max()) < 0.1 * float(jnp.abs(exact).max())
