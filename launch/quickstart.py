@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import pathlib
 import resource
@@ -235,6 +236,7 @@ def parser() -> argparse.ArgumentParser:
 @errors.exits
 def main(argv: Sequence[str]) -> None:
     """The command."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what we ask for
     args = parser().parse_args(argv)
     mode = "smoke" if args.smoke else "long" if args.long else "quick"
     default = ROOT / "runs" / {"quick": "quickstart"}.get(mode, mode)

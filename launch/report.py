@@ -85,7 +85,7 @@ def _per_phase(report: Figures, cell: Any) -> str:
 
 
 def _margin(f: Figures) -> str:
-    return f"{f['loss']:.3f} / +{f['margin']:.4f} ± {f['margin_standard_error']:.4f}"
+    return f"{f['loss']:.3f} / {f['margin']:+.4f} ± {f['margin_standard_error']:.4f}"
 
 
 def _psnr_rows(report: Figures) -> list[list[str]]:

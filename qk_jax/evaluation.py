@@ -348,7 +348,7 @@ def evaluate(
         tasks[task] = figures
         say(
             f"{task}: loss {figures['loss']:.4f}, with shuffled conditions "
-            f"+{figures['margin']:.4f} ± {figures['margin_standard_error']:.4f}, "
+            f"{figures['margin']:+.4f} ± {figures['margin_standard_error']:.4f}, "
             f"PSNR {figures['psnr']:.2f} dB"
         )
     out: Figures = {"tasks": tasks}
