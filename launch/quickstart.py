@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import logging
 import os
 import pathlib
 import resource
@@ -22,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import absl.logging
 import report  # beside this file
 
 from qk_jax import errors, evaluation, painting, sheets
@@ -236,7 +236,7 @@ def parser() -> argparse.ArgumentParser:
 @errors.exits
 def main(argv: Sequence[str]) -> None:
     """The command."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what we ask for
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of what we ask for
     args = parser().parse_args(argv)
     mode = "smoke" if args.smoke else "long" if args.long else "quick"
     default = ROOT / "runs" / {"quick": "quickstart"}.get(mode, mode)

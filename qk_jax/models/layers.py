@@ -28,7 +28,9 @@ def boxed(init: Initializer, axes: Axes) -> Initializer:
     """
     unknown = [axis for axis in axes if axis is not None and axis not in LOGICAL_AXES]
     if unknown:
-        raise ValueError(f"logical axes {unknown} are unknown; the known are {sorted(LOGICAL_AXES)}")
+        raise ValueError(
+            f"logical axes {unknown} are unknown; the known are {sorted(LOGICAL_AXES)}"
+        )
     return nn.with_logical_partitioning(init, axes)
 
 

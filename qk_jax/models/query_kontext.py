@@ -28,7 +28,7 @@ class ModelConfig:
       vlm, mmdit, vae: configs of the towers.
       num_queries: K, kontext tokens.
       max_text: T, text tokens of the context.
-      tail_tokens: tokens between the text and the queries (`<|im_end|>\\n<|im_start|>assistant\\n`).
+      tail_tokens: tokens between text and queries (`<|im_end|>\\n<|im_start|>assistant\\n`).
       vlm_pixels: area at which the VLM sees a condition picture.
       law: positions of target, sources and references in the generator.
       condition_latents: whether condition pictures also reach the generator as VAE tokens.
@@ -79,7 +79,11 @@ class QueryKontext:
         return {
             "vlm": (self.vlm, (ids, positions, ids == 0, pixels, ((4, 4),)), {}),
             "queries": (self.queries, (), {}),
-            "connector": (self.connector, (jnp.zeros((1, 1, self.config.vlm.text.hidden_size)),), {}),
+            "connector": (
+                self.connector,
+                (jnp.zeros((1, 1, self.config.vlm.text.hidden_size)),),
+                {},
+            ),
             "mmdit": (
                 self.mmdit,
                 (
@@ -102,7 +106,9 @@ class QueryKontext:
             for name, (module, args, kwargs) in self._inits().items()
         }
 
-    def init(self, rng: jax.Array, parts: tuple[str, ...] = ("queries", "connector", "mmdit")) -> Params:
+    def init(
+        self, rng: jax.Array, parts: tuple[str, ...] = ("queries", "connector", "mmdit")
+    ) -> Params:
         """Fresh parameters of the named towers; each tower has its own key, whatever the others."""
         inits = self._inits()
         fresh = {}
