@@ -338,6 +338,7 @@ class Run:
         values = jax.device_get(values)
         self.clock.end(rows, work, counts)
         if not math.isfinite(values["loss"]):
+            self.store.wait()
             known = [s for s in self.store.steps() if s < step]
             raise InputError(
                 f"the loss is {values['loss']} at step {step} of {self.config.stage}; the last "

@@ -276,13 +276,6 @@ def untrained(config: Mapping[str, Any]) -> Loaded:
     return Loaded(model, params, _plain(config), 0)
 
 
-def random_parameters(
-    model: QueryKontext, config: Mapping[str, Any], layout: state_lib.Layout, rng: jax.Array
-) -> Tree:
-    """Fresh parameters of every part, whatever the stage starts from (for measurements)."""
-    return _placed(_fresh(model, config, layout, rng, set()), layout)
-
-
 def _fresh(
     model: QueryKontext,
     config: Mapping[str, Any],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,12 +14,14 @@ import optax
 from qk_jax import sharding
 from qk_jax.data.tasks import TASKS
 from qk_jax.diffusion import flow
+from qk_jax.errors import InputError
 from qk_jax.models import mrope
 from qk_jax.models.query_kontext import QueryKontext
 from qk_jax.training import checkpoint, flops, optimizer, stages
 from qk_jax.training import config as config_lib
 from qk_jax.training.state import Layout, TrainState, build_model
 
+log = logging.getLogger(__name__)
 Tree = dict[str, Any]
 Batch = dict[str, Any]
 # (params, batch, rng) -> per-row loss [B] and aux with `t` [B]
@@ -123,6 +127,30 @@ def summaries(rows: Batch, bins: int) -> dict[str, jax.Array]:
     return out
 
 
+def compiler_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config's options for the platform at hand; what its compiler does not know is left out.
+
+    Raises:
+      InputError: an option is not of the form name=value.
+    """
+    options = {}
+    for text in config["compiler"].get(jax.default_backend(), ()):
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"config.compiler: {text!r} must be NAME=VALUE")
+        try:
+            option = {name: json.loads(value)}  # true, 3, 0.5
+        except ValueError:
+            option = {name: value}
+        try:
+            jax.jit(lambda: 0, compiler_options=option)()
+        except jax.errors.JaxRuntimeError as error:
+            log.warning("compiler option %s is left out: %s", text, error)
+        else:
+            options |= option
+    return options
+
+
 def make_train_step(
     model: QueryKontext,
     config: Mapping[str, Any],
@@ -171,6 +199,7 @@ def make_train_step(
         in_shardings=(state_places, frozen_places, sharding.batch_sharding(layout.mesh)),
         out_shardings=(state_places, sharding.replicated(layout.mesh)),
         donate_argnums=0,
+        compiler_options=compiler_options(config),
     )
 
 
@@ -226,6 +255,7 @@ def make_eval_step(
             sharding.replicated(layout.mesh),
         ),
         out_shardings=sharding.replicated(layout.mesh),
+        compiler_options=compiler_options(config),
     )
 
 

@@ -36,6 +36,9 @@ def get_config(stage: str = "stage1"):
     config.optimizer.lr, config.optimizer.warmup = 1e-2, 1
     config.data.batch, config.validation.batch, config.validation.batches = 8, 8, 1
     config.checkpoint.every, config.validation.every, config.log.every = 2, 0, 1
+    config.compiler.cpu = (
+        "xla_backend_optimization_level=0", "xla_cpu_use_fusion_emitters=false",
+    )  # fmt: skip
     config.mesh.fsdp = 1
     config.mesh.data = -1
     return config
