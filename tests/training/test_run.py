@@ -1,0 +1,285 @@
+"""Three stages of a nano model, straight and interrupted: the same bits, and what stays frozen."""
+
+import os
+import pathlib
+import shutil
+import signal
+
+import batches
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qk_jax import sharding, train
+from qk_jax.errors import InputError
+from qk_jax.training import checkpoint, initial, stages
+from qk_jax.training import config as config_lib
+from qk_jax.training import state as state_lib
+from qk_jax.training import step as step_lib
+
+NANO = pathlib.Path(__file__).parent / "nano.py"
+STAGES = ("stage1", "stage2", "stage3")
+
+
+class Pipeline(batches.Pipeline):
+    """One picture at every step, so that a stage has one program."""
+
+    def batches(self, first):
+        for step in range(first, self.config.steps):
+            yield batches.batch(self.config, step, pictures=1)
+
+
+def config_of(name, **changes):
+    overrides = {key.replace("__", "."): str(value) for key, value in changes.items()}
+    return config_lib.load(f"{NANO}:{name}", overrides)
+
+
+class Reuse(step_lib.Compiled):
+    """Programs of one stage, kept between the runs of these tests."""
+
+    programs: dict = {}
+
+    def __init__(self, model, config, layout, adam):
+        super().__init__(model, config, layout, adam)
+        self._known = self.programs.setdefault((config.stage, config.optimizer.lr), {})
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    monkeypatch.setattr(train.pipeline, "Pipeline", Pipeline)
+    monkeypatch.setattr(step_lib, "Compiled", Reuse)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A work directory in which all three stages ran without a break."""
+    workdir = tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.pipeline, "Pipeline", Pipeline)
+        patch.setattr(step_lib, "Compiled", Reuse)
+        for stage in STAGES:
+            train.train(config_of(stage), workdir)
+    yield workdir
+    Reuse.programs.clear()
+    jax.clear_caches()
+
+
+def copied(straight, tmp_path, stage):
+    """A work directory with the stages before `stage`."""
+    for before in STAGES[: STAGES.index(stage)]:
+        shutil.copytree(straight / before, tmp_path / before)
+    return tmp_path
+
+
+def last(folder):
+    """Everything in the newest step, as numpy by name."""
+    store = checkpoint.Store(folder / "checkpoints", write=False)
+
+    def everything(meta):
+        wanted = {}
+        for item in meta["leaves"]:
+            if item != "optimizer":
+                wanted[item] = checkpoint.abstract(meta, item, lambda _: None)
+        return wanted
+
+    got = store.restore(everything)
+    meta = got.meta["leaves"]["optimizer"]
+    return got.step, checkpoint.named(got.items), {n: leaf["digest"] for n, leaf in meta.items()}
+
+
+def assert_same(a, b):
+    (step, arrays, moments), (other_step, other, other_moments) = last(a), last(b)
+    assert step == other_step and arrays.keys() == other.keys() and moments == other_moments
+    for name, leaf in arrays.items():
+        np.testing.assert_array_equal(leaf, other[name], err_msg=name)
+
+
+def interrupt(moment):
+    """A hook that sends SIGTERM after step 2."""
+    if moment.step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stopped_and_resumed_equals_straight_bit_for_bit(stage, straight, tmp_path):
+    workdir = copied(straight, tmp_path, stage)
+    config = config_of(stage, samples__every=2, checkpoint__every=100)
+    with pytest.raises(SystemExit) as stop:
+        train.train(config, workdir, [interrupt])
+    assert stop.value.code == train.PREEMPTED
+    assert checkpoint.Store(workdir / stage / "checkpoints", write=False).steps() == [3]
+    train.train(config_of(stage), workdir)
+    assert_same(workdir / stage, straight / stage)
+    lines = (workdir / stage / "metrics.jsonl").read_text().splitlines()
+    wanted = (straight / stage / "metrics.jsonl").read_text().splitlines()
+    strip = lambda rows: [r.split(', "pictures_per')[0] for r in rows if '"train"' in r]  # noqa: E731
+    assert strip(lines) == strip(wanted)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_frozen_leaves_keep_their_bits_and_trained_ones_move(stage, straight):
+    config = config_of(stage)
+    mesh = sharding.build_mesh(config.mesh)
+    model = state_lib.build_model(config)
+    layout = state_lib.Layout(model, config, mesh)
+    before = checkpoint.named(initial.parameters(model, config, layout, straight))
+    loaded = initial.load(straight / stage, ema=False)
+    after = checkpoint.named(loaded.params)
+    assert before.keys() == after.keys() and loaded.step == 4
+    rules = state_lib.stage_rules(config)
+    for name, leaf in after.items():
+        same = np.array_equal(before[name], leaf)
+        frozen = rules[stages.first_match(name, rules)][1] == stages.FREEZE
+        if frozen:
+            assert same, f"{name} is frozen and moved"
+        elif leaf.ndim > 1 and not any(part in name for part in ("to_add_out", "txt_mlp")):
+            assert not same, f"{name} is trained and did not move"
+    assert {n for n in after if n.startswith("vlm/")} == {n for n in before if n.startswith("vlm/")}
+
+
+def test_merging_the_adapter_at_the_border_changes_no_output(straight):
+    old = initial.load(straight / "stage1", ema=False)
+    config = config_of("stage2")
+    model = state_lib.build_model(config)
+    layout = state_lib.Layout(model, config, sharding.build_mesh(config.mesh))
+    new = initial.parameters(model, config, layout, straight)
+    moved = checkpoint.named(old.params["lora"]["vlm"])
+    assert any(np.any(np.asarray(leaf)) for name, leaf in moved.items() if "lora_b" in name)
+    assert "lora" not in new
+    batch = batches.batch(config, 5, pictures=1)
+    want = jax.jit(old.model.context)(old.params, batch)
+    got = jax.jit(model.context)(new, batch)
+    np.testing.assert_allclose(got[0], want[0], atol=2e-5, rtol=1e-5)
+    np.testing.assert_array_equal(got[1], want[1])
+    plain = jax.jit(old.model.context)({k: v for k, v in old.params.items() if k != "lora"}, batch)
+    assert float(jnp.max(jnp.abs(plain[0] - want[0]))) > 1e-3
+
+
+def test_a_flipped_bit_in_the_newest_checkpoint_costs_only_its_steps(straight, tmp_path):
+    shutil.copytree(straight / "stage1", tmp_path / "stage1")
+    shutil.rmtree(tmp_path / "stage1/frozen")  # lost too: it is made again from the start
+    for file in (tmp_path / "stage1/checkpoints/4/params").rglob("d/*"):  # Orbax keeps copies
+        raw = bytearray(file.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        file.write_bytes(raw)
+    train.train(config_of("stage1"), tmp_path)
+    assert (tmp_path / "stage1/checkpoints/damaged-4").is_dir()
+    assert_same(tmp_path / "stage1", straight / "stage1")
+
+
+def test_the_same_command_on_a_finished_run_changes_nothing(straight):
+    before = last(straight / "stage3")[0]
+    train.train(config_of("stage3"), straight)
+    assert last(straight / "stage3")[0] == before
+
+
+@pytest.mark.parametrize(
+    "stage, changes, words",
+    [
+        ("stage1", {"model__num_queries": 3}, "size 'nano'.*model.num_queries: 4 -> 3"),
+        ("stage1", {"lora__rank": 3}, "lora.rank: 2 -> 3"),
+        ("stage1", {"stage": "stage3"}, "no rule|decides no parameter|starts from stage2"),
+        ("stage2", {"init__checkpoint": "none"}, "none holds no checkpoint"),
+        ("stage1", {"data__batch": 6}, "6 rows does not divide"),
+        ("stage1", {"optimizer__accumulation": 3}, "must divide data.batch 8"),
+    ],
+)
+def test_a_checkpoint_of_another_size_and_other_misfits(stage, changes, words, straight, tmp_path):
+    shutil.copytree(straight / "stage1", tmp_path / "stage1")
+    with pytest.raises(InputError, match=words):
+        train.train(config_of(stage, **changes), tmp_path)
+
+
+def test_a_checkpoint_of_another_stage_or_tower(straight, tmp_path):
+    wrong = config_of("stage2", init__checkpoint=straight / "stage2")
+    with pytest.raises(InputError, match="of stage 'stage2'; stage stage2 starts from stage1"):
+        train.train(wrong, tmp_path)
+    other = config_of("stage2", model__vlm__text__num_hidden_layers=3)
+    with pytest.raises(InputError, match="vlm of the stage before .size 'nano'."):
+        train.train(other, copied(straight, tmp_path, "stage2"))
+    shutil.copytree(straight / "stage2", tmp_path / "odd/stage3")
+    with pytest.raises(
+        InputError, match="checkpoint of stage 'stage2', the config is of stage 'st"
+    ):
+        train.train(config_of("stage3"), tmp_path / "odd")
+
+
+def test_a_loss_that_is_no_number_stops_with_its_step(straight, tmp_path, monkeypatch):
+    class Poisoned(Pipeline):
+        def batches(self, first):
+            for step, batch in enumerate(super().batches(first), start=first + 1):
+                if step == 3:
+                    batch["pixel_values"] = batch["pixel_values"] * np.float32(np.nan)
+                yield batch
+
+    monkeypatch.setattr(train.pipeline, "Pipeline", Poisoned)
+    with pytest.raises(InputError, match="loss is nan at step 3 of stage1; the last.*of step 2"):
+        train.train(config_of("stage1"), tmp_path)
+    assert checkpoint.Store(tmp_path / "stage1/checkpoints", write=False).steps() == [2]
+
+
+def test_what_a_run_leaves_behind(straight):
+    folder = straight / "stage3"
+    assert (folder / "config.json").is_file() and list(folder.glob("events*"))
+    loaded = initial.load(folder)
+    assert loaded.config["stage"] == "stage3" and loaded.model.config.condition_latents
+    averaged = checkpoint.named(loaded.params)
+    raw = checkpoint.named(initial.load(folder, ema=False).params)
+    assert any(not np.array_equal(averaged[name], leaf) for name, leaf in raw.items())
+    first = initial.load(folder, step=2)
+    assert first.step == 2
+    with pytest.raises(InputError, match="no step 9"):
+        initial.load(folder, step=9)
+    with pytest.raises(InputError, match="give the folder of a stage"):
+        initial.load(straight)
+
+
+def test_hooks_validation_and_alignment(straight, tmp_path):
+    seen = []
+    config = config_of("stage1", alignment__weight=0.5, validation__every=2, samples__every=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reuse, "programs", {})
+        train.train(config, tmp_path, [lambda moment: seen.append(moment)])
+    assert [moment.step for moment in seen] == [0, 4]
+    assert set(seen[0].params) == {
+        "vlm",
+        "vae",
+        "queries",
+        "connector",
+        "mmdit",
+        "lora",
+        "alignment",
+    }
+    text = (tmp_path / "stage1/metrics.jsonl").read_text()
+    assert text.count('"validation"') == 3 and text.count('"alignment"') == 7
+    assert initial.load(tmp_path / "stage1").params["alignment"]["proj"]["kernel"].shape == (32, 32)
+
+
+@pytest.mark.parametrize("shape", [{"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 4}])
+def test_a_sharded_step_equals_the_step_of_one_device(shape):
+    zero2 = "mmdit" if shape.get("data") else ""
+    config = config_of("stage1", zero2=f"{zero2}," if zero2 else "()", sharding_limit=1.0)
+    batch = batches.batch(config, 0, pictures=1)
+    found = []
+    for mesh in (sharding.build_mesh({}, jax.devices()[:1]), sharding.build_mesh(shape)):
+        with jax.set_mesh(mesh):
+            model = state_lib.build_model(config)
+            layout = state_lib.Layout(model, config, mesh)
+            adam = state_lib.build_optimizer(config, layout)
+            params = initial.random_parameters(model, config, layout, jax.random.key(3))
+            trained, frozen = stages.split(params, state_lib.stage_rules(config))
+            state = state_lib.create(trained, adam.tx, layout.state(config, adam.tx))
+            step = step_lib.make_train_step(model, config, layout, adam)
+            put = jax.device_put(batch, sharding.batch_sharding(mesh))
+            state, values = step(state, frozen, put)
+            found.append((checkpoint.named(jax.device_get(state.params)), jax.device_get(values)))
+            spread = state.params["mmdit"]["transformer_blocks"]["img_mlp"]["net_2"]["kernel"]
+            assert spread.sharding.mesh.shape == mesh.shape
+    assert {axis for axis in spread.sharding.spec if axis} >= {"fsdp"}
+    (one, values), (many, others) = found
+    for name in ("loss", "grad_norm", "task_sum"):
+        np.testing.assert_allclose(others[name], values[name], rtol=2e-5)
+    for name, leaf in one.items():  # Adam's first step is the sign of the gradient: compare most
+        close = np.isclose(many[name], leaf, atol=1e-4)
+        assert np.mean(close) > 0.99, name
