@@ -27,8 +27,23 @@ class Queries(nn.Module):
         return self.param("embedding", init, (self.num_queries, self.features), jnp.float32)
 
 
+def _plus_minus(axis: int) -> layers.Initializer:
+    """[I, -I] along `axis`: two such layers around a GELU are the identity."""
+
+    def init(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+        del key
+        eye = jnp.eye(min(shape), dtype=dtype)
+        return jnp.concatenate([eye, -eye], axis=axis)
+
+    return init
+
+
 class Connector(nn.Module):
     """Two-layer MLP D -> 2 D -> D_out with a tanh GELU, applied to [text ; kontext] token-wise.
+
+    With D = D_out it starts as the identity, since gelu(x) - gelu(-x) = x: a generator that was
+    pretrained on the VLM's own states (Qwen-Image) understands the text from the first step, and
+    what stage 1 adds is a change to it. With another width the start is random.
 
     With D = D_out = 3584 it has 51.4 M parameters, the size the paper gives; the output width stays
     that of the VLM so that one connector serves the head and, after it, the large generator, each
@@ -41,7 +56,14 @@ class Connector(nn.Module):
     @nn.compact
     def __call__(self, states: jax.Array) -> jax.Array:
         """states [B, T, D] -> [B, T, features]."""
-        hidden = 2 * states.shape[-1]
-        x = layers.Dense(hidden, ("embed", "mlp"), dtype=self.dtype, name="fc1")(states)
-        x = nn.gelu(x, approximate=True)
-        return layers.Dense(self.features, ("mlp", "embed"), dtype=self.dtype, name="fc2")(x)
+        width = states.shape[-1]
+        first, second = layers.lecun, layers.lecun
+        if self.features == width:
+            first, second = _plus_minus(axis=1), _plus_minus(axis=0)
+        fc1 = layers.Dense(
+            2 * width, ("embed", "mlp"), dtype=self.dtype, kernel_init=first, name="fc1"
+        )
+        fc2 = layers.Dense(
+            self.features, ("mlp", "embed"), dtype=self.dtype, kernel_init=second, name="fc2"
+        )
+        return fc2(nn.gelu(fc1(states), approximate=True))

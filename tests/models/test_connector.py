@@ -1,0 +1,31 @@
+"""The connector's size and start."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qk_jax.models import layers
+from qk_jax.models.connector import Connector
+
+
+def test_starts_as_the_identity_and_can_leave_it():
+    connector, x = Connector(8), jax.random.normal(jax.random.key(1), (2, 3, 8)) * 5
+    params = layers.init_params(connector, jax.random.key(0), x)
+    np.testing.assert_allclose(connector.apply({"params": params}, x), x, atol=1e-5)
+
+    grads = jax.grad(lambda p: jnp.sum(connector.apply({"params": p}, x) ** 3))(params)
+    first = grads["fc1"]["kernel"]
+    # both halves learn, and differently: the pair is no dead symmetry
+    assert float(jnp.abs(first[:, :8] + first[:, 8:]).max()) > 1e-3
+
+
+def test_another_width_starts_at_random():
+    connector, x = Connector(12), jnp.ones((1, 1, 8))
+    params = layers.init_params(connector, jax.random.key(0), x)
+    assert params["fc1"]["kernel"].shape == (8, 16)
+    assert len(np.unique(params["fc1"]["kernel"])) > 100
+
+
+def test_size_for_the_7b_language_model():
+    boxed = layers.abstract_params(Connector(3584), jnp.zeros((1, 1, 3584)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(boxed)) == 51_390_976
