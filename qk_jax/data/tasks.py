@@ -7,6 +7,7 @@ pictures of every example, is held in two arrays.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import zlib
 from collections.abc import Iterator, Sequence
@@ -89,7 +90,7 @@ def _mixed(key: int, numbers: np.ndarray) -> np.ndarray:
     return (x ^ (x >> np.uint64(31))).astype(np.float64) / 2.0**64
 
 
-class Source:
+class Source(abc.ABC):
     """A task on a corpus: `len`, `[i]` -> Example, and the arrays `size_of`, `pictures_of` [N].
 
     Example i shows cut-out `first[i % len(first)]` and, where a task needs more, others by chance.
@@ -136,8 +137,9 @@ class Source:
         """Number of condition pictures of each example."""
         return np.ones(len(numbers))
 
+    @abc.abstractmethod
     def _make(self, number: int, rng: Random, size: Size, first: Cutout) -> Example:
-        raise NotImplementedError
+        """Example `number` about the cut-out `first`."""
 
     # ---- what tasks share ----------------------------------------------------------------------
 
