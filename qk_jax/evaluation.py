@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
@@ -22,8 +21,7 @@ from qk_jax import sharding, similarity
 from qk_jax.data import prompts, tasks
 from qk_jax.data.corpus import Corpus
 from qk_jax.data.tasks import TASKS
-from qk_jax.diffusion import flow
-from qk_jax.models import mmdit, mrope
+from qk_jax.models import mrope
 from qk_jax.models.query_kontext import PACKED
 from qk_jax.painting import FULL, Painter, Request, Settings, of_params, request_of
 from qk_jax.training import initial
@@ -80,19 +78,8 @@ class Evaluator:
         self.painter, self.plan = copy.copy(painter), plan
         # Stages are compared in all tasks, also in those that they were not trained for.
         self.painter.limits = dataclasses.replace(painter.limits, max_references=len(TASKS))
-        self._loss = jax.jit(self._losses, static_argnames="grid")
-        self._pool = jax.jit(self._pooled, static_argnames="grid")
 
     # ---- validation loss, with the right condition and with another record's -------------------
-
-    def _losses(self, params, target, noise, t, context, mask, latents, roles, shown, *, grid):
-        """Flow-matching loss [B] at time t (a scalar) from latents `target` [B, h, w, C]."""
-        x0, noise = mmdit.pack(target), mmdit.pack(noise)
-        t = jnp.full((x0.shape[0],), t, jnp.float32)
-        prediction = self.painter.programs.model.velocity(
-            params, flow.interpolate(x0, noise, t), t, context, mask, grid, latents, roles, shown
-        )
-        return flow.loss(prediction, flow.velocity_target(x0, noise))
 
     def losses(self, examples: Sequence[Example], shift: int = 0) -> np.ndarray:
         """Loss [N] of each example, averaged over `plan.times`.
@@ -116,7 +103,7 @@ class Evaluator:
             for time in self.plan.times:
                 noise = [painter.noise(self._noised(e.request, time)) for e in chunk]
                 means.append(
-                    self._loss(
+                    painter.programs.loss(
                         painter.params, target, np.stack(noise), time, context, mask, latents,
                         batch["roles"], batch["condition_mask"],
                         grid=(height // PACKED, width // PACKED),
@@ -163,11 +150,6 @@ class Evaluator:
 
     # ---- which caption is this the picture of? -------------------------------------------------
 
-    def _pooled(self, params, patches, *, grid):
-        return self.painter.programs.model.vlm.apply(
-            {"params": params["vlm"]}, patches, (grid,), method="pool"
-        )
-
     def embed(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
         """Mean feature of the frozen vision tower: pictures of one size -> [N, D]."""
         area, rows = self.painter.config.vlm_pixels, self.plan.batch
@@ -177,8 +159,8 @@ class Evaluator:
             chunk = list(pictures[start : start + rows])
             filled = chunk + chunk[-1:] * (rows - len(chunk))
             patches = np.stack([prompts.pixel_values([x], area) for x in filled])
-            pooled = np.asarray(self._pool(self.painter.params, patches, grid=grid))
-            out.append(pooled[: len(chunk)])
+            pooled = self.painter.programs.pool(self.painter.params, patches, grid=grid)
+            out.append(np.asarray(pooled)[: len(chunk)])
         return np.concatenate(out)
 
     def retrieval(self, examples: Sequence[Example], painted: Sequence[np.ndarray]) -> Figures:

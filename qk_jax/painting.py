@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from qk_jax.data import buckets, corpus, pipeline, prompts, sources, tasks
-from qk_jax.diffusion import sampler
+from qk_jax.diffusion import flow, sampler
 from qk_jax.errors import InputError
 from qk_jax.models import lora, mmdit
 from qk_jax.models.query_kontext import PACKED, ModelConfig, QueryKontext
@@ -128,20 +128,85 @@ class Limits:
         return 16 * max(height * width for height, width in self.sizes)
 
 
+class Towers:
+    """The compiled parts of painting around the generator.
+
+    Each takes the whole tree and hands on what it reads, so that another generator beside it needs
+    no other program.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: Any):
+        self.model = QueryKontext(config, dtype)
+        self._context = jax.jit(self.model.context)
+        self._encode = jax.jit(self.model.encode_pictures)
+        self._decode = jax.jit(self._decoded)
+        self._pool = jax.jit(self._pooled, static_argnames="grid")
+
+    def context(self, params: Params, batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+        """As `QueryKontext.context`."""
+        read = {part: params[part] for part in ("vlm", "queries", "connector")}
+        return self._context(read, {k: v for k, v in batch.items() if k != "roles"})
+
+    def encode(self, params: Params, pictures: jax.Array) -> jax.Array:
+        """uint8 pictures [B, H, W, 3] -> the mode of their latents [B, H/8, W/8, C]."""
+        return self._encode({"vae": params["vae"]}, pictures)
+
+    def decode(self, params: Params, latents: jax.Array) -> jax.Array:
+        """Latents [B, h, w, C] -> uint8 [B, 8 h, 8 w, 3]."""
+        return self._decode({"vae": params["vae"]}, latents)
+
+    def pool(self, params: Params, patches: jax.Array, grid: tuple[int, int]) -> jax.Array:
+        """Mean feature [B, D] of one picture each, patches [B, P, 1176], in the vision tower."""
+        return self._pool({"vlm": params["vlm"]}, patches, grid=grid)
+
+    def _decoded(self, params: Params, latents: jax.Array) -> jax.Array:
+        x = self.model.decode(params, latents)
+        return jnp.round((x + 1.0) * 127.5).astype(jnp.uint8)
+
+    def _pooled(self, params: Params, patches: jax.Array, *, grid: tuple[int, int]) -> jax.Array:
+        return self.model.vlm.apply({"params": params["vlm"]}, patches, (grid,), method="pool")
+
+
+@functools.lru_cache(maxsize=8)
+def _towers(config: ModelConfig, dtype: Any) -> Towers:
+    return Towers(config, dtype)
+
+
 class Programs:
     """The compiled parts of painting for one model config; parameters are arguments."""
 
     def __init__(self, config: ModelConfig, dtype: Any):
         self.model = QueryKontext(config, dtype)
-        self.context = jax.jit(self.model.context)
-        self.encode = jax.jit(self.model.encode_pictures)
-        self.decode = jax.jit(self._decode)
+        # Stages differ in the generator: what is around it is the same program for all of them.
+        some = dataclasses.replace(config.mmdit, num_layers=1, num_attention_heads=1)
+        around = dataclasses.replace(config, mmdit=some, condition_latents=False)
+        towers = _towers(around, dtype)
+        self.context, self.pool = towers.context, towers.pool
+        self.encode, self.decode = towers.encode, towers.decode
         self.denoise = jax.jit(self._denoise, static_argnames=("grid", "solver"))
+        self.loss = jax.jit(self._loss, static_argnames="grid")
 
-    def _decode(self, params: Params, latents: jax.Array) -> jax.Array:
-        """Latents [B, h, w, C] -> uint8 [B, 8 h, 8 w, 3]."""
-        x = self.model.decode(params, latents)
-        return jnp.round((x + 1.0) * 127.5).astype(jnp.uint8)
+    def _loss(
+        self,
+        params: Params,
+        target: jax.Array,
+        noise: jax.Array,
+        t: jax.Array,
+        context: jax.Array,
+        mask: jax.Array,
+        latents: tuple[jax.Array, ...],
+        roles: jax.Array,
+        shown: jax.Array,
+        *,
+        grid: tuple[int, int],
+    ) -> jax.Array:
+        """Flow-matching loss [B] of latents `target` [B, h, w, C] with given noise, at time t."""
+        x0, noise = mmdit.pack(target), mmdit.pack(noise)
+        t = jnp.full((x0.shape[0],), t, jnp.float32)
+        prediction = self.model.velocity(
+            params, flow.interpolate(x0, noise, t), t, context, mask, grid, latents, roles, shown
+        )
+        return flow.loss(prediction, flow.velocity_target(x0, noise))
 
     def _denoise(
         self,
