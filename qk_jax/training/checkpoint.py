@@ -7,7 +7,6 @@ and digest of each leaf; what does not agree with it is set aside, and the step 
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import pathlib
@@ -26,6 +25,7 @@ from qk_jax.errors import InputError
 
 log = logging.getLogger(__name__)
 META = "meta"
+HOST_SIZE = 2**22  # leaves with no more elements are digested on the host
 FORMAT = 1
 Meta = dict[str, Any]
 Trees = dict[str, Any]
@@ -39,30 +39,41 @@ class Restored(NamedTuple):
     meta: Meta
 
 
-def _leaf_digest(x: jax.Array) -> jax.Array:
-    """Two uint32 sums over the bits of `x`, each weighted by position.
+def _sums(x: Any, xp: Any) -> Any:
+    """Two uint32 sums over the bits of `x` (uint32, any shape), each weighted by position.
 
     Integer sums do not depend on how `x` is sharded. The weights of the first sum are odd, so that
     one flipped bit always changes it; the second mixes bits and position (murmur3's finaliser).
+    `xp` is numpy or jax.numpy, with the same result.
     """
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    place = jnp.zeros(x.shape, jnp.uint32)
+    place = xp.zeros(x.shape, xp.uint32)
     for axis, size in enumerate(x.shape):
-        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    linear = bits * (place * np.uint32(0x9E3779B1 << 1 & 0xFFFFFFFF) + np.uint32(0x85EBCA6B))
-    mixed = bits ^ (place * np.uint32(0x27D4EB2F))
-    mixed = (mixed ^ (mixed >> 16)) * np.uint32(0x85EBCA6B)
-    mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
+        along = xp.arange(size, dtype=xp.uint32).reshape(-1, *(1,) * (x.ndim - axis - 1))
+        place = place * xp.uint32(size) + along
+    linear = x * (place * xp.uint32(0x3C6EF362) + xp.uint32(0x85EBCA6B))
+    mixed = x ^ (place * xp.uint32(0x27D4EB2F))
+    mixed = (mixed ^ (mixed >> 16)) * xp.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * xp.uint32(0xC2B2AE35)
     mixed = mixed ^ (mixed >> 16)
-    return jnp.stack([jnp.sum(linear, dtype=jnp.uint32), jnp.sum(mixed, dtype=jnp.uint32)])
+    return xp.stack([xp.sum(linear, dtype=xp.uint32), xp.sum(mixed, dtype=xp.uint32)])
 
 
-@functools.partial(jax.jit)
-def _digests(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [_leaf_digest(leaf) for leaf in leaves]
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+
+
+@jax.jit
+def _device_digest(x: jax.Array) -> jax.Array:
+    """The sums of a leaf where it lies, however it is sharded."""
+    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
+    bits = jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize])
+    return _sums(bits.astype(jnp.uint32), jnp)
+
+
+def _host_digest(x: jax.Array) -> np.ndarray:
+    """The same sums with numpy: many small leaves would take long to compile for."""
+    bits = np.ascontiguousarray(jax.device_get(x)).view(_UNSIGNED[x.dtype.itemsize])
+    with np.errstate(over="ignore"):
+        return _sums(bits.astype(np.uint32).reshape(x.shape), np)
 
 
 def named(tree: Any) -> dict[str, Any]:
@@ -74,7 +85,9 @@ def named(tree: Any) -> dict[str, Any]:
 def describe(tree: Any) -> dict[str, dict[str, Any]]:
     """{name: {'shape', 'dtype', 'digest'}} of every leaf; the digest is 16 hex digits."""
     leaves = named(tree)
-    sums = jax.device_get(_digests(list(leaves.values())))
+    small = lambda x: x.is_fully_addressable and x.size <= HOST_SIZE  # noqa: E731
+    sums = [_host_digest(x) if small(x) else _device_digest(x) for x in leaves.values()]
+    sums = jax.device_get(sums)
     return {
         name: {
             "shape": list(leaf.shape),

@@ -87,6 +87,15 @@ def test_digest_sees_every_single_bit(kind):
     assert checkpoint.describe({"x": jnp.array(moved)})["x"]["digest"] != digest
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int32", "bool"])
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4, 2)])
+def test_digest_on_the_host_is_that_on_the_device(kind, shape, monkeypatch):
+    x = {"x": jnp.array(np.random.default_rng(1).normal(size=shape) * 9, kind)}
+    want = checkpoint.describe(x)
+    monkeypatch.setattr(checkpoint, "HOST_SIZE", -1)
+    assert checkpoint.describe(x) == want
+
+
 def test_digest_and_values_do_not_depend_on_the_mesh(tmp_path):
     on = sharding.build_mesh({"fsdp": 4, "tensor": 2})
     place = NamedSharding(on, P("fsdp", "tensor"))
