@@ -274,6 +274,7 @@ def untrained(config: ConfigDict, batch: int) -> Painter:
         model = state_lib.build_model(config)
         layout = state_lib.Layout(model, config, mesh)
         params = initial.parameters(model, config, layout, pathlib.Path())
+    params = jax.device_put(params, jax.devices()[0])  # where `painting.load` has them
     name = f"{config.stage}-{config.size}-0"
     return of_params(model.config, params, config, batch=batch, name=name)
 
