@@ -123,6 +123,9 @@ def base(stage: str, size: str) -> ConfigDict:
         # target sizes (height, width); a picture goes to the one nearest in aspect ratio
         "sizes": ((64, 64), (48, 80), (80, 48)) if tiny else buckets.table(512, 16),
         "reference_size": 64 if tiny else 512,
+        # text tokens of a row by its number of condition pictures, the last for more; longer
+        # instructions are cut. () is model.max_text for all
+        "text_tokens": (24, 32, 40) if tiny else (),
         "dropout": {"text": 0.1, "pictures": 0.1, "both": 0.1},
         # shapes of one task (each is compiled); rarer ones are merged into the nearest
         "max_groups": pick(size, tiny=2, tiny_long=8, smoke=1, full=8),

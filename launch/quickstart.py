@@ -187,10 +187,10 @@ class Quickstart:
         }
         comparison = self.out / "comparison.json"
         compared = json.loads(comparison.read_text()) if comparison.is_file() else None
-        how = self.plan.settings
+        words, pictures = self.plan.words, self.plan.pictures
         plan = dataclasses.asdict(self.plan) | {
-            "painting": f"{how.steps} {how.solver} steps, guidance {how.guidance:g}, "
-            f"image guidance {how.image_guidance:g}"
+            "painting": f"{words.steps} {words.solver} steps, guidance {words.guidance:g} from "
+            f"words alone and {pictures.guidance:g} from pictures"
         }
         whole = report.collect(self.state, plan, found, compared)
         write_text(self.out / "report.json", json.dumps(whole, indent=1))

@@ -11,7 +11,8 @@ from qk_jax.data.tasks import TASKS
 
 PLAN = evaluation.Plan(
     records=4, batch=4, times=(0.5,), captions=8, sheet=2,
-    settings=painting.Settings(steps=1, guidance=1.0, image_guidance=1.0),
+    words=painting.Settings(steps=1, guidance=1.0, image_guidance=1.0),
+    pictures=painting.Settings(steps=1, guidance=1.0, image_guidance=1.0),
 )  # fmt: skip
 
 

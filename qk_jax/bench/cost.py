@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qk_jax.data import pipeline
 from qk_jax.models import mrope
 from qk_jax.training import checkpoint, flops, stages
 from qk_jax.training import state as state_lib
@@ -56,7 +57,8 @@ def batch_shapes(
     shown = [mrope.vision_size(*picture, model["vlm_pixels"]) for picture in pictures]
     patches = sum(h * w for h, w in (mrope.grid_of(*size) for size in shown))
     length = PREFIX_TOKENS + PICTURE_WORDS * len(pictures) + patches // 4
-    length += model["max_text"] + model["tail_tokens"] + model["num_queries"]
+    words = pipeline.text_tokens(config, len(pictures))
+    length += words + model["tail_tokens"] + model["num_queries"]
 
     def leaf(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, *shape), dtype)
@@ -65,7 +67,7 @@ def batch_shapes(
         "input_ids": leaf((length,), jnp.int32),
         "attention_mask": leaf((length,), jnp.bool_),
         "position_ids": leaf((3, length), jnp.int32),
-        "text_mask": leaf((model["max_text"],), jnp.bool_),
+        "text_mask": leaf((words,), jnp.bool_),
         "pixel_values": leaf((patches, mrope.PATCH_DIM), jnp.float32),
         "target": leaf((*size, 3), jnp.uint8),
         "conditions": tuple(leaf((*picture, 3), jnp.uint8) for picture in pictures),

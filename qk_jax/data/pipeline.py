@@ -143,7 +143,7 @@ class Load:
 
     Attributes:
       groups, sources: of the plan.
-      layout: builds rows of tokens.
+      layouts: build rows of tokens, by the number of condition pictures.
       dropout: probabilities of dropping text, pictures and both.
       rows: (first, end) of this host in the global batch.
       seed: of the dropout.
@@ -152,7 +152,7 @@ class Load:
 
     groups: tuple[Group, ...]
     sources: Mapping[str, Any]
-    layout: prompts.PromptLayout
+    layouts: Mapping[int, prompts.PromptLayout]
     dropout: Mapping[str, float]
     rows: tuple[int, int]
     seed: int
@@ -165,7 +165,8 @@ class Load:
         for row in rows:
             examples.append(self._read(self.groups[group], int(places[row]), bad))
         dropped = [self._dropped(step, row) for row in rows]
-        return collate(examples, dropped, self.layout, self.targets), bad
+        layout = self.layouts[self.groups[group].pictures]
+        return collate(examples, dropped, layout, self.targets), bad
 
     def _read(self, group: Group, place: int, bad: list[Bad]) -> Example:
         """The example at a place, or the next good one of its group.
@@ -273,8 +274,13 @@ class Pipeline:
         }
         self.groups = tuple(group for groups in per_task.values() for group in groups)
         self.batch_size = batch
+        layout = layout or make_layout(config)
+        layouts = {
+            count: dataclasses.replace(layout, max_text=text_tokens(config, count))
+            for count in {group.pictures for group in self.groups}
+        }
         load = Load(
-            self.groups, made, layout or make_layout(config),
+            self.groups, made, layouts,
             dict(data["dropout"]) if train else dict.fromkeys(("text", "pictures", "both"), 0.0),
             (index * batch // count, (index + 1) * batch // count),
             seed, bool(config["alignment"]["weight"]),
@@ -365,6 +371,24 @@ class Pipeline:
                 f"config.data.max_bad_share={share}; such as: {'; '.join(self._examples)}"
             )
         return batch
+
+
+def text_tokens(config: Mapping[str, Any], pictures: int) -> int:
+    """T, the text tokens of a batch's rows with so many condition pictures.
+
+    Raises:
+      InputError: config.data.text_tokens asks for more than the model reads, or for none.
+    """
+    table, most = config["data"]["text_tokens"], config["model"]["max_text"]
+    if not table:
+        return most
+    count = table[min(pictures, len(table) - 1)]
+    if not 0 < count <= most:
+        raise InputError(
+            f"config.data.text_tokens has {count} for {pictures} pictures; give 1 to "
+            f"config.model.max_text = {most}"
+        )
+    return count
 
 
 def make_layout(config: Mapping[str, Any]) -> prompts.PromptLayout:

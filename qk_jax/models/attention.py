@@ -22,7 +22,7 @@ def attention(
       value: [B, S, K, D].
       mask: bool, broadcastable to [B, H, T, S]; True may be attended. A query that may attend
         nothing gives finite numbers without meaning.
-      causal: also hide keys after the query (T == S).
+      causal: also hide keys after the query; the queries are the last T of the S positions.
 
     Returns:
       [B, T, H, D] in query's dtype.
@@ -36,7 +36,8 @@ def attention(
         rows, per_head = mask.shape[0], mask.shape[1] != 1
         mask = mask.reshape(rows, groups, -1, *mask.shape[2:]) if per_head else mask[:, :, None]
     if causal:
-        before = jnp.tril(jnp.ones((length, key.shape[1]), bool))[None, None, None]
+        span = key.shape[1]
+        before = jnp.tril(jnp.ones((length, span), bool), k=span - length)[None, None, None]
         mask = before if mask is None else mask & before
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)

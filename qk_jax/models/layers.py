@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -105,6 +106,24 @@ def layer_norm(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
     x = x.astype(jnp.float32)
     x = x - jnp.mean(x, axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+
+
+@jax.custom_jvp
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """Tanh-approximated GELU (jax.nn.gelu) that keeps its derivative for the backward pass.
+
+    As large as x, which is kept otherwise, and saves computing the tanh anew for each gradient
+    that reads the result.
+    """
+    return jax.nn.gelu(x, approximate=True)
+
+
+@gelu_tanh.defjvp
+def _gelu_tanh_jvp(primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    plain = functools.partial(jax.nn.gelu, approximate=True)
+    y, slope = jax.jvp(plain, (x,), (jnp.ones_like(x),))
+    return y, slope * tangent
 
 
 def scan_blocks(block: type[nn.Module], length: int, policy: str | None, in_axes: Sequence[Any]):

@@ -27,7 +27,7 @@ class ModelConfig:
     Attributes:
       vlm, mmdit, vae: configs of the towers.
       num_queries: K, kontext tokens.
-      max_text: T, text tokens of the context.
+      max_text: most text tokens of the context; a batch may have fewer.
       tail_tokens: tokens between text and queries (`<|im_end|>\\n<|im_start|>assistant\\n`).
       vlm_pixels: area at which the VLM sees a condition picture.
       law: positions of target, sources and references in the generator.
@@ -130,9 +130,9 @@ class QueryKontext:
         """VLM states of the text window [B, T, D] and of the queries, the kontext [B, K, D].
 
         Rows are left-padded, so both windows are static slices: the text ends right before the
-        assistant header, and the queries end the row.
+        assistant header, and the queries end the row. T is the batch's own, `text_mask`'s width.
         """
-        cfg = self.config
+        cfg, words = self.config, batch["text_mask"].shape[1]
         sizes = [picture.shape[1:3] for picture in batch["conditions"]]
         grids = tuple(mrope.grid_of(*mrope.vision_size(*size, cfg.vlm_pixels)) for size in sizes)
         hidden = self.vlm.apply(
@@ -145,7 +145,7 @@ class QueryKontext:
             queries=params["queries"]["embedding"],
         )
         end = hidden.shape[1] - cfg.num_queries - cfg.tail_tokens
-        return hidden[:, end - cfg.max_text : end], hidden[:, -cfg.num_queries :]
+        return hidden[:, end - words : end], hidden[:, -cfg.num_queries :]
 
     def connect(
         self, params: Params, text: jax.Array, kontext: jax.Array, text_mask: jax.Array

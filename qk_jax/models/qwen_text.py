@@ -37,6 +37,11 @@ class TextConfig:
         return self.hidden_size // self.num_attention_heads
 
 
+# A row in consecutive pieces. What precedes the trained queries depends on nothing trained when the
+# language model is frozen; as a piece of its own it has no backward pass.
+Segments = tuple[jax.Array, ...]
+
+
 class SelfAttention(nn.Module):
     """Grouped-query attention; q, k and v have biases, o has none."""
 
@@ -44,20 +49,27 @@ class SelfAttention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, cos, sin, mask: jax.Array) -> jax.Array:
-        """x [B, S, D]; cos, sin [B, S, head_dim]; mask bool [B, 1, 1, S] -> [B, S, D]."""
-        cfg = self.config
+    def __call__(self, segments: Segments, tables, mask: jax.Array) -> Segments:
+        """Segments [B, S_i, D]; (cos, sin) [B, S_i, head_dim] of each; mask bool [B, 1, 1, S]."""
+        cfg, width = self.config, segments[0].shape[-1]
 
-        def heads(count, axis, name):
-            y = Dense(count * cfg.head_dim, ("embed", axis), dtype=self.dtype, name=name)(x)
-            return y.reshape(*x.shape[:2], count, cfg.head_dim)
+        def projection(count, axis, name):
+            layer = Dense(count * cfg.head_dim, ("embed", axis), dtype=self.dtype, name=name)
+            return lambda x: layer(x).reshape(*x.shape[:2], count, cfg.head_dim)
 
-        query = mrope.rotate(heads(cfg.num_attention_heads, "heads", "q_proj"), cos, sin)
-        key = mrope.rotate(heads(cfg.num_key_value_heads, "kv_heads", "k_proj"), cos, sin)
-        value = heads(cfg.num_key_value_heads, "kv_heads", "v_proj")
-        out = attention(query, key, value, mask, causal=True).reshape(*x.shape[:2], -1)
-        axes = ("heads", "embed")
-        return Dense(x.shape[-1], axes, use_bias=False, dtype=self.dtype, name="o_proj")(out)
+        q_proj = projection(cfg.num_attention_heads, "heads", "q_proj")
+        k_proj = projection(cfg.num_key_value_heads, "kv_heads", "k_proj")
+        v_proj = projection(cfg.num_key_value_heads, "kv_heads", "v_proj")
+        o_proj = Dense(width, ("heads", "embed"), use_bias=False, dtype=self.dtype, name="o_proj")
+        keys, values, out = [], [], []
+        for x, (cos, sin) in zip(segments, tables, strict=True):
+            keys.append(mrope.rotate(k_proj(x), cos, sin))
+            values.append(v_proj(x))
+            key, value = jnp.concatenate(keys, 1), jnp.concatenate(values, 1)
+            query, seen = mrope.rotate(q_proj(x), cos, sin), mask[..., : key.shape[1]]
+            y = attention(query, key, value, seen, causal=True)
+            out.append(o_proj(y.reshape(*x.shape[:2], -1)))
+        return tuple(out)
 
 
 class DecoderLayer(nn.Module):
@@ -67,13 +79,16 @@ class DecoderLayer(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, cos, sin, mask: jax.Array):
-        """x [B, S, D] -> ([B, S, D], None)."""
+    def __call__(self, segments: Segments, tables, mask: jax.Array):
+        """Segments [B, S_i, D] -> (segments, None)."""
         cfg, dtype = self.config, self.dtype
-        normed = RMSNorm(cfg.rms_norm_eps, dtype, name="input_layernorm")(x)
-        x = x + SelfAttention(cfg, dtype, name="self_attn")(normed, cos, sin, mask)
-        normed = RMSNorm(cfg.rms_norm_eps, dtype, name="post_attention_layernorm")(x)
-        return x + GatedMLP(cfg.intermediate_size, False, dtype, name="mlp")(normed), None
+        norm = RMSNorm(cfg.rms_norm_eps, dtype, name="input_layernorm")
+        attend = SelfAttention(cfg, dtype, name="self_attn")
+        attended = attend(tuple(map(norm, segments)), tables, mask)
+        norm = RMSNorm(cfg.rms_norm_eps, dtype, name="post_attention_layernorm")
+        mlp = GatedMLP(cfg.intermediate_size, False, dtype, name="mlp")
+        mixed = [x + y for x, y in zip(segments, attended, strict=True)]
+        return tuple(x + mlp(norm(x)) for x in mixed), None
 
 
 class TextModel(nn.Module):
@@ -90,7 +105,7 @@ class TextModel(nn.Module):
         cfg = self.config
         self.embed_tokens = Embed(cfg.vocab_size, cfg.hidden_size, self.dtype)
         scanned = scan_blocks(
-            DecoderLayer, cfg.num_hidden_layers, self.remat, (nn.broadcast,) * 3
+            DecoderLayer, cfg.num_hidden_layers, self.remat, (nn.broadcast,) * 2
         )  # fmt: skip
         self.layers = scanned(cfg, self.dtype)
         self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype)
@@ -104,17 +119,29 @@ class TextModel(nn.Module):
         return self.embed_tokens.attend(hidden)
 
     def __call__(
-        self, inputs_embeds: jax.Array, position_ids: jax.Array, attention_mask: jax.Array
+        self,
+        inputs_embeds: jax.Array,
+        position_ids: jax.Array,
+        attention_mask: jax.Array,
+        queries: jax.Array | None = None,
     ) -> jax.Array:
-        """inputs_embeds [B, S, D], position_ids int [B, 3, S], attention_mask bool [B, S].
+        """The last hidden states after the final norm [B, S, D].
 
-        Returns the last hidden states after the final norm [B, S, D]; a padded position holds
-        finite numbers without meaning.
+        A padded position holds finite numbers without meaning.
+
+        Args:
+          inputs_embeds: [B, S, D]; with queries, of the S - K positions before them.
+          position_ids: int [B, 3, S].
+          attention_mask: bool [B, S].
+          queries: [B, K, D], embeddings of the last K positions: a segment of their own.
         """
         cfg = self.config
+        segments = (inputs_embeds,) if queries is None else (inputs_embeds, queries)
+        cut = inputs_embeds.shape[1]
         cos, sin = mrope.mrope_cos_sin(
             position_ids, cfg.head_dim, cfg.rope_theta, cfg.mrope_section, self.dtype
         )
+        tables = ((cos[:, :cut], sin[:, :cut]), (cos[:, cut:], sin[:, cut:]))[: len(segments)]
         mask = attention_mask.astype(bool)[:, None, None]
-        x, _ = self.layers(inputs_embeds.astype(self.dtype), cos, sin, mask)
-        return self.norm(x)
+        segments, _ = self.layers(tuple(x.astype(self.dtype) for x in segments), tables, mask)
+        return self.norm(jnp.concatenate(segments, axis=1))

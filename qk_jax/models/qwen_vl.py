@@ -222,10 +222,9 @@ class QwenVL(nn.Module):
         elif self.is_initializing():  # so that a batch without pictures makes the whole tree
             self.visual(jnp.zeros((1, MERGE**2, PATCH_DIM), self.dtype), ((MERGE, MERGE),))
         if queries is not None:
-            count = queries.shape[0]
-            last = jnp.broadcast_to(queries.astype(embeds.dtype), (len(embeds), *queries.shape))
-            embeds = jnp.concatenate([embeds[:, :-count], last], axis=1)
-        hidden = self.language_model(embeds, position_ids, attention_mask)
+            embeds = embeds[:, : -len(queries)]
+            queries = jnp.broadcast_to(queries, (len(embeds), *queries.shape))
+        hidden = self.language_model(embeds, position_ids, attention_mask, queries)
         if self.is_initializing():
             self.logits(hidden)
         return hidden

@@ -58,7 +58,7 @@ def test_a_batch_has_the_stated_arrays(pipe):
         assert batch["input_ids"].dtype == np.int32
         assert batch["attention_mask"].shape == (rows, length)
         assert batch["position_ids"].shape == (rows, 3, length)
-        assert batch["text_mask"].shape == (rows, 48)
+        assert batch["text_mask"].shape == (rows, (24, 32, 40)[min(pictures, 2)])
         assert batch["pixel_values"].dtype == np.float32 and batch["pixel_values"].shape[2] == 1176
         assert (batch["pixel_values"].shape[1] == 0) == (pictures == 0)
         assert len(batch["conditions"]) == pictures
@@ -68,6 +68,18 @@ def test_a_batch_has_the_stated_arrays(pipe):
         assert "target_pixel_values" not in batch
         seen.add((height, width, pictures))
     assert len(seen) > 4
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_no_instruction_of_the_corpus_is_cut(task, layout):
+    for example in tasks.examples("train", task, 120, seed=1):
+        words = layout.encode_text(example.instruction, strict=True)
+        assert len(words) <= pipeline.text_tokens(config(), len(example.pictures))
+
+
+def test_a_row_cannot_have_more_text_than_the_model_reads(layout):
+    with pytest.raises(InputError, match=r"text_tokens has 64 .*max_text = 48"):
+        pipeline.Pipeline(config(text_tokens=(64,)), "train", 0, 1, layout)
 
 
 def test_the_same_step_gives_the_same_batch_and_resuming_is_another_first_step(pipe, layout):

@@ -15,6 +15,7 @@ def get_config(stage: str = "stage1"):
     config.steps = 4
     model = config.model
     model.num_queries, model.max_text, model.vlm_pixels = 4, 8, 56 * 56
+    config.data.text_tokens = ()
     model.vlm.text.update({
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "intermediate_size": 64, "mrope_section": (2, 3, 3),
