@@ -16,12 +16,12 @@ def get_config(size: str = "tiny"):
     """The config at `size`."""
     config = common.base("stage2", size)
     tiny = common.towers(size) == "tiny"
-    config.steps = common.pick(size, tiny=200, tiny_long=8000, smoke=6, full=420_000)
-    config.data.batch = common.pick(size, tiny=32, tiny_long=32, smoke=8, full=1024)
+    config.steps = common.pick(size, tiny=300, tiny_long=8000, smoke=6, full=420_000)
+    config.data.batch = common.pick(size, tiny=16, tiny_long=32, smoke=8, full=1024)
     config.data.tasks.text_to_image = 0.7
     config.data.tasks.reconstruction = 0.3
     config.init.mmdit = str(common.ASSETS / "tiny/mmdit") if tiny else ""
-    config.optimizer.lr = 5e-4 if tiny else 5e-5
+    config.optimizer.lr = 3e-4 if tiny else 5e-5
     config.optimizer.warmup = common.pick(size, tiny=20, tiny_long=100, smoke=2, full=2000)
     config.optimizer.ema = 0.99 if tiny else 0.9999
     return config

@@ -15,8 +15,8 @@ def get_config(size: str = "tiny"):
     """The config at `size`."""
     config = common.base("stage3", size)
     tiny = common.towers(size) == "tiny"
-    config.steps = common.pick(size, tiny=350, tiny_long=8000, smoke=6, full=30_000)
-    config.data.batch = common.pick(size, tiny=32, tiny_long=32, smoke=8, full=512)
+    config.steps = common.pick(size, tiny=800, tiny_long=8000, smoke=6, full=30_000)
+    config.data.batch = common.pick(size, tiny=16, tiny_long=32, smoke=8, full=512)
     config.data.tasks.text_to_image = 0.1
     config.data.tasks.reconstruction = 0.1
     config.data.tasks.transformation = 0.1
@@ -25,9 +25,11 @@ def get_config(size: str = "tiny"):
     config.data.tasks.composition = 0.2
     config.model.condition_latents = True
     config.lora.pattern = lora.MMDIT_TARGETS
-    config.lora.rank = 32 if tiny else 256
-    config.lora.alpha = 32.0 if tiny else 256.0
-    config.optimizer.lr = 2e-3 if tiny else 1e-4
+    config.lora.rank = 64 if tiny else 256
+    config.lora.alpha = 64.0 if tiny else 256.0
+    config.optimizer.lr = 1e-2 if tiny else 1e-4
     config.optimizer.warmup = common.pick(size, tiny=20, tiny_long=100, smoke=2, full=500)
     config.optimizer.ema = 0.99 if tiny else 0.9999
+    if tiny:  # the rate is the fresh adapter's
+        config.optimizer.rates = ((r"lora/.*", 1.0), (r".*", 0.05))
     return config

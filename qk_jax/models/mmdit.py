@@ -116,7 +116,7 @@ _TINY = MMDiTConfig(
     axes_dims_rope=(8, 28, 28),
 )
 PRESETS = {
-    "tiny_head": dataclasses.replace(_TINY, num_layers=3),
+    "tiny_head": dataclasses.replace(_TINY, num_layers=2),
     "tiny": _TINY,
     "0.9b": MMDiTConfig(num_layers=15, num_attention_heads=10),
     "10b": MMDiTConfig(num_layers=30),
