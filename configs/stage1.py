@@ -17,7 +17,7 @@ def get_config(size: str = "tiny"):
     """The config at `size`."""
     config = common.base("stage1", size)
     tiny = common.towers(size) == "tiny"
-    config.steps = common.pick(size, tiny=300, tiny_long=6000, smoke=6, full=72_000)
+    config.steps = common.pick(size, tiny=250, tiny_long=6000, smoke=6, full=72_000)
     config.data.batch = common.pick(size, tiny=16, tiny_long=32, smoke=8, full=512)
     config.data.tasks.text_to_image = 0.4
     config.data.tasks.reconstruction = 0.3
@@ -29,5 +29,5 @@ def get_config(size: str = "tiny"):
     config.optimizer.warmup = common.pick(size, tiny=20, tiny_long=100, smoke=2, full=2000)
     config.optimizer.ema = 0.99 if tiny else 0.9999
     if tiny:  # a fresh head must not teach the connector away from what the generator knows
-        config.optimizer.rates = ((r"connector/.*", 0.05), (r"lora/vlm/.*", 0.3), (r".*", 1.0))
+        config.optimizer.rates = ((r"connector/.*", 0.1), (r".*", 1.0))
     return config

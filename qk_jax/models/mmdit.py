@@ -41,6 +41,7 @@ class MMDiTConfig:
       num_attention_heads: heads; the model width is heads * head_dim.
       joint_attention_dim: channels of the context (connector output).
       axes_dims_rope: rotary channels of (frame, row, column).
+      zero_cond_t: condition pictures are modulated as clean ones, at t = 0 (Qwen-Image-Edit-2511).
 
     Raises:
       InputError: the rotary axes do not fill a head, or a size is not a positive integer.
@@ -54,9 +55,13 @@ class MMDiTConfig:
     num_attention_heads: int = 24
     joint_attention_dim: int = 3584
     axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
+    zero_cond_t: bool = False
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
+        sizes = dataclasses.asdict(self)
+        if type(sizes.pop("zero_cond_t")) is not bool:
+            raise InputError(f"{CLASS_NAME} config: zero_cond_t must be true or false")
+        for name, value in sizes.items():
             for size in value if name == "axes_dims_rope" else (value,):
                 if type(size) is not int or size < 1:
                     raise InputError(
@@ -80,7 +85,7 @@ class MMDiTConfig:
 
         Raises:
           InputError: the config is of another class, or asks for something this model has not
-            (guidance embeddings, zero_cond_t, additional t condition, 3-D layer rotary).
+            (guidance embeddings, additional t condition, 3-D layer rotary).
         """
         kind = config.get("_class_name", CLASS_NAME)
         if kind != CLASS_NAME:
@@ -105,6 +110,8 @@ class MMDiTConfig:
         """The content of diffusers' config.json."""
         values = dataclasses.asdict(self)
         values["axes_dims_rope"] = list(self.axes_dims_rope)
+        if not self.zero_cond_t:  # which diffusers knows since 0.36 only
+            del values["zero_cond_t"]
         return {"_class_name": CLASS_NAME, **values, "guidance_embeds": False}
 
 
@@ -114,6 +121,7 @@ _TINY = MMDiTConfig(
     num_attention_heads=2,
     joint_attention_dim=192,
     axes_dims_rope=(8, 28, 28),
+    zero_cond_t=True,
 )
 PRESETS = {
     "tiny_head": dataclasses.replace(_TINY, num_layers=2),
@@ -245,10 +253,17 @@ class Block(nn.Module):
         self.attn = JointAttention(self.config, self.dtype)
         self.img_mlp, self.txt_mlp = FeedForward(self.dtype), FeedForward(self.dtype)
 
-    def __call__(self, streams, time, image_table, text_table, mask):
-        """(image, text) -> ((image, text), None); time [B, D] is SiLU(embedding), float32."""
+    def __call__(self, streams, time, clean, image_table, text_table, mask):
+        """(image, text) -> ((image, text), None).
+
+        time [B, D] is SiLU(embedding), float32; clean is None or (the same at t = 0 [1, D], bool
+        [N], True for the image tokens that it modulates).
+        """
         image, text = streams
         image_mod = _chunks(self.img_mod_1(time), 6)
+        if clean is not None:
+            pairs = zip(image_mod, _chunks(self.img_mod_1(clean[0]), 6), strict=True)
+            image_mod = [jnp.where(clean[1][:, None], zero, now) for now, zero in pairs]
         text_mod = _chunks(self.txt_mod_1(time), 6)
         image_out, text_out = self.attn(
             self._modulated(image, *image_mod[:2]),
@@ -306,7 +321,7 @@ class MMDiT(nn.Module):
         self.txt_norm = layers.RMSNorm(dtype=dtype)
         self.txt_in = layers.Dense(config.width, (None, "embed"), dtype=dtype)
         self.time_text_embed = TimeTextEmbed(config.width)
-        blocks = layers.scan_blocks(Block, config.num_layers, self.remat, (nn.broadcast,) * 4)
+        blocks = layers.scan_blocks(Block, config.num_layers, self.remat, (nn.broadcast,) * 5)
         self.transformer_blocks = blocks(config, dtype)
         self.norm_out = NormOut(dtype)
         self.proj_out = layers.Dense(
@@ -325,6 +340,7 @@ class MMDiT(nn.Module):
         image_positions: jax.Array,
         text_positions: jax.Array,
         hidden_mask: jax.Array | None = None,
+        target_tokens: int | None = None,
     ) -> jax.Array:
         """Runs all blocks.
 
@@ -337,6 +353,8 @@ class MMDiT(nn.Module):
           text_positions: int [T, 3] or [B, T, 3], from rotary.text_positions.
           hidden_mask: bool [B, N], False for image tokens that nobody may attend (condition
             pictures dropped from a row); None attends to all.
+          target_tokens: how many of the N are the target's; None for all. The others are modulated
+            at t = 0 with `zero_cond_t`.
 
         Returns:
           [B, N, out_channels * patch_size^2] in `dtype`; only the target's tokens mean something.
@@ -348,9 +366,13 @@ class MMDiT(nn.Module):
         mask = jnp.concatenate([encoder_mask, hidden_mask], axis=1)[:, None, None]
         # Every modulation begins with the same SiLU: it is applied once.
         time = nn.silu(self.time_text_embed(timestep))
+        count, clean = hidden_states.shape[1], None
+        if self.config.zero_cond_t and (target_tokens or count) < count:
+            zero = nn.silu(self.time_text_embed(jnp.zeros_like(timestep[:1])))
+            clean = (zero, jnp.arange(count) >= target_tokens)
         image = self.img_in(hidden_states)
         text = self.txt_in(self.txt_norm(encoder_hidden_states))
-        (image, _), _ = self.transformer_blocks((image, text), time, *tables, mask)
+        (image, _), _ = self.transformer_blocks((image, text), time, clean, *tables, mask)
         return self.proj_out(self.norm_out(image, time))
 
 

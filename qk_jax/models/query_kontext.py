@@ -228,6 +228,7 @@ class QueryKontext:
             rotary.image_positions(law, grid, grids, roles),
             rotary.text_positions(law, context.shape[1], grid, grids),
             hidden_mask,
+            x_t.shape[1],
         )
         return out[:, : x_t.shape[1]].astype(jnp.float32)
 

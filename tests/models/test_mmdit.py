@@ -1,5 +1,6 @@
 """The diffusion transformer against diffusers, its counts, its masks and its timestep embedding."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -42,10 +43,13 @@ def example_args(config):
     )
 
 
+CLEAN = dataclasses.replace(CONFIG, zero_cond_t=True)
+
+
 @functools.cache
-def peer():
+def peer(config=CONFIG):
     """A random diffusers model and the same weights as our tree."""
-    torch_config = {k: v for k, v in CONFIG.to_hf().items() if not k.startswith("_")}
+    torch_config = {k: v for k, v in config.to_hf().items() if not k.startswith("_")}
     model = torch_copy.randomize(QwenImageTransformer2DModel(**torch_config), seed=1)
     shapes = layers.abstract_params(mmdit.MMDiT(CONFIG), *example_args(CONFIG))
     return model, torch_copy.copy(model.state_dict(), shapes)
@@ -66,12 +70,12 @@ def inputs(pictures, late=True):
     }
 
 
-@functools.partial(jax.jit, static_argnames=("pictures", "remat"))
-def ours(params, given, pictures, remat=None, hidden_mask=None):
+@functools.partial(jax.jit, static_argnames=("pictures", "remat", "config"))
+def ours(params, given, pictures, remat=None, hidden_mask=None, config=CONFIG):
     """Output at the target's tokens."""
     grids = CONDITIONS[pictures]
     roles = jnp.zeros((BATCH, len(grids)), jnp.int32)
-    out = mmdit.MMDiT(CONFIG, remat=remat).apply(
+    out = mmdit.MMDiT(config, remat=remat).apply(
         {"params": params},
         given["hidden"],
         given["context"],
@@ -80,6 +84,7 @@ def ours(params, given, pictures, remat=None, hidden_mask=None):
         rotary.image_positions(LAW, TARGET, grids, roles),
         rotary.text_positions(LAW, TEXT, TARGET, grids),
         hidden_mask=hidden_mask,
+        target_tokens=math.prod(TARGET),
     )
     return out[:, : math.prod(TARGET)]
 
@@ -112,6 +117,18 @@ def test_forward_equals_diffusers(pictures):
     with torch.no_grad():
         expected = theirs(model, early, pictures).numpy()
     np.testing.assert_allclose(ours(params, early, pictures), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("pictures", [0, 2])
+def test_condition_pictures_modulated_as_clean_equal_diffusers(pictures):
+    model, params = peer(CLEAN)
+    given = inputs(pictures, late=False)
+    with torch.no_grad():
+        expected = theirs(model, given, pictures).numpy()
+    out = ours(params, given, pictures, config=CLEAN)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    plain = ours(params, given, pictures)
+    assert np.allclose(out, plain, atol=1e-5) == (pictures == 0)
 
 
 def gradients(remat):
@@ -288,7 +305,7 @@ def test_config_round_trip():
     ("fields", "message"),
     [
         ({"guidance_embeds": True}, "guidance_embeds = True is not supported"),
-        ({"zero_cond_t": True}, "zero_cond_t = True is not supported"),
+        ({"zero_cond_t": "yes"}, "zero_cond_t must be true or false"),
         ({"use_layer3d_rope": True}, "use_layer3d_rope"),
         ({"num_blocks": 3}, "num_blocks"),
         ({"_class_name": "FluxTransformer2DModel"}, "'FluxTransformer2DModel'"),
