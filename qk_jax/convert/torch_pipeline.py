@@ -346,7 +346,7 @@ class QueryKontextPipeline(DiffusionPipeline):
             encoder_hidden_states=context.to(dtype),
             encoder_hidden_states_mask=torch.ones(context.shape[:2], device=x.device).bool(),
             timestep=torch.full((1,), float(sigma), device=x.device),
-            img_shapes=[[(1, *grid) for grid in grids]],
+            img_shapes=[[(1, *grid) for grid in grids[: 1 + len(latents)]]],
             return_dict=False,
         )[0]
         return out[:, : x.shape[1]].float()

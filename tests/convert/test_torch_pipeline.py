@@ -104,7 +104,7 @@ def painter(law, vae_kind="kl", latents=True):
                 )
             },
         ),
-        mmdit=nano.MMDIT,
+        mmdit=dataclasses.replace(nano.MMDIT, zero_cond_t=law.kind == "shifted"),  # both ways
         vae=nano.KINDS[vae_kind].config,
         num_queries=3,
         max_text=20,
