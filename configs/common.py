@@ -43,7 +43,7 @@ def towers(size: str) -> str:
     return size if size in TOWERS else "tiny"
 
 
-def pick(size: str, tiny: int, tiny_long: int, smoke: int, full: int) -> int:
+def pick(size: str, tiny: float, tiny_long: float, smoke: float, full: float) -> float:
     """The value for a size; `full` for all the big ones."""
     return {"tiny": tiny, "tiny_long": tiny_long, "smoke": smoke}.get(size, full)
 
@@ -131,7 +131,7 @@ def base(stage: str, size: str) -> ConfigDict:
         "text_tokens": (24, 32, 40) if tiny else (),
         "dropout": {"text": 0.1, "pictures": 0.1, "both": 0.1},
         # shapes of one task (each is compiled); rarer ones are merged into the nearest
-        "max_groups": pick(size, tiny=2, tiny_long=8, smoke=1, full=8),
+        "max_groups": pick(size, tiny=2, tiny_long=4, smoke=1, full=8),
         "max_pixels": 64_000_000,  # a larger picture is a bad record
         "max_bad_share": 0.01,  # of the records read; above it the run stops
         "workers": 0 if tiny else 8,

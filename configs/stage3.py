@@ -15,8 +15,8 @@ def get_config(size: str = "tiny"):
     """The config at `size`."""
     config = common.base("stage3", size)
     tiny = common.towers(size) == "tiny"
-    config.steps = common.pick(size, tiny=800, tiny_long=8000, smoke=6, full=30_000)
-    config.data.batch = common.pick(size, tiny=16, tiny_long=32, smoke=8, full=512)
+    config.steps = common.pick(size, tiny=800, tiny_long=9000, smoke=6, full=30_000)
+    config.data.batch = common.pick(size, tiny=16, tiny_long=16, smoke=8, full=512)
     config.data.tasks.text_to_image = 0.1
     config.data.tasks.reconstruction = 0.1
     config.data.tasks.transformation = 0.15
@@ -27,7 +27,7 @@ def get_config(size: str = "tiny"):
     config.lora.pattern = lora.MMDIT_TARGETS
     config.lora.rank = 64 if tiny else 256
     config.lora.alpha = 64.0 if tiny else 256.0
-    config.optimizer.lr = 4e-3 if tiny else 1e-4
+    config.optimizer.lr = common.pick(size, tiny=4e-3, tiny_long=3e-3, smoke=4e-3, full=1e-4)
     config.optimizer.warmup = common.pick(size, tiny=20, tiny_long=100, smoke=2, full=500)
     config.optimizer.ema = 0.99 if tiny else 0.9999
     if tiny:  # the rate is the fresh adapter's
