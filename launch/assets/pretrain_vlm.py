@@ -1,10 +1,6 @@
 """Pretrains the tiny Qwen2.5-VL: next-token prediction of captions from pictures.
 
-    python launch/assets/pretrain_vlm.py [--minutes N --steps N --batch N --out DIR --start DIR]
-
-Three phases (`PHASES`): everything learns to answer; then the vision tower alone learns to name
-what it sees, its tokens scored against the word embeddings as if they were words; then the vision
-tower alone learns to make the language model, which stays, answer.
+    python launch/assets/pretrain_vlm.py [--minutes N --steps N --batch N --out DIR]
 
 Conversations have the very layout of training rows (`data/prompts.py`), with the answer in the
 place of the query slots: one or two pictures and their captions, two subjects composed in one
@@ -23,7 +19,7 @@ import math
 import pathlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from random import Random
 from typing import NamedTuple
 
@@ -32,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from qk_jax.convert import torch_export, torch_import
+from qk_jax.convert import torch_export
 from qk_jax.data import prompts, scenes, tasks
 from qk_jax.data.corpus import Corpus, Cutout
 from qk_jax.data.wordings import BESIDE
@@ -55,15 +51,11 @@ KINDS = {  # sizes of the pictures of a row; each compiles once
 
 
 class Conversation(NamedTuple):
-    """What the user shows and says, and the answer.
-
-    `captions` says what is in each picture; `learn_text`: predict the user's words too.
-    """
+    """What the user shows and says, and the answer; `learn_text`: predict the user's words too."""
 
     pictures: tuple[np.ndarray, ...]
     text: str
     answer: str
-    captions: tuple[str, ...] = ()
     learn_text: bool = False
 
 
@@ -139,8 +131,7 @@ def pictured(rng: Random, subjects: Sequence[Cutout], sizes) -> Conversation:
         shown = [two_subjects(rng, subjects, size) for size in sizes]
         asked = rng.randrange(2)
         text, answer = f"what is in picture {asked + 1}?", shown[asked].caption
-    pictures = tuple(one.pixels for one in shown)
-    return Conversation(pictures, text, answer, tuple(one.caption for one in shown))
+    return Conversation(tuple(one.pixels for one in shown), text, answer)
 
 
 @functools.cache
@@ -181,8 +172,6 @@ class Rows:
     def batch(self, talks: list[Conversation], blind: bool = False) -> tuple[dict, tuple]:
         """(arrays, grids): model inputs, and `weights` [B, L] on the last L tokens to predict.
 
-        `words` [B, pictures, vocab] is 1 where a token is in the caption of a picture.
-
         `blind` leaves the pictures out of the rows (for a loss without pictures).
         """
         sizes = tuple(picture.shape[:2] for picture in talks[0].pictures)
@@ -191,11 +180,6 @@ class Rows:
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         shown = [prompts.pixel_values(talk.pictures, VLM_PIXELS) for talk in talks]
         batch["pixel_values"] = np.stack(shown)
-        captions = [self.answers.encode_text(c) for talk in talks for c in talk.captions]
-        words = np.zeros((len(captions), CONFIG.text.vocab_size), np.float32)
-        for row, caption in zip(words, captions, strict=True):
-            row[caption] = 1
-        batch["words"] = words.reshape(len(talks), -1, CONFIG.text.vocab_size)
         return batch, layout.grids(sizes)
 
     def _row(self, layout, talk: Conversation, sizes, blind: bool) -> dict[str, np.ndarray]:
@@ -230,52 +214,12 @@ def answer_losses(params, batch, grids):
     return token_losses(params, batch, grids).sum(1), batch["weights"].sum(1)
 
 
-def word_loss(params, batch, grids):
-    """Cross-entropy per token of the captions' words, whatever their order, from each picture.
-
-    The mean of a picture's tokens is compared by angle with the embeddings of all words; the tower
-    so learns tokens that the language model can read like words. `params["names"]` holds a scale
-    and a bias per word, which only this phase needs.
-    """
-    towers = {"visual": params["visual"], "language_model": params["language_model"]}
-    tokens = MODEL.apply(
-        {"params": towers}, batch["pixel_values"], grids, method=lambda m, x, g: m.visual(x, g)
-    )  # fmt: skip
-    ends = np.cumsum([h * w // 4 for h, w in grids])[:-1]
-    pooled = jnp.stack([x.mean(1) for x in jnp.split(tokens, ends, axis=1)], axis=1)
-    table = params["language_model"]["embed_tokens"]["embedding"]
-    cosine = unit(pooled) @ unit(table).T
-    logits = cosine * params["names"]["scale"] + params["names"]["bias"]
-    return -jnp.sum(jax.nn.log_softmax(logits) * batch["words"]) / batch["words"].sum()
-
-
-def unit(x: jax.Array) -> jax.Array:
-    """Vectors of length one along the last axis."""
-    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
-
-
 def answer_loss(params, batch, grids):
     """Loss per learnt token."""
     return token_losses(params, batch, grids).sum() / batch["weights"].sum()
 
 
-class Phase(NamedTuple):
-    """What is learnt by what from what, at which peak rate, for which share of the time."""
-
-    name: str
-    loss: Callable
-    trained: tuple[str, ...]
-    shares: tuple[tuple[str, float], ...]  # of the KINDS
-    rate: float
-    time: float
-
-
-PHASES = (
-    Phase("together", answer_loss, ("visual", "language_model"),
-          (("one", 0.45), ("two", 0.4), ("text", 0.15)), 2e-3, 0.5),
-    Phase("naming", word_loss, ("visual", "names"), (("one", 0.6), ("two", 0.4)), 1e-3, 0.25),
-    Phase("answering", answer_loss, ("visual",), (("one", 0.6), ("two", 0.4)), 5e-4, 0.25),
-)  # fmt: skip
+SHARES = {"one": 0.45, "two": 0.4, "text": 0.15}  # of the KINDS among the batches
 
 
 def optimizer() -> optax.GradientTransformation:
@@ -287,12 +231,12 @@ def optimizer() -> optax.GradientTransformation:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("grids", "loss"), donate_argnums=(0, 2))
-def train_step(trained, frozen, state, batch, rate, grids, loss):
-    """One AdamW step on the towers in `trained`: (trained, state, loss)."""
-    value, grads = jax.value_and_grad(lambda t: loss(frozen | t, batch, grids))(trained)
-    updates, state = optimizer().update(grads, state, trained)
-    return jax.tree.map(lambda p, u: p - rate * u, trained, updates), state, value
+@functools.partial(jax.jit, static_argnames="grids", donate_argnums=(0, 1))
+def train_step(params, state, batch, rate, grids):
+    """One AdamW step: (params, state, loss)."""
+    value, grads = jax.value_and_grad(answer_loss)(params, batch, grids)
+    updates, state = optimizer().update(grads, state, params)
+    return jax.tree.map(lambda p, u: p - rate * u, params, updates), state, value
 
 
 def learning_rate(step: int, progress: float, peak: float, warmup: int) -> float:
@@ -355,60 +299,42 @@ def retrieval_figures(
     }
 
 
-def fresh(args: argparse.Namespace, rows: Rows, train) -> tuple[dict, list[dict]]:
-    """(parameters, figures of the phases behind them): random, or those of the folder --start."""
-    if args.start is not None:
-        config, params = torch_import.import_vlm(args.start, jnp.float32)
-        figures = args.start / "metrics.json"
-        if config != CONFIG or not figures.is_file():
-            raise InputError(f"{args.start} is no folder that this script wrote")
-        return params, json.loads(figures.read_text())["phases"][:1]
+def fresh(args: argparse.Namespace, rows: Rows, train) -> dict:
+    """Random parameters."""
     batch, grids = rows.batch([converse(Random(args.seed), "one", train)])
-    params = layers.init_params(
+    return layers.init_params(
         MODEL, jax.random.key(args.seed), batch["input_ids"], batch["position_ids"],
         batch["attention_mask"], batch["pixel_values"], grids,
     )  # fmt: skip
-    return params, []
 
 
-def learn(phase: Phase, params: dict, args, rows: Rows, train, held) -> tuple[dict, dict]:
-    """One phase of training: (params, figures)."""
-    vocab = CONFIG.text.vocab_size
-    names = {"scale": jnp.float32(10.0), "bias": jnp.zeros(vocab, jnp.float32)}
-    params = jax.tree.map(jnp.asarray, params | {"names": names})
-    frozen = {name: params[name] for name in params if name not in phase.trained}
-    trained = {name: params[name] for name in phase.trained}
-    state = optimizer().init(trained)
-    kinds, shares = zip(*phase.shares, strict=True)
-    seen: dict[str, list[float]] = {kind: [] for kind in kinds}
+def learn(params: dict, args: argparse.Namespace, rows: Rows, train) -> tuple[dict, dict]:
+    """The training: (params, figures)."""
+    state = optimizer().init(params)
+    seen: dict[str, list[float]] = {kind: [] for kind in SHARES}
     start, step = time.monotonic(), 0
     while True:
         minutes = (time.monotonic() - start) / 60
-        progress = max(step / args.steps, minutes / (args.minutes * phase.time))
+        progress = max(step / args.steps, minutes / args.minutes)
         if progress >= 1:
             break
-        rng = Random(f"{args.seed}/{phase.name}/{step}")
-        (kind,) = rng.choices(kinds, shares)
+        rng = Random(f"{args.seed}/{step}")
+        (kind,) = rng.choices(list(SHARES), list(SHARES.values()))
         batch, grids = rows.batch([converse(rng, kind, train) for _ in range(args.batch)])
-        rate = learning_rate(step, progress, phase.rate, args.warmup)
-        trained, state, value = train_step(trained, frozen, state, batch, rate, grids, phase.loss)
+        rate = learning_rate(step, progress, args.rate, args.warmup)
+        params, state, value = train_step(params, state, batch, rate, grids)
         seen[kind].append(float(value))
         step += 1
         if step % 50 == 0:
             recent = " ".join(f"{k} {np.mean(v[-20:]):.3f}" for k, v in seen.items() if v)
-            print(f"{phase.name} {step} minute {minutes:.1f} {rate:.1e} | {recent}", flush=True)
-    params = {name: (frozen | trained)[name] for name in ("visual", "language_model")}
-    figures = {
-        "name": phase.name,
+            print(f"{step} minute {minutes:.1f} {rate:.1e} | {recent}", flush=True)
+    return params, {
         "steps": step,
         "rows": args.batch,
-        "rate": phase.rate,
+        "rate": args.rate,
         "minutes": round(minutes, 1),
         "last_losses": {kind: float(np.mean(v[-20:])) for kind, v in seen.items() if v},
     }
-    figures["held_out"] = caption_figures(params, rows, held)
-    print(json.dumps(figures), flush=True)
-    return params, figures
 
 
 CARD = """---
@@ -427,15 +353,9 @@ words and pictures of the embedded corpus and nothing else; it is no assistant.
   (licences beside it), alone, in pairs, small at a named place, on coloured backgrounds, at 64x64,
   48x80 and 80x48 pixels, shown at about {vlm_pixels:,} pixels; wordings of the instructions and
   captions as text. No subject of the validation side was learnt.
-- Training in phases, by `{command}`
-  on a share of one CPU core: AdamW, {warmup} steps of warm-up, cosine to zero, float32.
-  *together*: next token of the answer, and of the user's words in rows of text alone, all weights.
-  *naming*: words of the caption from the mean of a picture's tokens by their angle with the word
-  embeddings, vision tower only. *answering*: next token of the answer, vision tower only.
-
-| phase | steps | rows | peak rate | minutes |
-| --- | --- | --- | --- | --- |
-{schedule}
+- Training: next token of the answer, and of the user's words in rows of text alone, all weights;
+  {steps:,} steps of {rows} rows in {minutes:.0f} minutes on a share of one CPU core, AdamW, peak
+  rate {rate:g}, {warmup} steps of warm-up, cosine to zero, float32.
 
 | validation side ({held_pictures:,} pictures) | |
 | --- | --- |
@@ -452,7 +372,7 @@ Tokenizer: `../tokenizer`. Made by `launch/assets/pretrain_vlm.py`.
 """
 
 
-def report(args, params, rows, train, held, phases: list[dict]) -> dict[str, object]:
+def report(args, params, rows, train, held, training: dict) -> dict[str, object]:
     """All figures of the finished model."""
     sample = [train[i] for i in np.random.default_rng(args.seed).permutation(len(train))[:400]]
     on_train = caption_figures(params, rows, sample)
@@ -460,7 +380,7 @@ def report(args, params, rows, train, held, phases: list[dict]) -> dict[str, obj
     on_held = caption_figures(params, rows, held) | retrieval_figures(params, rows, held, args.seed)
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "phases": phases,
+        "training": training,
         "warmup": args.warmup,
         "seed": args.seed,
         "train_pictures": len(train),
@@ -470,20 +390,15 @@ def report(args, params, rows, train, held, phases: list[dict]) -> dict[str, obj
     }
 
 
-def write(out: pathlib.Path, params, metrics: dict, args: argparse.Namespace) -> None:
+def write(out: pathlib.Path, params, metrics: dict) -> None:
     """The Hugging Face folder."""
     torch_export.export_vlm(jax.device_get(params), CONFIG, out, jnp.float16)
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    schedule = "\n".join(
-        f"| {p['name']} | {p['steps']:,} | {p['rows']} | {p['rate']:g} | {p['minutes']:.0f} |"
-        for p in metrics["phases"]
-    )
     card = CARD.format(
         **{k: v for k, v in metrics.items() if not isinstance(v, dict | list)},
+        **metrics["training"],
         **metrics["validation"],
         **{f"train_{k}": v for k, v in metrics["train"].items()},
-        schedule=schedule,
-        command=f"python launch/assets/pretrain_vlm.py --steps {args.steps}",
         vlm_pixels=VLM_PIXELS,
     )
     (out / "README.md").write_text(card)
@@ -496,11 +411,9 @@ def main() -> None:
     parser.add_argument("--corpus", type=pathlib.Path, default=ASSETS / "corpus")
     parser.add_argument("--tokenizer", type=pathlib.Path, default=ASSETS / "tiny" / "tokenizer")
     parser.add_argument("--out", type=pathlib.Path, default=ASSETS / "tiny" / "vlm")
-    parser.add_argument(
-        "--start", type=pathlib.Path, help="a folder of this script: keep its language model"
-    )
-    parser.add_argument("--steps", type=int, default=6000, help="of each phase at most")
-    parser.add_argument("--minutes", type=float, default=50.0, help="of all phases at most")
+    parser.add_argument("--steps", type=int, default=6000, help="at most")
+    parser.add_argument("--minutes", type=float, default=25.0, help="at most")
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--warmup", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
@@ -510,13 +423,10 @@ def main() -> None:
     rows = Rows(args.tokenizer)
     train, held = (list(Corpus(side, args.corpus)) for side in ("train", "validation"))
     print(f"{len(train)} pictures to learn, {len(held)} held out", flush=True)
-    params, done = fresh(args, rows, train)
-    for phase in PHASES[len(done) and 1 :]:
-        params, figures = learn(phase, params, args, rows, train, held)
-        done.append(figures)
-    metrics = report(args, params, rows, train, held, done)
+    params, training = learn(fresh(args, rows, train), args, rows, train)
+    metrics = report(args, params, rows, train, held, training)
     print(json.dumps(metrics, indent=1), flush=True)
-    write(args.out, params, metrics, args)
+    write(args.out, params, metrics)
     print(f"written to {args.out}")
 
 
