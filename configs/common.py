@@ -87,9 +87,12 @@ def base(stage: str, size: str) -> ConfigDict:
     config.rules = STAGES[stage].rules
     config.lora = ConfigDict({"pattern": "", "rank": 0, "alpha": 0.0})  # models/lora.py
     config.init = ConfigDict({
-        "vlm": str(ASSETS / "tiny/vlm") if tiny else "",  # a transformers folder; '' starts fresh
-        "vae": str(ASSETS / "tiny/vae") if tiny else "",  # diffusers folders
+        # folders of transformers and diffusers, Hub ids (owner/name[@revision]) or imports of
+        # `qk_jax.convert from-pytorch`; '' starts fresh
+        "vlm": str(ASSETS / "tiny/vlm") if tiny else "",
+        "vae": str(ASSETS / "tiny/vae") if tiny else "",
         "mmdit": "",
+        "lora": "",  # an adapter of the generator for stage 3
         "checkpoint": "",  # folder of the stage before; '' is <workdir>/<stage before>
         "ema": False,  # take the moving average of the stage before
     })  # fmt: skip

@@ -7,8 +7,10 @@ leading axis. Names on disk are the Hub's; `aliases` rewrite other spellings on 
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Callable, Iterator
 
@@ -17,6 +19,7 @@ import numpy as np
 from qk_jax.models.mrope import PATCH
 
 Array = np.ndarray
+LARGE = 1 << 22  # bytes, from which threads are worth their start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +31,31 @@ class Transform:
       take: torch array -> ours.
       give: ours -> torch array. For a transform that drops taps the dropped ones are zero.
       taps: whether `take` keeps only the last temporal tap of a causal convolution.
+      axes: for a transform that only reorders axes: a tuple with one entry per axis of our leaf
+        (sizes, slices) -> the same for the torch tensor and back; so a part of our leaf can be
+        read as a part of the file.
     """
 
     name: str
     take: Callable[[Array], Array]
     give: Callable[[Array], Array]
     taps: bool = False
+    axes: Callable[[tuple], tuple] | None = None
+
+    def our_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The shape that a torch tensor of `shape` becomes; None when it cannot be taken."""
+        if self.axes is not None:
+            return self.axes(shape)
+        try:
+            return self.take(np.broadcast_to(np.zeros((), np.bool_), shape)).shape
+        except (ValueError, IndexError):
+            return None
+
+    def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the torch tensor that becomes ours of `shape`."""
+        if self.axes is not None:
+            return self.axes(shape)
+        return self.give(np.broadcast_to(np.zeros((), np.bool_), shape)).shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +167,27 @@ def _reshape(*shape: int) -> Callable[[Array], Array]:
     return lambda array: array.reshape(shape)
 
 
-SAME = Transform("same", _same, _same)
-LINEAR = Transform("linear [out, in] <-> [in, out]", lambda w: w.T, lambda w: w.T)
+def _transposed(w: Array, block: int = 32) -> Array:
+    """w.T in memory of its own, in blocks and threads: many times as fast as numpy's own copy."""
+    out = np.empty(w.shape[::-1], w.dtype)
+
+    def copy(start: int) -> None:
+        out[:, start : start + block] = w[start : start + block].T
+
+    starts = range(0, len(w), block)
+    if w.nbytes < LARGE:
+        for start in starts:
+            copy(start)
+        return out
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(copy, starts))
+    return out
+
+
+SAME = Transform("same", _same, _same, axes=lambda axes: axes)
+LINEAR = Transform(
+    "linear [out, in] <-> [in, out]", _transposed, _transposed, axes=lambda axes: axes[::-1]
+)
 CONV = Transform(
     "convolution OIHW <-> HWIO",
     lambda w: w.transpose(2, 3, 1, 0),

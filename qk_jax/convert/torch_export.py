@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import pathlib
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from qk_jax.convert import tables
+from qk_jax import hub
+from qk_jax.convert import imported, tables, torch_import
+from qk_jax.convert.leaves import Shapes, cast
 from qk_jax.convert.safetensors_io import (
     GIGABYTE,
     Path,
     TensorFolder,
+    fresh_folder,
+    read_json,
     write_json,
     write_tensors,
 )
 from qk_jax.convert.torch_import import (
-    Shapes,
-    cast,
     host,
     mmdit_shapes,
     shapes_of,
@@ -33,6 +37,7 @@ from qk_jax.errors import InputError
 from qk_jax.models import lora, mmdit, qwen_vl, vae
 
 Params = Mapping[str, Any]
+LORA = "pytorch_lora_weights"  # name of an adapter's file
 
 
 def spill(
@@ -42,7 +47,7 @@ def spill(
 
     Args:
       table: names and transforms.
-      params: a nested dict of arrays.
+      params: a nested dict of arrays, or of leaves on disk, which are read layer by layer.
       shapes: every leaf that the model has.
       dtype: of the arrays; None keeps the leaves'.
 
@@ -58,10 +63,34 @@ def spill(
                 "give the config that these parameters belong to"
             )
     for path, shape in shapes.items():
-        leaf = host(flat[path])
-        for name, layer, row in table.names(path, shape):
-            array = row.transform.give(leaf if layer is None else leaf[layer])
+        parts = list(table.names(path, shape))
+        is_stacked = parts[0][1] is not None
+        for (name, _, row), array in zip(parts, _layers(flat[path], is_stacked), strict=True):
+            array = row.transform.give(array)
             yield name, cast(array, dtype or array.dtype, name)
+
+
+def _layers(leaf: Any, is_stacked: bool) -> Iterator[np.ndarray]:
+    """Each layer of a stacked leaf, or the whole of another, on the host."""
+    if not is_stacked:
+        yield host(leaf)
+    elif isinstance(leaf, imported.Stored):
+        yield from leaf.layers()
+    else:
+        yield from host(leaf)
+
+
+def specs(
+    table: tables.Table, params: Params, shapes: Shapes, dtype: Any = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """{torch name: shape and type} of what `spill` with the same arguments gives."""
+    flat = flatten_dict(meta.unbox(params), sep="/")
+    out = {}
+    for path, shape in shapes.items():
+        for name, layer, row in table.names(path, shape):
+            one = row.transform.torch_shape(shape if layer is None else shape[1:])
+            out[name] = jax.ShapeDtypeStruct(one, jnp.dtype(dtype or flat[path].dtype))
+    return out
 
 
 def _dtype_name(params: Params, dtype: Any) -> str:
@@ -89,8 +118,8 @@ def export_vlm(
     Raises:
       InputError: params and config do not belong together, or the folder cannot be written.
     """
-    tensors = spill(tables.vlm(config.tie_word_embeddings), params, vlm_shapes(config), dtype)
-    write_tensors(folder, "model", tensors, max_shard_bytes)
+    what = tables.vlm(config.tie_word_embeddings), params, vlm_shapes(config), dtype
+    write_tensors(folder, "model", spill(*what), max_shard_bytes, specs(*what))
     values = config.to_hf() | {"dtype": _dtype_name(params, dtype)}
     write_json(pathlib.Path(folder) / "config.json", values)
 
@@ -106,8 +135,9 @@ def export_mmdit(
 
     Arguments and errors as `export_vlm`.
     """
-    tensors = spill(tables.mmdit(), params, mmdit_shapes(config), dtype)
-    write_tensors(folder, "diffusion_pytorch_model", tensors, max_shard_bytes)
+    what = tables.mmdit(), params, mmdit_shapes(config), dtype
+    base = "diffusion_pytorch_model"
+    write_tensors(folder, base, spill(*what), max_shard_bytes, specs(*what))
     write_json(pathlib.Path(folder) / "config.json", config.to_hf())
 
 
@@ -187,23 +217,19 @@ def _with_time(
         yield name, read(name, shape) if original is not None else np.zeros(shape, last)
 
 
-def export_lora(
-    adapter: Params, scale: float, base: tables.Table, folder: Path, dtype: Any = None
-) -> None:
-    """Writes `pytorch_lora_weights.safetensors` as `load_lora_weights` of diffusers reads it.
-
-    alpha / rank is folded into lora_B and no metadata is written: then every reader agrees, while
-    a file with alpha in its metadata means something else to those that ignore it.
+def lora_tensors(
+    adapter: Params, scale: float, base: tables.Table, dtype: Any = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(torch name, array) of an adapter of the transformer, alpha / rank folded into lora_B.
 
     Args:
-      adapter: of `lora.init` for the transformer.
+      adapter: of `lora.init`.
       scale: alpha / rank.
       base: the table of the adapted model.
-      folder: gets the file.
-      dtype: of the tensors; None keeps the leaves'.
+      dtype: of the arrays; None keeps the leaves'.
 
     Raises:
-      InputError: the adapter is of another model, or the folder cannot be written.
+      InputError: the adapter is of another model.
     """
     adapter = lora.scaled(adapter, scale)
     shapes = shapes_of(adapter)
@@ -213,5 +239,66 @@ def export_lora(
             list(table.names(path, shape))
     except KeyError as error:
         raise InputError(f"the adapter of {error.args[0]} fits no Linear of this model") from None
-    tensors = spill(table, adapter, shapes, dtype)
-    write_tensors(folder, "pytorch_lora_weights", tensors)
+    return spill(table, adapter, shapes, dtype)
+
+
+def export_lora(
+    adapter: Params, scale: float, base: tables.Table, folder: Path, dtype: Any = None
+) -> None:
+    """Writes `pytorch_lora_weights.safetensors` as `load_lora_weights` of diffusers reads it.
+
+    alpha is folded in and no metadata is written: then every reader agrees, while a file with
+    alpha in its metadata means something else to those that ignore it.
+
+    Args:
+      adapter, scale, base, dtype: as `lora_tensors`.
+      folder: gets the file.
+
+    Raises:
+      InputError: the adapter is of another model, or the folder cannot be written.
+    """
+    write_tensors(folder, LORA, lora_tensors(adapter, scale, base, dtype))
+
+
+EXPORTERS = {"vlm": export_vlm, "mmdit": export_mmdit, "vae": export_vae}
+
+
+def export_import(
+    checkpoint: Path, out: Path, dtype: Any = None, max_shard_bytes: int = 5 * GIGABYTE
+) -> None:
+    """Writes an import back as the folder that it came from: a model, a pipeline or a LoRA file.
+
+    Args:
+      checkpoint: of `imported.write`.
+      out: appears when all of it is complete.
+      dtype: of the tensors; None keeps the leaves'.
+      max_shard_bytes: larger models are split.
+
+    Raises:
+      InputError: no import, a damaged one, or `out` cannot be written.
+    """
+    checkpoint = pathlib.Path(checkpoint)
+    values = read_json(checkpoint / imported.FILE)
+    is_pipeline = hub.is_pipeline(checkpoint)
+    marker = hub.INDEX if is_pipeline else "config.json"
+    if "lora" in values["parts"]:
+        marker = f"{LORA}.safetensors"
+    with fresh_folder(out, marker) as folder:
+        for part in values["parts"]:
+            if part == "lora":
+                adapter = unflatten_dict(imported.read(checkpoint, part)[1], sep="/")
+                export_lora(jax.tree.map(np.asarray, adapter), 1.0, tables.mmdit(), folder, dtype)
+                continue
+            found = torch_import.open_part(part, checkpoint)
+            more = {}
+            if part == "vae" and (checkpoint / imported.ORIGINAL).is_dir():
+                more["original"] = checkpoint / imported.ORIGINAL
+            place = folder / hub.FOLDERS[part] if is_pipeline else folder
+            params = unflatten_dict(found.flat, sep="/")
+            EXPORTERS[part](params, found.config, place, dtype, max_shard_bytes, **more)
+        for inner in imported.SMALL:
+            if (checkpoint / inner).is_dir():
+                shutil.copytree(checkpoint / inner, folder / inner if is_pipeline else folder,
+                                dirs_exist_ok=True)
+        if is_pipeline:
+            shutil.copyfile(checkpoint / hub.INDEX, folder / hub.INDEX)

@@ -1,26 +1,25 @@
-"""PyTorch folders -> parameter trees, through the tables, one tensor at a time."""
+"""PyTorch folders -> parameter trees, through the tables, tensor by tensor."""
 
 from __future__ import annotations
 
 import pathlib
-import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
-from qk_jax.convert import tables
-from qk_jax.convert.safetensors_io import Path, TensorFolder, read_json, some
-from qk_jax.errors import InputError
+from qk_jax import sharding
+from qk_jax.convert import imported, leaves, tables
+from qk_jax.convert.leaves import Shapes
+from qk_jax.convert.safetensors_io import Path, TensorFolder, read_json
 from qk_jax.models import layers, mmdit, mrope, qwen_vl, vae
 
 Params = dict[str, Any]
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -29,31 +28,43 @@ def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in flat.items()}
 
 
-def vlm_shapes(config: qwen_vl.VLMConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of all leaves of a VLM; computes nothing."""
+def abstract_vlm(config: qwen_vl.VLMConfig) -> Params:
+    """Shapes of a VLM's parameters, boxed with logical axes; computes nothing."""
     ids, positions = jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 3, 8), jnp.int32)
     pixels = jnp.zeros((1, 4, mrope.PATCH_DIM))
     module = qwen_vl.QwenVL(config)
-    return _shapes(module, ids, positions, ids == 0, pixels, ((2, 2),))
+    return layers.abstract_params(module, ids, positions, ids == 0, pixels, ((2, 2),))
 
 
-def mmdit_shapes(config: mmdit.MMDiTConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of all leaves of a generator; computes nothing."""
+def abstract_mmdit(config: mmdit.MMDiTConfig) -> Params:
+    """Shapes of a generator's parameters, boxed with logical axes; computes nothing."""
     tokens = jnp.zeros((1, 1, config.in_channels))
     context = jnp.zeros((1, 1, config.joint_attention_dim))
     place = jnp.zeros((1, 1, 3), jnp.int32)
     mask = jnp.ones((1, 1), bool)
-    return _shapes(mmdit.MMDiT(config), tokens, context, mask, jnp.zeros((1,)), place, place)
+    module, time = mmdit.MMDiT(config), jnp.zeros((1,))
+    return layers.abstract_params(module, tokens, context, mask, time, place, place)
+
+
+def abstract_vae(config: vae.VAEConfig) -> Params:
+    """Shapes of an autoencoder's parameters, boxed with logical axes; computes nothing."""
+    side = 2 * config.downscale
+    return layers.abstract_params(vae.VAE(config), jnp.zeros((1, side, side, 3)))
+
+
+def vlm_shapes(config: qwen_vl.VLMConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of all leaves of a VLM."""
+    return shapes_of(abstract_vlm(config))
+
+
+def mmdit_shapes(config: mmdit.MMDiTConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of all leaves of a generator."""
+    return shapes_of(abstract_mmdit(config))
 
 
 def vae_shapes(config: vae.VAEConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of all leaves of an autoencoder; computes nothing."""
-    side = 2 * config.downscale
-    return _shapes(vae.VAE(config), jnp.zeros((1, side, side, 3)))
-
-
-def _shapes(module: nn.Module, *args: Any) -> dict[str, tuple[int, ...]]:
-    return shapes_of(layers.abstract_params(module, *args))
+    """Shapes of all leaves of an autoencoder."""
+    return shapes_of(abstract_vae(config))
 
 
 def fill(
@@ -63,135 +74,99 @@ def fill(
     dtype: Any = None,
     ignore: Iterable[str] = (),
 ) -> Params:
-    """Reads every tensor of `source` into its leaf.
+    """Every leaf as a numpy array, in a nested dict; arguments and errors as `leaves.plan`."""
+    flat = leaves.plan(table, source, shapes, dtype, ignore)
+    return unflatten_dict({path: np.asarray(leaf) for path, leaf in flat.items()}, sep="/")
+
+
+class Part(NamedTuple):
+    """A model in a folder of transformers or diffusers, checked and not yet read.
+
+    Attributes:
+      config: of our module.
+      boxed: its abstract parameters with logical axes.
+      flat: {'a/b/c': leaves.Leaf or imported.Stored}.
+    """
+
+    config: Any
+    boxed: Params
+    flat: dict[str, Any]
+
+
+def open_part(part: str, folder: Path, dtype: Any = None, ignore: Iterable[str] = ()) -> Part:
+    """Checks names and shapes of all tensors of a folder against its config.json.
 
     Args:
-      table: names and transforms.
-      source: the tensors.
-      shapes: every leaf to be filled.
-      dtype: of the leaves; None keeps the type of the files.
-      ignore: regexes of torch names that may be left out, beyond the table's own.
-
-    Returns:
-      A nested dict of numpy arrays.
-
-    Raises:
-      InputError: a tensor that no leaf takes, a leaf that no tensor fills, or a wrong shape.
-    """
-    flat: dict[str, np.ndarray] = {}
-    open_layers = {path: set(_layers(table, path, shape)) for path, shape in shapes.items()}
-    unknown = []
-    for name in source.by_file():
-        slot = table.locate(name)
-        if slot is None or slot.layer not in open_layers.get(slot.path, ()):
-            if not table.is_ignored(name) and not any(re.fullmatch(p, name) for p in ignore):
-                unknown.append(name)
-            continue
-        open_layers[slot.path].remove(slot.layer)
-        _place(flat, slot, name, source, shapes[slot.path], dtype)
-    missing = [
-        name
-        for path, shape in shapes.items()
-        for name, layer, _ in table.names(path, shape)
-        if layer in open_layers[path]
-    ]
-    if unknown:
-        raise InputError(
-            f"{source.path} holds tensors that this model has no place for: {some(unknown)}; "
-            "check that its config.json belongs to these weights"
-        )
-    if missing:
-        raise InputError(
-            f"{source.path} lacks {some(missing)}; download it again, or check its config.json"
-        )
-    return unflatten_dict(flat, sep="/")
-
-
-def _layers(table: tables.Table, path: str, shape: tuple[int, ...]) -> Iterable[int | None]:
-    """The layers that fill the leaf `path`: numbers, or one None for a leaf that is not stacked."""
-    return [layer for _, layer, _ in table.names(path, shape)]
-
-
-def _place(
-    flat: dict[str, np.ndarray],
-    slot: tables.Slot,
-    name: str,
-    source: TensorFolder,
-    shape: tuple[int, ...],
-    dtype: Any,
-) -> None:
-    """Puts one tensor into its leaf (of `shape`), which is made when its first layer comes."""
-    array = source.read(name)
-    wanted = shape if slot.layer is None else shape[1:]
-    try:
-        ours = slot.transform.take(array)
-    except (ValueError, IndexError):
-        ours = None
-    if ours is None or ours.shape != wanted:
-        raise InputError(
-            f"tensor {name} of {source.path} has the shape {array.shape}, which does not give the "
-            f"shape {wanted} that its config.json asks for ({slot.transform.name})"
-        )
-    ours = cast(ours, dtype or array.dtype, name)
-    if slot.layer is None:
-        flat[slot.path] = np.array(ours, order="C")
-        return
-    if slot.path not in flat:
-        flat[slot.path] = np.empty(shape, ours.dtype)
-    flat[slot.path][slot.layer] = ours
-
-
-def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
-    """`array` in `dtype`.
-
-    Raises:
-      InputError: a finite value is beyond the range of `dtype`.
-    """
-    dtype = jnp.dtype(dtype)
-    if array.dtype == dtype:
-        return array
-    with np.errstate(over="ignore"):
-        out = array.astype(dtype)
-    if dtype.itemsize < array.dtype.itemsize or dtype == np.float16:
-        if not np.isfinite(out).all():
-            raise InputError(f"{name} has values beyond the range of {dtype}; use bfloat16")
-    return out
-
-
-def import_vlm(folder: Path, dtype: Any = None) -> tuple[qwen_vl.VLMConfig, Params]:
-    """A Qwen2.5-VL folder -> (config, parameters of `qwen_vl.QwenVL`).
-
-    Args:
-      folder: with config.json and safetensors, in any of the published namings.
+      part: 'vlm', 'mmdit' or 'vae'.
+      folder: with config.json and safetensors, in any of the published namings; or an import.
       dtype: of the parameters; None keeps the files'.
+      ignore: regexes of torch names that may be left out.
 
     Raises:
       InputError: a file is missing or broken, or the weights do not fit the config exactly.
     """
     folder = pathlib.Path(folder)
-    config = qwen_vl.VLMConfig.from_hf(read_json(folder / "config.json"))
-    table = tables.vlm(config.tie_word_embeddings)
-    return config, fill(table, TensorFolder(folder), vlm_shapes(config), dtype)
+    if imported.is_import(folder):
+        values, flat = imported.read(folder, part, dtype)
+        config = CONFIGS[part](values)
+        return Part(config, ABSTRACT[part](config), flat)
+    config = CONFIGS[part](read_json(folder / "config.json"))
+    boxed = ABSTRACT[part](config)
+    flat = leaves.plan(TABLES[part](config), TensorFolder(folder), shapes_of(boxed), dtype, ignore)
+    return Part(config, boxed, flat)
 
 
-def import_mmdit(folder: Path, dtype: Any = None) -> tuple[mmdit.MMDiTConfig, Params]:
+def read(part: str, found: Part, mesh: Mesh | None = None) -> Params:
+    """The parameters of `open_part`: numpy arrays, or over `mesh` each device's share only."""
+    if mesh is None:
+        return unflatten_dict(
+            {path: np.asarray(leaf) for path, leaf in found.flat.items()}, sep="/"
+        )
+    rules = {tower: sharding.Rules() for _, tower in sharding.TOWERS}
+    tree = sharding.shardings({part: found.boxed}, rules, mesh)[part]
+    places = flatten_dict(tree, sep="/")
+    flat = {path: leaves.place(leaf, places[path]) for path, leaf in found.flat.items()}
+    return unflatten_dict(flat, sep="/")
+
+
+def import_vlm(
+    folder: Path, dtype: Any = None, *, mesh: Mesh | None = None, ignore: Iterable[str] = ()
+) -> tuple[qwen_vl.VLMConfig, Params]:
+    """A Qwen2.5-VL folder -> (config, parameters of `qwen_vl.QwenVL`).
+
+    Args:
+      folder: with config.json and safetensors, in any of the published namings.
+      dtype: of the parameters; None keeps the files'.
+      mesh: over which the parameters are laid by the default tables; None for numpy arrays.
+      ignore: regexes of torch names that may be left out.
+
+    Raises:
+      InputError: a file is missing or broken, or the weights do not fit the config exactly.
+    """
+    found = open_part("vlm", folder, dtype, ignore)
+    return found.config, read("vlm", found, mesh)
+
+
+def import_mmdit(
+    folder: Path, dtype: Any = None, *, mesh: Mesh | None = None, ignore: Iterable[str] = ()
+) -> tuple[mmdit.MMDiTConfig, Params]:
     """A QwenImageTransformer2DModel folder -> (config, parameters of `mmdit.MMDiT`).
 
     Arguments and errors as `import_vlm`.
     """
-    folder = pathlib.Path(folder)
-    config = mmdit.MMDiTConfig.from_hf(read_json(folder / "config.json"))
-    return config, fill(tables.mmdit(), TensorFolder(folder), mmdit_shapes(config), dtype)
+    found = open_part("mmdit", folder, dtype, ignore)
+    return found.config, read("mmdit", found, mesh)
 
 
-def import_vae(folder: Path, dtype: Any = None) -> tuple[vae.VAEConfig, Params]:
+def import_vae(
+    folder: Path, dtype: Any = None, *, mesh: Mesh | None = None, ignore: Iterable[str] = ()
+) -> tuple[vae.VAEConfig, Params]:
     """An AutoencoderKL or AutoencoderKLQwenImage folder -> (config, parameters of `vae.VAE`).
 
     Arguments and errors as `import_vlm`.
     """
-    folder = pathlib.Path(folder)
-    config = vae.config_from_hf(read_json(folder / "config.json"))
-    return config, fill(vae_table(config), TensorFolder(folder), vae_shapes(config), dtype)
+    found = open_part("vae", folder, dtype, ignore)
+    return found.config, read("vae", found, mesh)
 
 
 def vae_table(config: vae.VAEConfig) -> tables.Table:
@@ -199,6 +174,19 @@ def vae_table(config: vae.VAEConfig) -> tables.Table:
     if isinstance(config, vae.QwenImageVAEConfig):
         return tables.autoencoder_kl_qwen_image()
     return tables.autoencoder_kl()
+
+
+CONFIGS = {
+    "vlm": qwen_vl.VLMConfig.from_hf,
+    "mmdit": mmdit.MMDiTConfig.from_hf,
+    "vae": vae.config_from_hf,
+}
+ABSTRACT = {"vlm": abstract_vlm, "mmdit": abstract_mmdit, "vae": abstract_vae}
+TABLES = {
+    "vlm": lambda config: tables.vlm(config.tie_word_embeddings),
+    "mmdit": lambda config: tables.mmdit(),
+    "vae": vae_table,
+}
 
 
 def host(leaf: Any) -> np.ndarray:

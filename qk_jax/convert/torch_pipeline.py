@@ -1,14 +1,18 @@
 """Query-Kontext in PyTorch: words and pictures in, a picture out.
 
     pipe = DiffusionPipeline.from_pretrained(DIR, custom_pipeline=DIR, trust_remote_code=True)
-    pipe("a red fox, made blue", source=Image.open("fox.png")).images[0].save("out.png")
+    pipe("make it blue", source=Image.open("fox.png")).images[0].save("out.png")
+
+    python DIR/pipeline.py --prompt "make it blue" --source fox.png --out out.png
 
 A vision-language model reads the words, the pictures and K learnable queries; a connector carries
 its states of words and queries to a diffusion transformer, which also sees the pictures as latents
 where it was trained to. Needs torch, transformers, diffusers and Pillow.
 """
 
+import argparse
 import math
+import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -19,6 +23,7 @@ from diffusers import (
     ImagePipelineOutput,
     QwenImageTransformer2DModel,
 )
+from diffusers.loaders import QwenImageLoraLoaderMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from tokenizers import Tokenizer
@@ -31,6 +36,7 @@ CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 TAIL = "<|im_end|>\n<|im_start|>assistant\n"
 SOURCE, REFERENCE = 0, 1
+ADAPTER = "pytorch_lora_weights.safetensors"  # in the folder when it is not merged
 
 
 class Positions(nn.Module):
@@ -190,9 +196,10 @@ def unpack(x: torch.Tensor, h: int, w: int) -> torch.Tensor:
     return x.reshape(1, -1, h, w)
 
 
-class QueryKontextPipeline(DiffusionPipeline):
+class QueryKontextPipeline(DiffusionPipeline, QwenImageLoraLoaderMixin):
     """Paints from words, an optional picture to edit and optional pictures of subjects.
 
+    Adapters of the transformer are loaded as for Qwen-Image: `load_lora_weights`, `fuse_lora`.
     The settings, which the folder's `model_index.json` holds, are those of the training:
 
       max_text: most tokens of a prompt.
@@ -261,8 +268,13 @@ class QueryKontextPipeline(DiffusionPipeline):
             raise ValueError(f"the prompt has {len(ids)} tokens, over {self.config.max_text}")
         return ids
 
-    def encode_context(self, prompt: str, pictures: Sequence[np.ndarray]) -> torch.Tensor:
-        """The transformer's context [1, words + K, J] from words and uint8 pictures [h, w, 3]."""
+    def encode_states(self, prompt: str, pictures: Sequence[np.ndarray]) -> torch.Tensor:
+        """The text encoder's last states of words and queries, [1, words + K, width].
+
+        Args:
+          prompt: the words, at most `max_text` tokens.
+          pictures: uint8 [h, w, 3], the source first.
+        """
         model, device = self.text_encoder, self._execution_device
         sizes = [vision_size(*x.shape[:2], self.config.vlm_pixels) for x in pictures]
         grids = [(height // PATCH, width // PATCH) for height, width in sizes]
@@ -289,8 +301,11 @@ class QueryKontextPipeline(DiffusionPipeline):
             use_cache=False,
         ).last_hidden_state
         end = len(ids) - len(queries) - len(tail)
-        states = torch.cat([states[:, end - len(words) : end], states[:, -len(queries) :]], dim=1)
-        return self.kontext(states.to(self.kontext.dtype))
+        return torch.cat([states[:, end - len(words) : end], states[:, -len(queries) :]], dim=1)
+
+    def encode_context(self, prompt: str, pictures: Sequence[np.ndarray]) -> torch.Tensor:
+        """The transformer's context [1, words + K, J]; arguments as `encode_states`."""
+        return self.kontext(self.encode_states(prompt, pictures).to(self.kontext.dtype))
 
     def _scales(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(shift, scale) [C, 1, 1]: the transformer works on (z - shift) * scale."""
@@ -322,11 +337,17 @@ class QueryKontextPipeline(DiffusionPipeline):
         x = (x[:, :, 0] if has_frames else x).clamp(-1, 1)
         return ((x[0].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
 
-    def _velocity(self, x, sigma, context, latents, grids, roles) -> torch.Tensor:
-        """The transformer's velocity of the target tokens x [1, N, 4 C], float32.
+    def velocity(self, x, sigma, context, latents, grids, roles) -> torch.Tensor:
+        """The transformer's velocity of the target tokens, float32 [1, N, 4 C].
 
-        `latents` may be empty while `grids` names their sizes: then pictures are hidden, and all
-        else stays where it would be with them.
+        Args:
+          x: noisy target tokens [1, N, 4 C].
+          sigma: noise level in [0, 1]; 1 is noise.
+          context: of `encode_context`.
+          latents: [1, C, h, w] of each condition picture. It may be empty while `grids` names
+            their sizes: then pictures are hidden, and all else stays where it would be with them.
+          grids: (rows, columns) of the tokens of target and condition pictures.
+          roles: SOURCE or REFERENCE of each condition picture.
         """
         config, places = self.config, self.transformer.pos_embed
         stream = torch.cat([x, *(pack(z) for z in latents)], dim=1)
@@ -438,7 +459,7 @@ class QueryKontextPipeline(DiffusionPipeline):
         if self.config.condition_latents:
             shown = [self.encode_picture(x) for x in pictures]
         roles = roles[: len(shown)]
-        grids = [(z[-2] // 2, z[-1] // 2) for z in (shape, *(z.shape for z in shown))]
+        grids = [(h // 2, w // 2) for *_, h, w in (shape, *(z.shape for z in shown))]
         full, no_text, none = (self.encode_context(prompt, pictures), shown), None, None
         if pictures and image_guidance != 1:
             none = (self.encode_context("", []), [])
@@ -446,14 +467,14 @@ class QueryKontextPipeline(DiffusionPipeline):
             no_text = (self.encode_context("", pictures), shown)
 
         def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            v = self._velocity(x, sigma, *full, grids, roles)
+            v = self.velocity(x, sigma, *full, grids, roles)
             if no_text is None:
                 return v
-            v_no_text = self._velocity(x, sigma, *no_text, grids, roles)
+            v_no_text = self.velocity(x, sigma, *no_text, grids, roles)
             guided = v_no_text + guidance * (v - v_no_text)
             if none is None:
                 return guided
-            v_none = self._velocity(x, sigma, *none, grids, roles)
+            v_none = self.velocity(x, sigma, *none, grids, roles)
             return guided + (image_guidance - 1) * (v_no_text - v_none)
 
         return velocity
@@ -471,3 +492,53 @@ class QueryKontextPipeline(DiffusionPipeline):
         if len(references) > self.config.max_references:
             most = self.config.max_references
             raise ValueError(f"{len(references)} references are given, the model knows {most}")
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """(width, height) of 'WIDTHxHEIGHT'."""
+    width, height = map(int, text.split("x"))
+    return width, height
+
+
+def main() -> None:
+    """Paints with the model of the folder that this file lies in.
+
+    The arguments are those of the sampler of the training; the noise of a seed is PyTorch's.
+    """
+    parser = argparse.ArgumentParser(description="Paints with the model of this folder.")
+    add = parser.add_argument
+    add("--prompt", required=True, help="what to paint, or what to do with the pictures")
+    add("--source", metavar="PNG", help="picture to edit")
+    add("--reference", metavar="PNG", action="append", default=[], help="subject; may be repeated")
+    add("--out", metavar="PNG", required=True, help="file to write")
+    add("--size", type=size_of, default=(None, None), metavar="WxH", help="multiples of 16")
+    add("--steps", type=int, default=30)
+    add("--guidance", type=float, default=4.0, help="weight of the words, 1 for none")
+    add("--image-guidance", type=float, default=1.5, help="weight of the pictures, 1 for none")
+    add("--seed", type=int, default=0)
+    add("--solver", default="euler", choices=("euler", "heun"))
+    args = parser.parse_args()
+    folder = pathlib.Path(__file__).resolve().parent
+    pipe = DiffusionPipeline.from_pretrained(
+        str(folder), custom_pipeline=str(folder), trust_remote_code=True
+    )
+    if (folder / ADAPTER).is_file():
+        pipe.load_lora_weights(str(folder))
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    painted = pipe(
+        args.prompt,
+        source=Image.open(args.source) if args.source else None,
+        references=[Image.open(path) for path in args.reference],
+        width=args.size[0],
+        height=args.size[1],
+        num_inference_steps=args.steps,
+        guidance=args.guidance,
+        image_guidance=args.image_guidance,
+        solver=args.solver,
+        generator=torch.Generator().manual_seed(args.seed),
+    )
+    painted.images[0].save(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -24,6 +24,7 @@ import grain
 import jax
 import numpy as np
 
+from qk_jax import hub
 from qk_jax.data import prompts, sources, tasks
 from qk_jax.data.corpus import BadRecord, Corpus
 from qk_jax.data.records import RecordFile
@@ -394,10 +395,10 @@ def text_tokens(config: Mapping[str, Any], pictures: int) -> int:
 def make_layout(config: Mapping[str, Any]) -> prompts.PromptLayout:
     """The layout of token rows that a config asks for. Raises: InputError (no tokenizer)."""
     model = config["model"]
-    folder = config["data"]["tokenizer"] or config["init"]["vlm"]
-    if not folder:
+    place = config["data"]["tokenizer"] or config["init"]["vlm"]
+    if not place:
         raise InputError("no tokenizer; give its folder as config.data.tokenizer")
-    tokenizer = prompts.load_tokenizer(folder)
+    tokenizer = prompts.load_tokenizer(hub.component_folder(place, "tokenizer"))
     return prompts.PromptLayout(
         tokenizer, model["max_text"], model["num_queries"], model["vlm_pixels"]
     )

@@ -22,6 +22,9 @@ from qk_jax.models.attention import attention
 
 CLASS_NAME = "QwenImageTransformer2DModel"
 TIME_CHANNELS = 256
+# Keys of the config that diffusers ignores, and features that a public config may say it has not.
+UNUSED = {"pooled_projection_dim"}
+ABSENT = {"guidance_embeds", "use_additional_t_cond", "use_layer3d_rope"}
 
 # The text branch after the last attention feeds nothing: these modules of the last block get no
 # gradient, and weight decay alone would move them (torch leaves them alone).
@@ -91,19 +94,20 @@ class MMDiTConfig:
         if kind != CLASS_NAME:
             raise InputError(f"the transformer config is of class {kind!r}; give a {CLASS_NAME}")
         names = {field.name for field in dataclasses.fields(cls)}
-        # pooled_projection_dim stands in the public config, and diffusers ignores it too.
-        known = names | {"pooled_projection_dim"}
         for name, value in config.items():
-            if name not in known and not name.startswith("_") and value not in (False, None):
-                raise InputError(
-                    f"{CLASS_NAME} config: {name} = {value!r} is not supported; "
-                    "use weights of the plain Qwen-Image or Qwen-Image-Edit architecture"
-                )
+            if name not in names and name not in UNUSED and not name.startswith("_"):
+                if name not in ABSENT or value not in (False, None):
+                    raise InputError(
+                        f"{CLASS_NAME} config: {name} = {value!r} is not supported; "
+                        "use weights of the plain Qwen-Image or Qwen-Image-Edit architecture"
+                    )
         values = {name: config[name] for name in names & config.keys()}
         if values.get("out_channels", 16) is None:
             values["out_channels"] = values.get("in_channels", cls.in_channels)
-        if isinstance(values.get("axes_dims_rope"), list):
-            values["axes_dims_rope"] = tuple(values["axes_dims_rope"])
+        axes = values.get("axes_dims_rope", cls.axes_dims_rope)
+        if not isinstance(axes, list | tuple):
+            raise InputError(f"{CLASS_NAME} config: axes_dims_rope is {axes!r}; give a list of 3")
+        values["axes_dims_rope"] = tuple(axes)
         return cls(**values)
 
     def to_hf(self) -> dict:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -15,8 +15,6 @@ from qk_jax.models.layers import Dense
 from qk_jax.models.mrope import MERGE, PATCH, PATCH_DIM, Grids, picture_tokens
 from qk_jax.models.qwen_text import TextConfig, TextModel
 from qk_jax.models.qwen_vision import VisionConfig, VisionTower
-
-DEFAULT_SECTIONS = (16, 24, 24)  # of transformers, where a config has no mrope_section
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,35 +31,45 @@ class VLMConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> VLMConfig:
-        """From a config.json, flat (Hub) or nested (transformers 5); absent keys as transformers.
+        """From a config.json, flat (Hub) or nested (transformers 5 and Qwen-Image).
+
+        A nested one may repeat keys of the language model at the top; as in transformers they do
+        not count. Token ids may be absent, being then those of the class, as everywhere.
 
         Raises:
-          InputError: another kind of model, or a value that this implementation does not compute.
+          InputError: another kind of model, a size that is missing, or a key or value that this
+            implementation does not compute.
         """
-        from transformers import Qwen2_5_VLConfig  # slow to import, and only needed here
-
         if config.get("model_type") != "qwen2_5_vl":
             raise InputError(
                 f"model_type is {config.get('model_type')!r}, not 'qwen2_5_vl'; "
                 "give the folder of a Qwen2.5-VL model"
             )
-        try:
-            read = Qwen2_5_VLConfig.from_dict(copy.deepcopy(config))
-        except Exception as error:  # transformers' validation raises several unrelated classes
-            raise InputError(f"the Qwen2.5-VL config cannot be read: {error}") from error
-        _refuse_unsupported(read)
-        ids = ("image", "video", "vision_start", "vision_end")
-        rope = read.text_config.rope_parameters
-        text = _fields(TextConfig, read.text_config) | {
-            "rope_theta": float(rope["rope_theta"]),
-            "mrope_section": tuple(rope.get("mrope_section", DEFAULT_SECTIONS)),
-        }
-        return cls(
-            text=TextConfig(**text),
-            vision=VisionConfig(**_fields(VisionConfig, read.vision_config)),
-            tie_word_embeddings=bool(read.tie_word_embeddings),
-            **{f"{name}_token_id": getattr(read, f"{name}_token_id") for name in ids},
+        text, vision = config.get("text_config", config), config.get("vision_config")
+        for name, part in (("text_config", text), ("vision_config", vision)):
+            if not isinstance(part, dict):
+                raise InputError(f"the Qwen2.5-VL config has no {name}; download it again")
+        _refuse_unknown("", config, _TOKEN_IDS | _TEXT_KEYS | {"text_config", "vision_config"})
+        _refuse_unknown("text_config.", text, _TEXT_KEYS if text is not config else config.keys())
+        _refuse_unknown("vision_config.", vision, _names(VisionConfig))
+        rope = _rope(text)
+        found = cls(
+            text=TextConfig(
+                **{name: _size(text, name, "text_config.") for name in _TEXT_SIZES},
+                **{name: text[name] for name in ("bos_token_id", "eos_token_id") if name in text},
+                rms_norm_eps=_positive(text, "rms_norm_eps", "text_config."),
+                rope_theta=_positive(rope | text, "rope_theta", "text_config."),
+                mrope_section=_sizes(rope, "mrope_section", "text_config.rope_scaling."),
+            ),
+            vision=VisionConfig(
+                **{name: _size(vision, name, "vision_config.") for name in _VISION_SIZES},
+                fullatt_block_indexes=_sizes(vision, "fullatt_block_indexes", "vision_config.", 0),
+            ),
+            tie_word_embeddings=_tied(config) or _tied(text),
+            **{name: config[name] for name in _TOKEN_IDS & config.keys()},
         )
+        _refuse_unfit(found)
+        return found
 
     def to_hf(self) -> dict[str, Any]:
         """A config.json that transformers 4 (>= 4.49) and 5 both read to the same model."""
@@ -97,37 +105,159 @@ class VLMConfig:
         }  # fmt: skip
 
 
-def _fields(kind: type, source: Any) -> dict[str, Any]:
-    """The fields of a config class that transformers' config `source` has, lists as tuples."""
-    names = [f.name for f in dataclasses.fields(kind) if hasattr(source, f.name)]
-    values = {name: getattr(source, name) for name in names}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+# Keys of transformers' configs that nothing here is computed from: what belongs to generation, to
+# training or to the library, and what other keys say again.
+_IDLE = frozenset("""
+    architectures chunk_size_feed_forward dtype id2label initializer_range is_encoder_decoder
+    label2id max_window_layers model_type output_attentions output_hidden_states pad_token_id
+    problem_type return_dict sliding_window torch_dtype transformers_version use_cache
+    vision_token_id
+""".split())  # fmt: skip
+# Keys that do change the computation, with the values that are computed here.
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "attention_dropout": (0.0, None),
+    "hidden_act": ("silu",),
+    "use_sliding_window": (False, None),
+    "vision_config.in_channels": (3,),
+    "vision_config.in_chans": (3,),
+    "vision_config.hidden_act": ("silu",),
+    "vision_config.patch_size": (PATCH,),
+    "vision_config.spatial_patch_size": (PATCH,),
+    "vision_config.spatial_merge_size": (MERGE,),
+    "vision_config.temporal_patch_size": (2,),
+    "vision_config.rope_parameters": (None, {"rope_theta": 10_000.0, "rope_type": "axial"}),
+}
+_ROPE = {"type", "rope_type", "mrope_section", "rope_theta"}
+_TOKEN_IDS = {
+    "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"
+}  # fmt: skip
+_TEXT_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings",
+)  # fmt: skip
+_VISION_SIZES = (
+    "depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "window_size",
+    "tokens_per_second",
+)  # fmt: skip
 
 
-def _refuse_unsupported(config: Any) -> None:
-    """Raises InputError unless every value that changes the computation is one we implement."""
-    text, vision = config.text_config, config.vision_config
-    rope = text.rope_parameters
-    wanted = {
-        "text_config.hidden_act": (text.hidden_act, "silu"),
-        "text_config.use_sliding_window": (bool(text.use_sliding_window), False),
-        "text_config.attention_dropout": (float(text.attention_dropout or 0), 0.0),
-        "text_config.rope_scaling.rope_type": (rope.get("rope_type", "default"), "default"),
-        "vision_config.hidden_act": (vision.hidden_act, "silu"),
-        "vision_config.in_channels": (vision.in_channels, 3),
-        "vision_config.patch_size": (vision.patch_size, PATCH),
-        "vision_config.temporal_patch_size": (vision.temporal_patch_size, 2),
-        "vision_config.spatial_merge_size": (vision.spatial_merge_size, MERGE),
-        "vision_config.out_hidden_size": (vision.out_hidden_size, text.hidden_size),
-    }
-    for name, (value, supported) in wanted.items():
-        if value != supported:
-            raise InputError(f"{name} is {value!r}; only {supported!r} is supported")
-    sections = sum(rope.get("mrope_section", DEFAULT_SECTIONS))
-    if sections * 2 * text.num_attention_heads != text.hidden_size:
+def _names(kind: type) -> set[str]:
+    """The fields of a config class."""
+    return {field.name for field in dataclasses.fields(kind)}
+
+
+_TEXT_KEYS = (
+    _names(TextConfig)
+    | _TOKEN_IDS
+    | {"rope_scaling", "rope_parameters", "layer_types", "tie_word_embeddings"}
+)
+
+
+def _refuse_unknown(place: str, config: dict[str, Any], known: Collection[str]) -> None:
+    """Raises InputError for a key that is neither known nor idle, or for an unsupported value."""
+    for key, value in config.items():
+        name = place + key
+        choices = _SUPPORTED.get(name.removeprefix("text_config."))
+        if choices is not None and value not in choices:
+            raise InputError(f"{name} is {value!r}; only {choices[0]!r} is supported")
+        is_idle = key in _IDLE or key.startswith("_") or value is None
+        if choices is None and key not in known and not is_idle:
+            raise InputError(
+                f"the Qwen2.5-VL config has the key {name}, which is not supported; "
+                "give the unquantized weights of a plain Qwen2.5-VL model"
+            )
+        if key == "layer_types" and set(value or ()) - {"full_attention"}:
+            raise InputError(f"{name} is {value!r}; only 'full_attention' is supported")
+
+
+def _rope(text: dict[str, Any]) -> dict[str, Any]:
+    """The rotary parameters of the language model, in whichever of the two places they are."""
+    rope = text.get("rope_scaling") or text.get("rope_parameters")
+    if not isinstance(rope, dict):
+        raise InputError("text_config.rope_scaling is missing; download the config.json again")
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind not in ("mrope", "default"):
         raise InputError(
-            f"mrope_section sums to {sections}; it must be half of the head's width "
-            f"{text.hidden_size / text.num_attention_heads:g}"
+            f"text_config.rope_scaling.rope_type is {kind!r}; only 'mrope' and 'default' are known"
+        )
+    if extra := sorted(rope.keys() - _ROPE):
+        raise InputError(f"text_config.rope_scaling has the key {extra[0]}, which is not supported")
+    return rope
+
+
+def _size(values: dict[str, Any], name: str, place: str, least: int = 1) -> int:
+    """An integer of a config."""
+    value = values.get(name)
+    if type(value) is not int or value < least:
+        raise InputError(f"{place}{name} is {value!r}; an integer of {least} or more is due")
+    return value
+
+
+def _sizes(values: dict[str, Any], name: str, place: str, least: int = 1) -> tuple[int, ...]:
+    """A list of integers of a config."""
+    found = values.get(name)
+    if not isinstance(found, list | tuple):
+        raise InputError(f"{place}{name} is {found!r}; a list of integers is due")
+    return tuple(_size({name: value}, name, place, least) for value in found)
+
+
+def _positive(values: dict[str, Any], name: str, place: str) -> float:
+    """A positive number of a config."""
+    value = values.get(name)
+    if type(value) not in (int, float) or not 0 < value < float("inf"):
+        raise InputError(f"{place}{name} is {value!r}; a positive number is due")
+    return float(value)
+
+
+def _tied(values: dict[str, Any]) -> bool:
+    """Whether logits use the embedding table; transformers 4 says it in either place."""
+    value = values.get("tie_word_embeddings", False)
+    if type(value) is not bool:
+        raise InputError(f"tie_word_embeddings is {value!r}; true or false is due")
+    return value
+
+
+def _refuse_unfit(config: VLMConfig) -> None:
+    """Raises InputError where the sizes contradict each other."""
+    text, vision = config.text, config.vision
+    ids = {name: getattr(config, name) for name in sorted(_TOKEN_IDS)}
+    ids |= {f"text_config.{name}": getattr(text, name) for name in ("bos_token_id", "eos_token_id")}
+    for name, value in ids.items():
+        is_absent = value is None and name.startswith("text_config.")
+        if not is_absent and (type(value) is not int or not 0 <= value < text.vocab_size):
+            raise InputError(
+                f"{name} is {value!r}; a token below the vocab_size {text.vocab_size} is due"
+            )
+    if text.num_attention_heads % text.num_key_value_heads:
+        raise InputError(
+            f"text_config.num_key_value_heads is {text.num_key_value_heads}; it must divide "
+            f"num_attention_heads, {text.num_attention_heads}"
+        )
+    sections = sum(text.mrope_section)
+    if len(text.mrope_section) != 3 or sections * 2 * text.num_attention_heads != text.hidden_size:
+        raise InputError(
+            f"mrope_section is {text.mrope_section}; three numbers are due, whose sum is half of "
+            f"hidden_size / num_attention_heads = {text.hidden_size / text.num_attention_heads:g}"
+        )
+    if vision.hidden_size % (4 * vision.num_heads):
+        raise InputError(
+            f"vision_config.hidden_size is {vision.hidden_size}; a multiple of 4 for each of "
+            f"{vision.num_heads} heads is due"
+        )
+    if vision.out_hidden_size != text.hidden_size:
+        raise InputError(
+            f"vision_config.out_hidden_size is {vision.out_hidden_size}, but the language model's "
+            f"hidden_size is {text.hidden_size}; give the config of one model"
+        )
+    if vision.window_size % (PATCH * MERGE):
+        raise InputError(
+            f"vision_config.window_size is {vision.window_size}; "
+            f"a multiple of {PATCH * MERGE} is due"
+        )
+    if any(block >= vision.depth for block in vision.fullatt_block_indexes):
+        raise InputError(
+            f"vision_config.fullatt_block_indexes is {vision.fullatt_block_indexes}; "
+            f"with a depth of {vision.depth} there is no such block"
         )
 
 

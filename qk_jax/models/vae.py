@@ -23,30 +23,9 @@ from flax import linen as nn
 from qk_jax.errors import InputError
 from qk_jax.models import layers
 from qk_jax.models.attention import attention
+from qk_jax.models.hub_config import fields_of
 
 LOGVAR_RANGE = (-30.0, 20.0)
-
-
-def _fields_of(cls: type, values: Mapping[str, Any], name: str, fixed: Mapping[str, Any]) -> dict:
-    """The dataclass arguments in a diffusers config; see the `from_hf` methods for the errors."""
-    found = values.get("_class_name", name)
-    if found != name:
-        raise InputError(f"the VAE config is of class {found!r}; give one of class {name!r}")
-    known = {field.name for field in dataclasses.fields(cls)}
-    arguments = {}
-    for key, value in values.items():
-        value = tuple(value) if isinstance(value, list) else value
-        if key.startswith("_"):
-            continue
-        if key in known:
-            arguments[key] = value
-        elif key not in fixed:
-            raise InputError(f"{name} config has the unknown key {key!r}; remove it")
-        elif value != fixed[key] and not (isinstance(value, tuple) and {*value} == {fixed[key]}):
-            raise InputError(
-                f"{name} config says {key} = {value!r}, but only {fixed[key]!r} is supported"
-            )
-    return arguments
 
 
 def _json(config: Any) -> dict:
@@ -82,6 +61,14 @@ class AutoencoderKLConfig:
                 f"block_out_channels {self.block_out_channels} of AutoencoderKL must be multiples"
                 f" of norm_num_groups {self.norm_num_groups}; change one of them"
             )
+        sizes = {len(v) for v in (self.latents_mean, self.latents_std) if v is not None}
+        if (self.latents_mean is None) != (self.latents_std is None) or sizes - {
+            self.latent_channels
+        }:
+            raise InputError(
+                "latents_mean and latents_std of AutoencoderKL need latent_channels = "
+                f"{self.latent_channels} entries each, or both none"
+            )
 
     @property
     def downscale(self) -> int:
@@ -101,10 +88,19 @@ class AutoencoderKLConfig:
         """From the content of a diffusers config.json.
 
         Raises:
-          InputError: another class, an unknown key, or a variant that this model does not have.
+          InputError: another class, an unknown or missing key, or a variant that this model does
+            not have.
         """
-        blocks = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
-        return cls(**_fields_of(cls, values, "AutoencoderKL", {"act_fn": "silu", **blocks}))
+        channels = values.get("block_out_channels")
+        count = len(channels) if isinstance(channels, list | tuple) else 0
+        fixed = {
+            "act_fn": "silu",
+            "down_block_types": ("DownEncoderBlock2D",) * count,
+            "up_block_types": ("UpDecoderBlock2D",) * count,
+        }
+        # The class has other values where these are absent than any public model.
+        required = ("block_out_channels", "layers_per_block", "latent_channels", *fixed)
+        return cls(**fields_of(cls, values, "AutoencoderKL", fixed, required))
 
     def to_hf(self) -> dict:
         """The content of a diffusers config.json."""
@@ -175,7 +171,7 @@ class QwenImageVAEConfig:
           InputError: another class, an unknown key, or a variant that this model does not have.
         """
         fixed = {"attn_scales": (), "dropout": 0.0}
-        return cls(**_fields_of(cls, values, "AutoencoderKLQwenImage", fixed))
+        return cls(**fields_of(cls, values, "AutoencoderKLQwenImage", fixed))
 
     def to_hf(self) -> dict:
         """The content of a diffusers config.json."""
@@ -256,8 +252,10 @@ class Conv(nn.Module):
             window_strides=(self.stride, self.stride),
             padding=(pad, pad),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            preferred_element_type=jnp.float32,
         )
-        return y + bias.astype(self.dtype)
+        # Rounded once, after the bias, as in PyTorch: twice is a seventh farther from the truth.
+        return (y + bias.astype(jnp.float32)).astype(self.dtype)
 
 
 class GroupNorm(nn.Module):

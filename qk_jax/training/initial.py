@@ -15,8 +15,8 @@ from flax import traverse_util
 from flax.core import meta
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from qk_jax import sharding
-from qk_jax.convert import torch_import
+from qk_jax import hub, sharding
+from qk_jax.convert import leaves, torch_import, torch_lora
 from qk_jax.errors import InputError
 from qk_jax.models import lora
 from qk_jax.models.query_kontext import QueryKontext
@@ -27,11 +27,6 @@ from qk_jax.training import state as state_lib
 log = logging.getLogger(__name__)
 Tree = dict[str, Any]
 CHECKPOINTS, FROZEN = "checkpoints", "frozen"
-_IMPORTERS = {
-    "vlm": torch_import.import_vlm,
-    "mmdit": torch_import.import_mmdit,
-    "vae": torch_import.import_vae,
-}
 
 
 class Loaded(NamedTuple):
@@ -167,24 +162,40 @@ def fingerprint(found: checkpoint.Meta) -> str:
 
 
 def _pretrained(part: str, config: Mapping[str, Any], model: QueryKontext) -> Tree:
-    """Numpy parameters of a Hugging Face or diffusers folder.
+    """Parameters of public weights or of an import, still on disk: `_placed` reads the shares.
 
     Raises:
-      InputError: the folder is missing or its architecture is not the config's.
+      InputError: the model is missing or its architecture is not the config's.
     """
     folder = config["init"][part]
-    found, params = _IMPORTERS[part](folder)
+    found = torch_import.open_part(part, hub.component_folder(folder, part))
     wanted = getattr(model.config, part)
-    if type(found) is not type(wanted):
-        raise InputError(f"{folder} holds a {type(found).__name__}, config wants {wanted!r:.60}")
+    if type(found.config) is not type(wanted):
+        name = type(found.config).__name__
+        raise InputError(f"{folder} holds a {name}, config wants {wanted!r:.60}")
     for field in dataclasses.fields(wanted):
-        a, b = getattr(found, field.name), getattr(wanted, field.name)
+        a, b = getattr(found.config, field.name), getattr(wanted, field.name)
         if a != b:
             raise InputError(
                 f"{folder} has {field.name} = {a}, the config's model.{part} has {b}; use weights "
                 "of that size, or set the field"
             )
-    return params
+    return traverse_util.unflatten_dict(found.flat, sep="/")
+
+
+def _adapter(config: Mapping[str, Any], model: QueryKontext) -> Tree:
+    """The adapter of the generator that `init.lora` names, as the config's rank and alpha have it.
+
+    Raises:
+      InputError: it is missing, of another generator, or of another rank.
+    """
+    path, rank = config["init"]["lora"], config["lora"]["rank"]
+    shapes = torch_import.mmdit_shapes(model.config.mmdit)
+    adapter, found = torch_lora.import_lora(hub.model_folder(path), shapes)
+    if found != rank:
+        raise InputError(f"{path} is of rank {found}; set config.lora.rank={found}")
+    # The file's own alpha is folded into it; what the model multiplies by is taken out again.
+    return lora.scaled(adapter, 1 / model.config.lora_scale)
 
 
 def _carried(config: Mapping[str, Any], workdir: pathlib.Path, mesh: Mesh) -> Loaded:
@@ -248,6 +259,8 @@ def parameters(
     for part, origin in parts.items():
         if origin == "pretrained" and config["init"][part]:
             take(part, _pretrained(part, config, model))
+        elif part == "lora/mmdit" and origin == "fresh" and config["init"]["lora"]:
+            take(part, _adapter(config, model))
         elif origin == "previous":
             _same_tower(part, got, model)
             tree = got.params
@@ -329,5 +342,5 @@ def _placed(flat: dict[str, Any], layout: state_lib.Layout) -> Tree:
             raise InputError(
                 f"parameter {name} has shape {value.shape}, the config wants {like.shape}"
             )
-        out[name] = jax.device_put(value.astype(like.dtype), like.sharding)
+        out[name] = leaves.place(value, like.sharding, like.dtype)
     return traverse_util.unflatten_dict(out, sep="/")

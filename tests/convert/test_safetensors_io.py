@@ -1,14 +1,19 @@
-"""Folders of safetensors: what is refused, and that random damage never ends in anything else."""
+"""Folders of safetensors: what is read and written, and every kind of bad input by name."""
 
 import json
 import os
 import pickle
+import resource
 import stat
+import tracemalloc
 
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.torch
 
-from qk_jax.convert import safetensors_io, torch_import
+from qk_jax.convert import safetensors_io
 from qk_jax.errors import InputError
 from tests.convert import nano
 
@@ -105,61 +110,260 @@ def test_an_empty_folder_and_no_folder(tmp_path):
         KIND.read(tmp_path)
 
 
-def test_types_and_values_that_are_no_weights_are_refused(tmp_path):
-    good = np.ones(3, np.float32)
-    for bad, message in (
-        (np.ones(3, np.int32), "unsupported type I32"),
-        (good * np.inf, "not finite"),
-    ):
-        safetensors_io.write_tensors(tmp_path, "model", [("good", good), ("bad", bad)])
-        with pytest.raises(InputError, match=message):
-            source = safetensors_io.TensorFolder(tmp_path)
-            source.read("bad")
+def write_raw(file, header, data=b"", size=None):
+    """A .safetensors file with any header: text, or what JSON makes of it."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    size = len(text) if size is None else size
+    file.write_bytes(size.to_bytes(8, "little") + text + data)
 
 
-def damage(rng, folder):
-    """One random corruption of one file."""
-    victims = sorted(folder.iterdir())
-    victim = victims[rng.integers(len(victims))]
-    content = bytearray(victim.read_bytes())
-    kind = rng.integers(5)
-    # Flips beyond the header of a shard only change values, which nothing can know.
-    header = 8 + int.from_bytes(content[:8], "little") if victim.suffix == ".safetensors" else None
-    end = min(header or len(content), len(content))
-    if kind == 0:
-        victim.unlink()
+def entry(first=0, last=8, shape=(2,), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [first, last]}
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"a": entry()}, None),
+        ({"a": entry(), "b": entry(8, 8, (0,)), "__metadata__": {"k": "v"}}, None),
+        ({"a": entry(0, 4, (2,))}, "a of 8 bytes .* lies at"),
+        ({"a": entry(shape=(2, 2))}, "a of 16 bytes"),
+        ({"a": entry(dtype="F64")}, "a of 16 bytes"),
+        ({"a": entry(dtype="X7")}, "the type 'X7'"),
+        ({"a": entry(dtype=["F32"])}, "the type"),
+        ({"a": entry(dtype="I32")}, "unsupported type I32"),
+        ({"a": entry(), "b": entry()}, "b begins at byte 0, not 8"),
+        ({"a": entry(0, 4, (1,)), "b": entry(3, 7, (1,))}, "b begins at byte 3, not 4"),
+        ({"a": entry(4, 8, (1,))}, "a begins at byte 4, not 0"),
+        ({"a": entry(0, 4, (1,))}, "tensors of 4 bytes"),
+        ({"a": entry(0, 16, (4,))}, "tensors of 16 bytes"),
+        ({"a": entry(8, 0)}, "lies at"),
+        ({"a": entry(-8, 0)}, "where sizes are due"),
+        ({"a": entry(shape=(-2,))}, "where sizes are due"),
+        ({"a": entry(shape=(2.0,))}, "where sizes are due"),
+        ({"a": entry(shape=(True, 2))}, "where sizes are due"),
+        ({"a": entry() | {"data_offsets": [0, 4, 8]}}, "lies at"),
+        ({"a": entry() | {"more": 1}}, "no entry of dtype"),
+        ({"a": {"dtype": "F32"}}, "no entry of dtype"),
+        ({"a": [1]}, "no entry of dtype"),
+        ({"a": entry(), "__metadata__": [1]}, "metadata that is no text"),
+        ({"a": entry(), "__metadata__": {"k": 1}}, "metadata that is no text"),
+        ({"a": entry(), "b": entry(8, 8, (0, 2**70))}, None),
+        (b'{"a": %s, "a": %s}' % ((json.dumps(entry()).encode(),) * 2), "'a' stands there twice"),
+        (b'{"a": NaN}', "NaN is no JSON"),
+        (b"[]", "no JSON object"),
+        (b"[" * 100_000, "recursion"),
+        (b"\xff\xfe{}", "decode"),
+        (b"", "Expecting value"),
+    ],
+)
+def test_a_header_must_account_for_every_byte(tmp_path, header, message):
+    file = tmp_path / "model.safetensors"
+    write_raw(file, header, b"\0" * 8)
+    if message is None:
+        assert not safetensors_io.TensorFolder(file).read("a").any()
         return
-    if kind == 1:
-        del content[rng.integers(len(content)) :]
-    elif kind == 2:
-        content[rng.integers(end)] ^= 1 << rng.integers(8)
-    elif kind == 3:
-        start = rng.integers(end)
-        content[start : start + 9] = rng.bytes(9)
-    else:
-        start = rng.integers(end)
-        del content[start : start + rng.integers(1, 30)]
-    victim.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        safetensors_io.TensorFolder(file)
+    assert str(file) in str(caught.value)
 
 
-def test_random_damage_is_an_input_error_or_harmless(files, folder):
-    truth = nano.random_tree(KIND.shapes(KIND.config))
-    # Our config reader is tested with its model; here a good config must meet damaged weights.
-    table, shapes = KIND.table, KIND.shapes(KIND.config)
+@pytest.mark.parametrize("size", [100, 2**63, 2**64 - 1])
+def test_a_header_beyond_the_file_is_not_read(tmp_path, size):
+    write_raw(tmp_path / "model.safetensors", {"a": entry()}, b"\0" * 8, size)
+    with pytest.raises(InputError, match="is truncated or no safetensors file"):
+        safetensors_io.TensorFolder(tmp_path)
+
+
+def test_impossible_shapes_and_files_that_shrink_are_refused(tmp_path):
+    file = tmp_path / "model.safetensors"
+    write_raw(file, {"a": entry(0, 0, (0, 2**70)), "b": entry()}, b"\0" * 8)
+    source = safetensors_io.TensorFolder(file)
+    with pytest.raises(InputError, match="model.safetensors"):
+        source.read("a")
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(InputError, match="ends within a tensor"):
+        source.read("b")
+    file.unlink()
+    with pytest.raises(InputError, match="No such file"):
+        source.read("b")
+
+
+def test_types_that_are_no_weights_are_refused_on_writing(tmp_path):
+    tensors = [("good", np.ones(3, np.float32)), ("bad", np.ones(3, np.int32))]
+    with pytest.raises(InputError, match="tensor bad is int32"):
+        safetensors_io.write_tensors(tmp_path, "model", tensors)
+    assert not list(tmp_path.iterdir())
+
+
+FLOATS = [np.dtype(kind) for kind in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("place", [0, 777_777, -1])
+def test_values_that_are_not_finite_are_refused(tmp_path, dtype, bad, place):
+    largest = ml_dtypes.finfo(dtype).max
+    array = np.full(1_000_003, -largest, dtype)
+    array[1] = ml_dtypes.finfo(dtype).smallest_subnormal
+    safetensors_io.write_tensors(tmp_path, "model", [("a", array)])
+    np.testing.assert_array_equal(safetensors_io.TensorFolder(tmp_path).read("a"), array)
+    array[place] = bad
+    safetensors_io.write_tensors(tmp_path, "model", [("a", array)])
+    with pytest.raises(InputError, match="tensor a .* not finite"):
+        safetensors_io.TensorFolder(tmp_path).read("a")
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 3), (7,), (5, 6), (6, 4, 3), (4, 3, 2, 5)])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_any_part_of_a_tensor(tmp_path, monkeypatch, shape, dtype):
     rng = np.random.default_rng(0)
-    refusals = 0
-    for _ in range(120):
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
-        (folder / "config.json").unlink()
-        damage(rng, folder)
-        try:
-            params = torch_import.fill(table, safetensors_io.TensorFolder(folder), shapes)
-            nano.assert_same(params, truth)
-        except InputError as error:
-            refusals += 1
-            assert str(folder) in str(error)
-    assert refusals > 80
+    array = rng.standard_normal(shape).astype(dtype)
+    first = np.zeros(3, dtype)
+    safetensors_io.write_tensors(tmp_path, "model", [("first", first), ("a", array)])
+    source = safetensors_io.TensorFolder(tmp_path)
+    for block in (1, 100, 1 << 20):
+        monkeypatch.setattr(safetensors_io, "BLOCK", max(64, block))
+        for _ in range(30):
+            ends = [sorted(rng.integers(-1, size + 2, 2)) for size in shape]
+            index = tuple(slice(int(a), int(b)) for a, b in ends)[: rng.integers(len(shape) + 1)]
+            np.testing.assert_array_equal(source.read("a", index), array[index])
+    np.testing.assert_array_equal(source.read("a"), array)
+    np.testing.assert_array_equal(source.read("a", (slice(None),) * len(shape)), array)
+
+
+@pytest.mark.parametrize("index", [(slice(0, 4, 2),), (slice(None, None, -1),), (slice(None),) * 3])
+def test_an_index_that_is_no_part_is_a_defect(tmp_path, index):
+    safetensors_io.write_tensors(tmp_path, "model", [("a", np.ones((4, 4), np.float32))])
+    with pytest.raises(ValueError, match="no unit steps"):
+        safetensors_io.TensorFolder(tmp_path).read("a", index)
+
+
+def peak_of(function):
+    """Bytes that numpy and Python had at once while `function` ran."""
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_is_the_part_that_is_read_and_the_tensor_that_is_written(tmp_path):
+    shape, names = (4096, 2048), [f"layers.{i}.weight" for i in range(4)]
+    array = np.ones(shape[::-1], np.float32)
+    specs = dict.fromkeys(names, np.broadcast_to(np.float32(0), shape))
+    tensors = ((name, array.T) for name in names)
+    slack = 3 * safetensors_io.BLOCK
+
+    def write():
+        safetensors_io.write_tensors(tmp_path, "model", tensors, 80_000_000, specs)
+
+    assert peak_of(write) < slack < array.nbytes
+    source = safetensors_io.TensorFolder(tmp_path)
+    assert peak_of(lambda: source.read(names[0])) < array.nbytes + slack
+    rows, columns = (slice(100, 200),), (slice(None), slice(100, 200))
+    assert peak_of(lambda: source.read(names[0], rows)) < slack
+    assert peak_of(lambda: source.read(names[0], columns)) < slack
+
+
+def test_a_snapshot_of_links_is_read(files, folder, tmp_path_factory):
+    snapshot = tmp_path_factory.mktemp("snapshot")
+    for number, name in enumerate(files):
+        blob = folder / f"blob{number}"
+        (folder / name).rename(blob)
+        (snapshot / name).symlink_to(os.path.relpath(blob, snapshot))
+    config, params = KIND.read(snapshot)
+    nano.assert_same(params, nano.random_tree(KIND.shapes(KIND.config)))
+    assert config == KIND.config
+    (snapshot / INDEX).resolve().unlink()
+    with pytest.raises(InputError, match="no index that says which"):
+        KIND.read(snapshot)
+
+
+def test_what_is_written_is_what_safetensors_reads(tmp_path):
+    rng = np.random.default_rng(0)
+    tensors = {
+        f"{number}.{dtype}": rng.standard_normal((number, 3)).astype(dtype)
+        for number in (1, 2, 3, 5)
+        for dtype in FLOATS
+    } | {"scalar": np.array(2.5, np.float32), "empty": np.zeros((0, 4), np.float16)}
+    specs = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in tensors.items()}
+    backwards = reversed(tensors.items())
+    safetensors_io.write_tensors(tmp_path, "model", backwards, 200, specs)
+    index = safetensors_io.read_json(tmp_path / "model.safetensors.index.json")
+    assert list(index["weight_map"]) == list(tensors)
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in tensors.values())
+    read = {}
+    for file in sorted(set(index["weight_map"].values())):
+        assert stat.S_IMODE((tmp_path / file).stat().st_mode) == 0o644
+        shard = safetensors.torch.load_file(tmp_path / file)
+        assert sum(tensor.nbytes for tensor in shard.values()) <= 200
+        read |= shard
+        with safetensors.safe_open(tmp_path / file, "numpy") as handle:
+            assert handle.metadata() == {"format": "pt"}
+        start = 8 + int.from_bytes((tmp_path / file).read_bytes()[:8], "little")
+        assert start % 64 == 0
+    source = safetensors_io.TensorFolder(tmp_path)
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(source.read(name), array)
+        np.testing.assert_array_equal(read[name].double().numpy(), array.astype(np.float64))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ([("a", np.ones(2, np.float32))], "b never came"),
+        ([("a", np.ones(2, np.float32))] * 2, "a comes twice"),
+        ([("c", np.ones(2, np.float32))], "c comes twice, or has no place"),
+        ([("a", np.ones(3, np.float32))], r"a is float32 \(3,\)"),
+        ([("a", np.ones(2, np.float16))], "a is float16"),
+    ],
+)
+def test_tensors_that_were_not_announced_are_a_defect(tmp_path, tensors, message):
+    specs = dict.fromkeys("ab", np.ones(2, np.float32))
+    with pytest.raises(ValueError, match=message):
+        safetensors_io.write_tensors(tmp_path, "model", iter(tensors), specs=specs)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="comes twice"):
+        safetensors_io.write_tensors(tmp_path, "model", [("a", np.ones(2))] * 2)
+
+
+def test_a_new_write_takes_away_what_the_old_one_left_and_nothing_else(tmp_path):
+    tensors = [(name, np.ones(8, np.float32)) for name in "abc"]
+    others = ["model_ema.safetensors", "model.fp16.safetensors", "mode.safetensors", "model.txt"]
+    for name in others:
+        (tmp_path / name).write_text("")
+    safetensors_io.write_tensors(tmp_path, "model", tensors, max_shard_bytes=32)
+    assert len(list(tmp_path.iterdir())) == len(others) + 4
+    safetensors_io.write_tensors(tmp_path, "model", tensors)
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "model.safetensors"])
+    safetensors_io.write_tensors(tmp_path, "model", tensors, max_shard_bytes=64)
+    assert safetensors_io.TensorFolder(tmp_path).shapes == {"a": (8,), "b": (8,), "c": (8,)}
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_full_disk_is_one_line_and_the_old_files_stay(tmp_path, number):
+    old = [("old", np.zeros(3, np.float32))]
+    safetensors_io.write_tensors(tmp_path, "model", old)
+    (tmp_path / f".model-{number}.{os.getpid()}.part").symlink_to("/dev/full")
+    tensors = [(name, np.ones(8, np.float32)) for name in "abc"]
+    with pytest.raises(InputError, match="No space left on device.*free space"):
+        safetensors_io.write_tensors(tmp_path, "model", tensors, max_shard_bytes=32)
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+    assert list(safetensors_io.TensorFolder(tmp_path).shapes) == ["old"]
+
+
+def test_a_disk_that_fills_up_within_a_tensor(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    array = np.ones((1 << 10, 1 << 10), np.float32)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (array.nbytes // 2, limits[1]))
+        with pytest.raises(InputError, match="cannot be written .*File too large"):
+            safetensors_io.write_tensors(tmp_path, "model", [("a", array)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_write_leaves_nothing_under_the_final_name(tmp_path):

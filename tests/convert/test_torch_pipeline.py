@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,11 +21,14 @@ from qk_jax.convert import __main__ as command
 from qk_jax.convert import torch_folder, torch_import, torch_pipeline, verify
 from qk_jax.data import prompts
 from qk_jax.errors import InputError
-from qk_jax.models import mmdit, mrope, query_kontext, qwen_vl, rotary
+from qk_jax.models import lora, mmdit, mrope, query_kontext, qwen_vl, rotary
+from qk_jax.training import initial
 from tests import painters
 from tests.convert import nano
 
 TOKENIZER = pathlib.Path(qk_jax.__file__).parent / "assets" / "tiny" / "tokenizer"
+# Nano models run once or twice: what matters is how long they compile.
+OPTIONS = (("xla_backend_optimization_level", 0), ("xla_cpu_use_fusion_emitters", False))
 GRIDS = ((4, 4), (4, 6), (2, 3), (5, 4))
 
 
@@ -75,22 +79,35 @@ def test_packing():
     assert torch.equal(torch_pipeline.unpack(packed, 6, 4), tensor)
 
 
-# Size (height, width), whether there is a source, number of references, settings.
+# Size (height, width), whether there is a source, number of references, settings. `verify`, whose
+# tests are below, adds words alone, a source and two references at (64, 64) with all guidance.
 CASES = {
-    "text": ((64, 64), False, 0, painting.Settings(steps=3)),
     "no_guidance": ((48, 80), False, 0, painting.Settings(steps=3, guidance=1)),
-    "source": ((48, 80), True, 0, painting.Settings(steps=3)),
     "reference_heun": ((80, 48), False, 1, painting.Settings(steps=3, solver="heun")),
     "two": ((64, 64), True, 1, painting.Settings(steps=3, image_guidance=1)),
     "three": ((48, 80), False, 3, painting.Settings(steps=3)),
     "three_bare": ((80, 48), True, 2, painting.Settings(steps=3, guidance=1, image_guidance=1)),
+    "wide": ((32, 96), True, 0, painting.Settings(steps=2, guidance=1, image_guidance=1)),
 }
 SHIFTED = rotary.PositionLaw()
-RUN = {"stage": "stage3", "data": {"tasks": {"editing": 0.5, "composition": 0.0}, "corpus": ""}}
+# The law of positions, and whether condition pictures are modulated as clean ones.
+LAWS = {
+    "shifted": (SHIFTED, False),
+    "minus_one": (rotary.PositionLaw("shifted", "reflect_minus_one", 1), True),
+    "translate": (rotary.PositionLaw("shifted", "translate"), False),
+    "qwen_image": (rotary.PositionLaw("qwen_image"), False),
+    "qwen_image_zero": (rotary.PositionLaw("qwen_image"), True),
+}
+RUN = {
+    "stage": "stage3",
+    "data": {"tasks": {"editing": 0.5, "composition": 0.0}, "corpus": "", "records": ""},
+    "lora": {"rank": 2},
+    "init": {"vae": ""},
+}
 
 
 @functools.cache
-def painter(law, vae_kind="kl", latents=True):
+def painter(law=SHIFTED, vae_kind="kl", latents=True, zero=True):
     """A random painter of nano size with the tiny tokenizer."""
     config = query_kontext.ModelConfig(
         vlm=dataclasses.replace(
@@ -104,7 +121,7 @@ def painter(law, vae_kind="kl", latents=True):
                 )
             },
         ),
-        mmdit=dataclasses.replace(nano.MMDIT, zero_cond_t=law.kind == "shifted"),  # both ways
+        mmdit=dataclasses.replace(nano.MMDIT, zero_cond_t=zero),
         vae=nano.KINDS[vae_kind].config,
         num_queries=3,
         max_text=20,
@@ -116,17 +133,19 @@ def painter(law, vae_kind="kl", latents=True):
     params = nano.random_tree(torch_import.shapes_of(model.abstract()))
     layout = prompts.PromptLayout(prompts.load_tokenizer(TOKENIZER), 20, 3, config.vlm_pixels)
     limits = painting.Limits(((64, 64), (48, 80), (80, 48)), 48, 3, 10**6)
-    return painting.Painter(config, params, layout, limits=limits, batch=1, name="nano")
+    return painting.Painter(
+        config, params, layout, limits=limits, batch=1, options=OPTIONS, name="nano"
+    )
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """exported(law, vae kind, dtype) -> (painter, folder, pipeline), each exported once."""
+    """exported(arguments of `painter`, dtype) -> (painter, folder, pipeline), each written once."""
 
     @functools.cache
-    def export(law=SHIFTED, vae_kind="kl", dtype="float32", latents=True):
+    def export(law=SHIFTED, vae_kind="kl", latents=True, zero=True, dtype="float32"):
         folder = tmp_path_factory.mktemp("export") / "model"
-        ours = painter(law, vae_kind, latents)
+        ours = painter(law, vae_kind, latents, zero)
         torch_folder.export_pipeline(ours, folder, RUN, 7, dtype)
         return ours, folder, verify.load_pipeline(folder)
 
@@ -146,20 +165,9 @@ def assert_paints_the_same(ours, pipe, case):
     request, settings = request_of(ours, case)
     noise = ours.noise(request)
     (painted,) = ours.paint_with_noise([request], [noise], settings)
-    theirs = pipe(
-        request.prompt,
-        source=None if request.source is None else Image.fromarray(request.source),
-        references=[Image.fromarray(x) for x in request.references],
-        height=request.size[0],
-        width=request.size[1],
-        num_inference_steps=settings.steps,
-        guidance=settings.guidance,
-        image_guidance=settings.image_guidance,
-        solver=settings.solver,
-        latents=torch.from_numpy(noise.copy()).permute(2, 0, 1)[None],
-    ).images[0]
+    theirs = verify.paint(pipe, request, settings, noise)
     assert painted.std() > 10
-    assert np.abs(painted.astype(int) - np.asarray(theirs).astype(int)).max() <= 2
+    assert np.abs(painted.astype(int) - theirs.astype(int)).max() <= 2
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -168,34 +176,83 @@ def test_the_same_noise_gives_the_same_picture(exported, case):
     assert_paints_the_same(ours, pipe, case)
 
 
-@pytest.mark.parametrize("case", ["no_guidance", "three"])
-def test_the_law_of_qwen_image_gives_the_same_picture(exported, case):
-    ours, _, pipe = exported(rotary.PositionLaw("qwen_image"))
-    assert_paints_the_same(ours, pipe, case)
-
-
-def test_the_vae_of_qwen_image_gives_the_same_picture(exported):
-    ours, _, pipe = exported(SHIFTED, "qwen_vae")
+@pytest.mark.parametrize("name", LAWS)
+def test_every_law_gives_the_same_picture(exported, name):
+    law, zero = LAWS[name]
+    ours, _, pipe = exported(law, zero=zero)
+    assert pipe.transformer.config.zero_cond_t == zero
     assert_paints_the_same(ours, pipe, "three_bare")
+
+
+@pytest.mark.parametrize("case", ["no_guidance", "three_bare"])
+def test_the_vae_of_qwen_image_gives_the_same_picture(exported, case):
+    ours, _, pipe = exported(vae_kind="qwen_vae")
+    assert_paints_the_same(ours, pipe, case)
 
 
 @pytest.mark.parametrize("kind", ["shifted", "qwen_image"])
 def test_a_model_that_only_reads_pictures_gives_the_same_picture(exported, kind):
     ours, _, pipe = exported(rotary.PositionLaw(kind), latents=False)
-    assert_paints_the_same(ours, pipe, "source")
+    assert_paints_the_same(ours, pipe, "wide")
+
+
+@functools.cache
+def adapted():
+    """(painter, checkpoint): the same model with a random adapter, merged and beside the base."""
+    base, scale = painter(), 0.5
+    fresh = lora.init(jax.random.key(0), base.params["mmdit"], lora.MMDIT_TARGETS, rank=2)
+    adapter = nano.random_tree(torch_import.shapes_of(fresh), seed=1)
+    merged = copy.copy(base)
+    generator = jax.jit(lora.merge, static_argnums=2)(base.params["mmdit"], adapter, scale)
+    merged.params = base.params | {"mmdit": generator}
+    model = query_kontext.QueryKontext(dataclasses.replace(base.config, lora_scale=scale))
+    loaded = initial.Loaded(model, base.params | {"lora": {"mmdit": adapter}}, RUN, 7)
+    return merged, loaded
+
+
+def test_a_separate_adapter_paints_as_the_merged_one(tmp_path):
+    merged, loaded = adapted()
+    folder = tmp_path / "model"
+    torch_folder.export_pipeline(merged, folder, RUN, 7, "float32", lora="separate", loaded=loaded)
+    pipe = verify.load_pipeline(folder)
+    assert pipe.get_list_adapters() == {"transformer": ["default_0"]}
+    assert_paints_the_same(merged, pipe, "three_bare")
+    pipe.disable_lora()
+    assert_paints_the_same(painter(), pipe, "three_bare")
+    pipe.enable_lora()
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert_paints_the_same(merged, pipe, "three_bare")
 
 
 def test_verify_passes_in_every_type_and_finds_one_changed_weight(exported, capsys):
     for dtype in ("float32", "float16"):
-        ours, folder, _ = exported(SHIFTED, "kl", dtype)
+        ours, folder, _ = exported(dtype=dtype)
         assert verify.verify(ours, folder)
         table = capsys.readouterr().out
-        assert f"weights in {dtype}" in table and table.count("painted picture") == 3
+        assert f"weights in {dtype}" in table
+        for line in ("VLM states", "context", "velocity", "decoded picture", "painted picture"):
+            assert table.count(f": {line}") == 3
+        assert table.count(": latents") == 3  # of a source, and of two references
     changed = copy.copy(ours)
     norm = {"scale": ours.params["mmdit"]["txt_norm"]["scale"] + 1}
     changed.params = ours.params | {"mmdit": ours.params["mmdit"] | {"txt_norm": norm}}
     assert not verify.verify(changed, folder)
     assert "transformer: " in capsys.readouterr().out.split("<- too large")[0]
+
+
+def test_verify_reads_a_separate_adapter(tmp_path, capsys):
+    merged, loaded = adapted()
+    folder = tmp_path / "model"
+    torch_folder.export_pipeline(merged, folder, RUN, 7, "bfloat16", lora="separate", loaded=loaded)
+    assert verify.verify(merged, folder, loaded=loaded)
+    assert "adapter: 48 tensors" in capsys.readouterr().out
+    with pytest.raises(InputError, match="give the checkpoint as loaded"):
+        verify.verify(merged, folder)
+    changed = jax.tree.map(lambda leaf: leaf + 1, loaded.params["lora"])
+    other = loaded._replace(params=loaded.params | {"lora": changed})
+    lines = list(verify.tensors(merged, folder, torch_folder.separate(other)))
+    assert [line.name.split(":")[0] for line in lines if not line.is_good] == ["adapter"]
 
 
 def test_verify_refuses_what_is_no_export_of_this_model(exported, tmp_path):
@@ -216,31 +273,23 @@ def test_verify_refuses_what_is_no_export_of_this_model(exported, tmp_path):
         verify.load_pipeline(tmp_path / "copy")
 
 
-def test_the_folder_says_what_it_is(exported):
-    _, folder, pipe = exported()
-    card = (folder / "README.md").read_text()
-    assert "stage3, after 7 steps" in card and "editing (0.5)" in card and "64x64 80x48" in card
-    assert "jax" not in (folder / "pipeline.py").read_text().lower()
-    assert type(pipe).__name__ == "QueryKontextPipeline"
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "README.md", "kontext", "model_index.json", "pipeline.py", "scheduler", "text_encoder",
-        "tokenizer", "transformer", "vae",
+def test_the_folder_paints_from_the_command_line_without_jax(exported, tmp_path):
+    ours, folder, _ = exported()
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
+    picture.save(tmp_path / "in.png")
+    arguments = [
+        "pipeline.py", "--prompt", "a kite", "--source", "in.png", "--reference", "in.png",
+        "--size", "80x48", "--steps", "1", "--seed", "3", "--out", "out.png",
     ]  # fmt: skip
-
-
-def test_the_pipeline_needs_no_jax(exported, tmp_path):
-    _, folder, _ = exported()
     code = f"""
-import sys
+import runpy, sys
 sys.modules["jax"] = sys.modules["flax"] = sys.modules["qk_jax"] = None
-import torch
-from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained(
-    {str(folder)!r}, custom_pipeline={str(folder)!r}, trust_remote_code=True
-)
-pipe("a kite", num_inference_steps=1, generator=torch.Generator().manual_seed(0)).images[0]
+sys.argv = {arguments}
+runpy.run_path({str(folder / "pipeline.py")!r}, run_name="__main__")
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True)
+    with Image.open(tmp_path / "out.png") as painted:
+        assert painted.size == (80, 48)
 
 
 @pytest.mark.parametrize(

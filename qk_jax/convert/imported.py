@@ -1,0 +1,217 @@
+"""Models converted once: parts in Orbax's format, written and read layer by layer.
+
+    OUT/qk_jax.json   what it is: the parts with their configs, and every leaf's shape
+    OUT/params/       Orbax checkpoint of {part: parameters}, one file per layer
+    OUT/tokenizer/ ...   the small folders of a pipeline, as they were
+    OUT/vae_original/    an AutoencoderKLQwenImage as it was: exports give its video layers back
+
+Parameters come from safetensors and go to disk without ever being in memory as a whole; a reader
+takes whole leaves, layers, or the slice that a device keeps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from flax.traverse_util import unflatten_dict
+
+from qk_jax.convert import leaves
+from qk_jax.convert.safetensors_io import Path, fresh_folder, read_json, write_json
+from qk_jax.errors import InputError
+
+FORMAT = 1
+FILE, PARAMS = "qk_jax.json", "params"
+SMALL = ("tokenizer", "processor", "scheduler")  # folders of a pipeline that go along as they are
+ORIGINAL = "vae_original"  # the video autoencoder's files, of which single pictures use a part
+
+
+class _LeafHandler(ocp.type_handlers.NumpyHandler):
+    """Orbax's handler of numpy arrays, except that it writes one layer after the other.
+
+    At most two layers are in memory: one on its way to disk while the next is read. Every chunk
+    carries its checksum, which tensorstore checks whenever it reads it.
+    """
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
+        self._one = asyncio.Lock()
+
+    async def _open_and_write(self, value: leaves.Leaf, tspec: dict[str, Any], ts_context: Any):
+        chunk = [1, *value.shape[1:]] if value.stacked else list(value.shape)
+        spec = tspec | {
+            "store_data_equal_to_fill_value": True,  # else a missing file reads as zeros
+            "metadata": tspec["metadata"] | {
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+                "codecs": [
+                    {"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}
+                ],
+            }
+        }  # fmt: skip
+        async with self._one:
+            store = await ts.open(ts.Spec(spec), create=True, open=True, context=ts_context)
+            before = None
+            for index, array in value.layers():
+                now = store[index].write(array, can_reference_source_data_indefinitely=True)
+                if before is not None:
+                    await before
+                before = now
+            await before
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """Uncompressed (weights hardly compress), a folder per leaf and a file per layer."""
+    handler = ocp.type_handlers
+    registry = handler.create_type_handler_registry(
+        (leaves.Leaf, _LeafHandler()),
+        (np.ndarray, handler.NumpyHandler()),
+        (jax.Array, handler.ArrayHandler()),
+    )
+    return ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(
+            use_ocdbt=False, use_zarr3=True, use_compression=False, type_handler_registry=registry
+        )
+    )
+
+
+def write(
+    out: Path,
+    parts: Mapping[str, Mapping[str, Any]],
+    configs: Mapping[str, Mapping[str, Any]],
+    source: str,
+    files: Mapping[str, Iterable[pathlib.Path]] | None = None,
+) -> None:
+    """Writes an import; `out` appears when all of it is complete.
+
+    Args:
+      out: the folder; an earlier import there is replaced, anything else is left alone.
+      parts: {part: {'a/b/c': Leaf or jax.Array}}.
+      configs: {part: its config as `to_hf` gives it}.
+      source: where it comes from, for the record.
+      files: {folder: files} that are copied as they are, such as the tokenizer's.
+
+    Raises:
+      InputError: `out` cannot be written, or a tensor cannot be read.
+    """
+    flat = {f"{part}/{path}": leaf for part, tree in parts.items() for path, leaf in tree.items()}
+    with fresh_folder(out, FILE) as folder:
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        saver = _checkpointer()
+        tree = unflatten_dict(flat, sep="/")
+        saver.save((folder / PARAMS).absolute(), args=ocp.args.PyTreeSave(tree))
+        saver.close()
+        described = {
+            name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+            for name, leaf in flat.items()
+        }
+        for name, given in (files or {}).items():
+            (folder / name).mkdir(exist_ok=True)
+            for file in given:
+                shutil.copyfile(file, folder / name / file.name)
+        values = {"format": FORMAT, "source": source, "parts": dict(configs), "leaves": described}
+        write_json(folder / FILE, values)
+
+
+def is_import(folder: Path) -> bool:
+    """Whether a folder is what `write` makes."""
+    return (pathlib.Path(folder) / FILE).is_file()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stored:
+    """One parameter of an import, with the interface of `leaves.Leaf`.
+
+    Attributes:
+      folder: its own, of a zarr array.
+      shape: of it.
+      stored: type on disk.
+      dtype: what it is cast to when read.
+    """
+
+    folder: pathlib.Path
+    shape: tuple[int, ...]
+    stored: np.dtype
+    dtype: np.dtype
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape))
+
+    def _open(self) -> Any:
+        spec = {
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": str(self.folder)},
+            "fill_missing_data_reads": False,
+        }
+        try:
+            store = ts.open(spec, read=True).result()
+        except ValueError as error:
+            raise self._damaged(error) from None
+        if store.shape != self.shape or store.dtype.numpy_dtype != self.stored:
+            raise self._damaged(f"{store.shape}, {store.dtype.numpy_dtype}")
+        return store
+
+    def _damaged(self, what: Any) -> InputError:
+        return InputError(f"{self.folder} is damaged ({str(what)[:160]}); import the model again")
+
+    def __getitem__(self, index: leaves.Index) -> np.ndarray:
+        """The part at `index`.
+
+        Raises:
+          InputError: it cannot be read, or a checksum does not agree.
+        """
+        try:
+            array = self._open()[index].read().result()
+        except ValueError as error:
+            raise self._damaged(error) from None
+        return leaves.cast(array, self.dtype, self.folder.name)
+
+    def layers(self) -> Iterator[np.ndarray]:
+        """What lies at each place along the leading axis, one at a time; errors as above."""
+        rest = (slice(None),) * (self.ndim - 1)
+        for layer in range(self.shape[0]):
+            yield self[(slice(layer, layer + 1), *rest)][0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The whole parameter."""
+        whole = self[(slice(None),) * self.ndim]
+        return whole if dtype is None else whole.astype(dtype, copy=False)
+
+
+def read(folder: Path, part: str, dtype: Any = None) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """(config as `to_hf` gave it, {'a/b/c': Stored}) of one part of an import; reads no weights.
+
+    Raises:
+      InputError: no import, of another format, or without that part.
+    """
+    folder = pathlib.Path(folder)
+    values = read_json(folder / FILE)
+    if values.get("format") != FORMAT:
+        raise InputError(f"{folder} is of format {values.get('format')}; import the model again")
+    if part not in values["parts"]:
+        raise InputError(f"{folder} holds {', '.join(values['parts'])} and no {part}")
+    found = {}
+    for name, leaf in values["leaves"].items():
+        head, _, path = name.partition("/")
+        if head == part:
+            stored = jnp.dtype(leaf["dtype"])
+            place = folder / PARAMS / name.replace("/", ".")
+            given = jnp.dtype(dtype or stored)
+            found[path] = Stored(place, tuple(leaf["shape"]), stored, given)
+    return values["parts"][part], found
