@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from qk_jax.diffusion import flow, sampler
-from qk_jax.models import mmdit
+from qk_jax.models import mmdit, rotary
 from qk_jax.models.query_kontext import ModelConfig, QueryKontext
 
 Params = dict[str, Any]
@@ -68,8 +68,12 @@ class Programs:
     def __init__(self, config: ModelConfig, dtype: Any, options: Options):
         self.model = QueryKontext(config, dtype)
         # Stages differ in the generator: what is around it is the same program for all of them.
-        some = dataclasses.replace(config.mmdit, num_layers=1, num_attention_heads=1)
-        around = dataclasses.replace(config, mmdit=some, condition_latents=False)
+        some = dataclasses.replace(
+            config.mmdit, num_layers=1, num_attention_heads=1, zero_cond_t=False
+        )
+        around = dataclasses.replace(
+            config, mmdit=some, condition_latents=False, law=rotary.PositionLaw()
+        )
         towers = _towers(around, dtype, options)
         self.context, self.pool = towers.context, towers.pool
         self.encode, self.decode = towers.encode, towers.decode

@@ -32,24 +32,6 @@ ORDINARY = (
     "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>",
     "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
 )  # fmt: skip
-CHAT_TEMPLATE = (
-    "{%- set shown = namespace(pictures=0) -%}"
-    "{%- for message in messages -%}"
-    "{%- if loop.first and message.role != 'system' -%}"
-    "{{ '<|im_start|>system\\n" + prompts.SYSTEM + "<|im_end|>\\n' }}"
-    "{%- endif -%}"
-    "{{ '<|im_start|>' + message.role + '\\n' }}"
-    "{%- if message.content is string -%}{{ message.content }}"
-    "{%- else -%}{%- for part in message.content -%}"
-    "{%- if part.type == 'image' -%}"
-    "{%- set shown.pictures = shown.pictures + 1 -%}"
-    "{{ 'Picture ' ~ shown.pictures ~ ': <|vision_start|><|image_pad|><|vision_end|>' }}"
-    "{%- elif part.type == 'text' -%}{{ part.text }}{%- endif -%}"
-    "{%- endfor -%}{%- endif -%}"
-    "{{ '<|im_end|>\\n' }}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
-)
 
 
 def training_texts(corpus: pathlib.Path) -> Iterator[str]:
@@ -113,7 +95,7 @@ def save(tokenizer: tokenizers.Tokenizer, out: pathlib.Path) -> None:
         "pad_token": "<|endoftext|>",
         "split_special_tokens": False,
         "unk_token": None,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": prompts.chat_template(),
     }
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (out / "tokenizer_config.json").write_text(text, encoding="utf-8")

@@ -121,7 +121,8 @@ def to_pytorch(args: argparse.Namespace) -> None:
         painter, loaded = _load(args)
         torch_folder.export_pipeline(
             painter, args.out, loaded.config, loaded.step, args.dtype,
-            max_shard_bytes=args.max_shard_size, lora=args.lora,
+            max_shard_bytes=args.max_shard_size, lora=args.lora, loaded=loaded,
+            revision=loaded.revision,
         )  # fmt: skip
     print(args.out)
 
@@ -130,7 +131,8 @@ def verify(args: argparse.Namespace) -> None:
     """Exit status 1 when an export differs."""
     from qk_jax.convert import verify as lib
 
-    if not lib.verify(_load(args)[0], args.pytorch):
+    painter, loaded = _load(args)
+    if not lib.verify(painter, args.pytorch, loaded=loaded):
         raise SystemExit(1)
 
 

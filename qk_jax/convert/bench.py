@@ -4,12 +4,14 @@
 
 writes a folder of random bfloat16 weights in the shape of Qwen2.5-VL, copies it with `cp`, imports
 it, exports it again, each in a process of its own whose peak resident memory is the operating
-system's figure, and compares every byte. The speeds are of one run, one after the other.
+system's figure, and compares every byte. The times are of one run, one after the other, from a
+clean disk cache until everything written is on the disk.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -30,13 +32,12 @@ from qk_jax.models import qwen_vl
 SHARD = 4 * GIGABYTE  # as the public 3B is split
 # What a process prints about itself when its work is done.
 _WATCHED = """
-import json, resource, sys, time
+import json, resource, sys
 from qk_jax.convert.__main__ import main
-start = time.monotonic()
 main(sys.argv[1:])
 scale = 1 if sys.platform == "darwin" else 1024
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-print(json.dumps({"seconds": time.monotonic() - start, "peak_bytes": peak}))
+print(json.dumps({"peak_bytes": peak}))
 """
 
 
@@ -64,13 +65,18 @@ def write_model(folder: pathlib.Path, shape: str) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-def _command(*words: str) -> dict[str, float]:
-    """Runs `python -m qk_jax.convert` with these words and returns its seconds and peak bytes."""
-    command = [sys.executable, "-c", _WATCHED, *words]
+def _timed(command: list[str]) -> tuple[float, str]:
+    """Seconds until a command has ended and the disk has what it wrote, and its output.
+
+    Without waiting for the disk, what one command left in the system's cache slows the next.
+    """
+    os.sync()
+    start = time.monotonic()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    os.sync()
     if done.returncode:
-        raise InputError(f"`{' '.join(words)}` failed; its message stands above")
-    return json.loads(done.stdout.splitlines()[-1])
+        raise InputError(f"`{command[0]}` failed; its message stands above")
+    return time.monotonic() - start, done.stdout
 
 
 def differing(a: pathlib.Path, b: pathlib.Path) -> list[str]:
@@ -97,9 +103,7 @@ def run(shape: str, directory: str | None, say: Callable[[str], None] = print) -
     try:
         total = write_model(root / "model", shape)
         say(f"Qwen2.5-VL-{shape} of random bfloat16 weights: {total / 1e9:.2f} GB")
-        start = time.monotonic()
-        subprocess.run(["cp", "-r", root / "model", root / "copy"], check=True)
-        copied = time.monotonic() - start
+        copied, _ = _timed(["cp", "-r", str(root / "model"), str(root / "copy")])
         shutil.rmtree(root / "copy")
         say(f"{'':<14} {'seconds':>8} {'GB/s':>6} {'of cp':>6} {'peak GB':>8}")
         say(f"{'cp -r':<14} {copied:>8.1f} {total / copied / 1e9:>6.2f} {1:>6.2f}")
@@ -108,8 +112,8 @@ def run(shape: str, directory: str | None, say: Callable[[str], None] = print) -
             ("from-pytorch", "--model", str(root / "model"), "--out", there),
             ("to-pytorch", "--checkpoint", there, "--out", back),
         ):
-            found = _command(verb, *words)
-            seconds, peak = found["seconds"], found["peak_bytes"] / 1e9
+            seconds, output = _timed([sys.executable, "-c", _WATCHED, verb, *words])
+            peak = json.loads(output.splitlines()[-1])["peak_bytes"] / 1e9
             speed = total / seconds / 1e9
             say(f"{verb:<14} {seconds:>8.1f} {speed:>6.2f} {copied / seconds:>6.2f} {peak:>8.2f}")
         bad = differing(root / "model", pathlib.Path(back))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -70,6 +71,16 @@ def spill(
             yield name, cast(array, dtype or array.dtype, name)
 
 
+def _ahead(items: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """The same items; the next is read and turned while the caller writes the one before."""
+    items = iter(items)
+    with concurrent.futures.ThreadPoolExecutor(1) as reader:
+        future = reader.submit(next, items, None)
+        while (item := future.result()) is not None:
+            future = reader.submit(next, items, None)
+            yield item
+
+
 def _layers(leaf: Any, is_stacked: bool) -> Iterator[np.ndarray]:
     """Each layer of a stacked leaf, or the whole of another, on the host."""
     if not is_stacked:
@@ -119,7 +130,7 @@ def export_vlm(
       InputError: params and config do not belong together, or the folder cannot be written.
     """
     what = tables.vlm(config.tie_word_embeddings), params, vlm_shapes(config), dtype
-    write_tensors(folder, "model", spill(*what), max_shard_bytes, specs(*what))
+    write_tensors(folder, "model", _ahead(spill(*what)), max_shard_bytes, specs(*what))
     values = config.to_hf() | {"dtype": _dtype_name(params, dtype)}
     write_json(pathlib.Path(folder) / "config.json", values)
 
@@ -137,7 +148,7 @@ def export_mmdit(
     """
     what = tables.mmdit(), params, mmdit_shapes(config), dtype
     base = "diffusion_pytorch_model"
-    write_tensors(folder, base, spill(*what), max_shard_bytes, specs(*what))
+    write_tensors(folder, base, _ahead(spill(*what)), max_shard_bytes, specs(*what))
     write_json(pathlib.Path(folder) / "config.json", config.to_hf())
 
 
@@ -298,7 +309,10 @@ def export_import(
             EXPORTERS[part](params, found.config, place, dtype, max_shard_bytes, **more)
         for inner in imported.SMALL:
             if (checkpoint / inner).is_dir():
-                shutil.copytree(checkpoint / inner, folder / inner if is_pipeline else folder,
-                                dirs_exist_ok=True)
+                shutil.copytree(
+                    checkpoint / inner,
+                    folder / inner if is_pipeline else folder,
+                    dirs_exist_ok=True,
+                )
         if is_pipeline:
             shutil.copyfile(checkpoint / hub.INDEX, folder / hub.INDEX)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -73,31 +72,6 @@ that it trained, alpha folded in: without `load_lora_weights` the pictures are n
 ones. `pipe.fuse_lora()` merges it for good.""",
     "none": "This stage trained no adapter.",
 }
-# A conversation as the training laid it out: pictures are numbered, the system prompt comes first.
-CHAT = r"""{%- set shown = namespace(pictures=0) -%}
-{%- for message in messages -%}
-{%- if loop.first and message.role != 'system' -%}
-{{ '<|im_start|>system\n' + SYSTEM + '<|im_end|>\n' }}
-{%- endif -%}
-{{ '<|im_start|>' + message.role + '\n' }}
-{%- if message.content is string -%}
-{{ message.content }}
-{%- else -%}
-{%- for part in message.content -%}
-{%- if part.type == 'image' -%}
-{%- set shown.pictures = shown.pictures + 1 -%}
-{{ 'Picture ' ~ shown.pictures ~ ': <|vision_start|><|image_pad|><|vision_end|>' }}
-{%- elif part.type == 'text' -%}
-{{ part.text }}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{ '<|im_end|>\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{ '<|im_start|>assistant\n' }}
-{%- endif -%}
-"""
 
 
 class Adapter(NamedTuple):
@@ -234,8 +208,8 @@ def _export_tokenizer(layout: prompts.PromptLayout, folder: pathlib.Path) -> Non
     for name in ("is_local", "local_files_only"):  # of the folder that it was read from
         values.pop(name, None)
     safetensors_io.write_json(file, values)
-    system = json.dumps(layout.system, ensure_ascii=False)
-    safetensors_io.write_text(folder / "chat_template.jinja", CHAT.replace("SYSTEM", system))
+    template = prompts.chat_template(layout.system)
+    safetensors_io.write_text(folder / "chat_template.jinja", template)
 
 
 def _export_processor(painter: painting.Painter, folder: pathlib.Path) -> None:

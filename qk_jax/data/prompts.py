@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +35,38 @@ NEEDED = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>",
     "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
 )  # fmt: skip
+
+
+# A conversation as the training laid it out: pictures are numbered, the system prompt comes first.
+CHAT = r"""{%- set shown = namespace(pictures=0) -%}
+{%- for message in messages -%}
+{%- if loop.first and message.role != 'system' -%}
+{{ '<|im_start|>system\n' + SYSTEM + '<|im_end|>\n' }}
+{%- endif -%}
+{{ '<|im_start|>' + message.role + '\n' }}
+{%- if message.content is string -%}
+{{ message.content }}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}
+{%- set shown.pictures = shown.pictures + 1 -%}
+{{ 'Picture ' ~ shown.pictures ~ ': <|vision_start|><|image_pad|><|vision_end|>' }}
+{%- elif part.type == 'text' -%}
+{{ part.text }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{ '<|im_end|>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<|im_start|>assistant\n' }}
+{%- endif -%}
+"""
+
+
+def chat_template(system: str = SYSTEM) -> str:
+    """The layout of prompts as a Jinja template for `apply_chat_template` of transformers."""
+    return CHAT.replace("SYSTEM", json.dumps(system, ensure_ascii=False))
 
 
 def load_tokenizer(folder: str | pathlib.Path) -> Any:

@@ -166,7 +166,8 @@ def _refuse_unknown(place: str, config: dict[str, Any], known: Collection[str]) 
                 f"the Qwen2.5-VL config has the key {name}, which is not supported; "
                 "give the unquantized weights of a plain Qwen2.5-VL model"
             )
-        if key == "layer_types" and set(value or ()) - {"full_attention"}:
+        full = isinstance(value, list) and all(kind == "full_attention" for kind in value)
+        if key == "layer_types" and value is not None and not full:
             raise InputError(f"{name} is {value!r}; only 'full_attention' is supported")
 
 

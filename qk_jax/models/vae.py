@@ -221,7 +221,7 @@ def config_from_hf(values: Mapping[str, Any]) -> VAEConfig:
     """
     classes = {"AutoencoderKL": AutoencoderKLConfig, "AutoencoderKLQwenImage": QwenImageVAEConfig}
     name = values.get("_class_name")
-    if name not in classes:
+    if not isinstance(name, str) or name not in classes:
         raise InputError(f"the VAE config is of class {name!r}; give one of {sorted(classes)}")
     return classes[name].from_hf(values)
 

@@ -30,12 +30,13 @@ CHECKPOINTS, FROZEN = "checkpoints", "frozen"
 
 
 class Loaded(NamedTuple):
-    """A trained model: the module, its parameters (one tree), its config and step."""
+    """A trained model: the module, its parameters (one tree), its config, step, git revision."""
 
     model: QueryKontext
     params: Tree
     config: dict[str, Any]
     step: int
+    revision: str
 
 
 def check_fits(found: checkpoint.Meta, config: Mapping[str, Any], folder: pathlib.Path) -> None:
@@ -100,7 +101,8 @@ def _read(folder: pathlib.Path, mesh: Mesh | None, ema: bool, step: int | None =
     (trained,) = got.items.values()
     frozen = read_frozen(folder, got.meta, lambda m: checkpoint.abstract(m, FROZEN, place))
     model = state_lib.build_model(got.meta["config"])
-    return Loaded(model, stages.join(trained, frozen), got.meta["config"], got.step)
+    params, found = stages.join(trained, frozen), got.meta
+    return Loaded(model, params, found["config"], got.step, found["revision"])
 
 
 def load(folder: str | pathlib.Path, *, step: int | None = None, ema: bool = True) -> Loaded:
@@ -286,7 +288,7 @@ def untrained(config: Mapping[str, Any]) -> Loaded:
     model = state_lib.build_model(config)
     layout = state_lib.Layout(model, config, mesh)
     params = parameters(model, config, layout, pathlib.Path())
-    return Loaded(model, params, _plain(config), 0)
+    return Loaded(model, params, _plain(config), 0, checkpoint.revision())
 
 
 def _fresh(

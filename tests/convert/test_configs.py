@@ -178,13 +178,13 @@ def test_the_text_encoder_of_qwen_image():
 
 
 VLM_CHANGES = {
-    "model_type": ["qwen2_vl", "qwen3_vl", None, ...],
+    "model_type": ["qwen2_vl", "qwen3_vl", None, [], ...],
     "quantization_config": [{"quant_method": "awq", "bits": 4}],
     "text_config.quantization_config": [{"quant_method": "fp8"}],
     "text_config.head_dim": [64],
     "text_config.attention_bias": [False],
     "text_config.use_sliding_window": [True, "no"],
-    "text_config.layer_types": [["full_attention", "sliding_attention"], ["linear_attention"]],
+    "text_config.layer_types": [["full_attention", "sliding_attention"], [["full_attention"]], 7],
     "text_config.hidden_act": ["gelu", None],
     "text_config.attention_dropout": [0.1],
     "text_config.hidden_size": [..., 0, -1, 3584.0, "3584", True, None, 3592],
@@ -256,7 +256,7 @@ def test_published_transformers(name):
 @pytest.mark.parametrize(
     ("path", "values"),
     [
-        ("_class_name", ["QwenImageControlNetModel", "FluxTransformer2DModel", None]),
+        ("_class_name", ["QwenImageControlNetModel", "FluxTransformer2DModel", None, []]),
         ("guidance_embeds", [True]),
         ("use_additional_t_cond", [True]),
         ("use_layer3d_rope", [True]),
@@ -293,7 +293,7 @@ def test_published_vaes_saved_again(name, tmp_path):
 
 
 KL_CHANGES = {
-    "_class_name": ["AutoencoderKLFlux2", "AutoencoderDC", "AutoencoderKLWan", None],
+    "_class_name": ["AutoencoderKLFlux2", "AutoencoderDC", "AutoencoderKLWan", None, []],
     "block_out_channels": [..., [], [128, 100], [128, 256, 512], "128", [128, 256, 512, 512.0]],
     "layers_per_block": [..., 0, "2", True],
     "latent_channels": [..., -4],

@@ -27,7 +27,7 @@ def loaded(stage):
     """A checkpoint of random parameters as it would be read."""
     config = painters.config(stage)
     run = initial.metadata(config)["config"]
-    return initial.Loaded(state_lib.build_model(config), painters.params(stage), run, 7)
+    return initial.Loaded(state_lib.build_model(config), painters.params(stage), run, 7, "unknown")
 
 
 def export(stage, folder, **options):

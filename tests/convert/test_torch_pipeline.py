@@ -206,7 +206,7 @@ def adapted():
     generator = jax.jit(lora.merge, static_argnums=2)(base.params["mmdit"], adapter, scale)
     merged.params = base.params | {"mmdit": generator}
     model = query_kontext.QueryKontext(dataclasses.replace(base.config, lora_scale=scale))
-    loaded = initial.Loaded(model, base.params | {"lora": {"mmdit": adapter}}, RUN, 7)
+    loaded = initial.Loaded(model, base.params | {"lora": {"mmdit": adapter}}, RUN, 7, "unknown")
     return merged, loaded
 
 
