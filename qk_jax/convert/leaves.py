@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qk_jax.convert import tables
-from qk_jax.convert.safetensors_io import TensorFolder, some
+from qk_jax.convert.safetensors_io import TensorFolder, contiguous, some
 from qk_jax.errors import InputError
 
 Index = tuple[slice, ...]
@@ -96,7 +96,7 @@ class Leaf:
             ours = ours if is_whole else ours[index]
         else:
             ours = self.transform.take(self.source.read(name, self.transform.axes(index)))
-        return np.ascontiguousarray(cast(ours, self.dtype, name)).reshape(ours.shape)
+        return contiguous(cast(ours, self.dtype, name))
 
 
 def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
@@ -135,6 +135,7 @@ def plan(
     Raises:
       InputError: a tensor that no leaf takes, a leaf that no tensor fills, or a wrong shape.
     """
+    _check_layers(table, source, shapes)
     wanted = {path: list(table.names(path, shape)) for path, shape in shapes.items()}
     found: dict[tuple[str, int | None], str] = {}
     unknown = []
@@ -165,6 +166,18 @@ def plan(
         path: _leaf(source, path, parts, found, shapes[path], dtype)
         for path, parts in wanted.items()
     }
+
+
+def _check_layers(table: tables.Table, source: TensorFolder, shapes: Shapes) -> None:
+    """Raises InputError for more layers than there are tensors, whose names would never end."""
+    for path, shape in shapes.items():
+        if shape and shape[0] > len(source.shapes):
+            _, layer, _ = next(table.names(path, shape))
+            if layer is not None:
+                raise InputError(
+                    f"{source.path} has {len(source.shapes)} tensors, its config.json tells of "
+                    f"{shape[0]} layers; download it again"
+                )
 
 
 def _leaf(

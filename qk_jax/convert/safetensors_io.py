@@ -201,11 +201,6 @@ class TensorFolder:
             self.shapes[name] = shape
             self.dtypes[name] = DTYPES[kind]
 
-    def by_file(self) -> list[str]:
-        """Names ordered so that each shard is read once, from front to back."""
-        places = self._places
-        return sorted(places, key=lambda name: (places[name].file.name, places[name].offset))
-
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """The tensor `name`, or a part of it; nothing else of the file stays in memory.
 
@@ -556,11 +551,11 @@ def _drain(handle: BinaryIO, array: np.ndarray) -> None:
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """`array` [rows, columns, ...] in C order, itself where it is so already.
+    """`array` in C order, itself where it is so already.
 
     Tiles that stay in the cache transpose five times as fast as `np.ascontiguousarray`.
     """
-    if array.flags.c_contiguous:
+    if array.flags.c_contiguous or array.ndim < 2:
         return array
     out = np.empty(array.shape, array.dtype)
     for row in range(0, array.shape[0], 256):

@@ -206,6 +206,7 @@ def test_lora_file_becomes_an_adapter(tmp_path):
         (lambda c: c | {"_class_name": "FluxTransformer2DModel"}, "FluxTransformer2DModel"),
         (lambda c: c | {"guidance_embeds": True}, "guidance_embeds"),
         (lambda c: c | {"num_layers": 3}, "lacks"),
+        (lambda c: c | {"num_layers": 10**5}, "100000 layers"),
         (lambda c: c | {"joint_attention_dim": 32}, "shape"),
     ],
 )
