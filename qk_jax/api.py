@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
 from qk_jax import painting
@@ -28,7 +29,6 @@ from qk_jax.pretrained import load_mmdit, load_vae, load_vlm
 
 __all__ = ["load", "load_mmdit", "load_vae", "load_vlm"]
 Picture = str | os.PathLike | Image.Image | np.ndarray
-SEEDS = 2**32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,8 +77,8 @@ class TrainedModel:
         """
         if size is not None:
             size = _size(size)
-        if not 0 <= seed < SEEDS:
-            raise InputError(f"seed is {seed}; give 0 to {SEEDS - 1}")
+        if not 0 <= seed < painting.SEEDS:
+            raise InputError(f"seed is {seed}; give 0 to {painting.SEEDS - 1}")
         if num < 1:
             raise InputError(f"num is {num}; give at least 1")
         if isinstance(references, str | os.PathLike | Image.Image):
@@ -101,9 +101,7 @@ class TrainedModel:
         if isinstance(given, str | os.PathLike):
             return self.painter.read(given)
         if isinstance(given, Image.Image):
-            rgba = given.convert("RGBA")
-            white = Image.new("RGBA", rgba.size, "white")
-            return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
+            return painting.on_white(given)
         array = np.asarray(given)
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
             raise InputError(
@@ -125,7 +123,12 @@ def _size(size: Any) -> tuple[int, int]:
 
 
 def load(
-    checkpoint: str | os.PathLike, *, ema: bool = True, step: int | None = None, batch: int = 4
+    checkpoint: str | os.PathLike,
+    *,
+    ema: bool = True,
+    step: int | None = None,
+    batch: int = 4,
+    mesh: Mesh | None = None,
 ) -> TrainedModel:
     """A model that the trainer wrote; arguments and errors as `painting.load`.
 
@@ -134,5 +137,7 @@ def load(
       ema: take the moving average of the weights where there is one.
       step: default the newest that is whole.
       batch: pictures painted at once; a picture has the same bits only for the same batch.
+      mesh: over which the parameters lie, by the tables of the training; None for one device.
     """
-    return TrainedModel(painting.load(checkpoint, ema=ema, step=step, batch=batch))
+    painter = painting.load(checkpoint, ema=ema, step=step, batch=batch, mesh=mesh)
+    return TrainedModel(painter)

@@ -26,6 +26,7 @@ from qk_jax.training import step as step_lib
 
 FULL, NO_TEXT, NOTHING = "full", "no text", "nothing"
 MAX_STEPS = 1000
+SEEDS = 2**32  # seeds of noise are below it
 REFERENCES = {"customization": 1, "composition": 3}  # most references in an example of a task
 
 
@@ -199,8 +200,7 @@ class Painter:
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}; name a picture") from None
         rgba = corpus.decode_picture(data, "RGBA", self.limits.max_pixels, str(path))
-        white = Image.new("RGBA", rgba.shape[1::-1], "white")
-        return np.asarray(Image.alpha_composite(white, Image.fromarray(rgba)).convert("RGB"))
+        return on_white(Image.fromarray(rgba))
 
     def fit(
         self,
@@ -345,21 +345,34 @@ def _first(pair: tuple[int, np.ndarray]) -> int:
     return pair[0]
 
 
+def on_white(image: Image.Image) -> np.ndarray:
+    """An image as uint8 RGB [h, w, 3], on white where it is transparent."""
+    rgba = image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, "white")
+    return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
+
+
 def load(
-    folder: str | os.PathLike, *, ema: bool = True, step: int | None = None, batch: int = 4
+    folder: str | os.PathLike,
+    *,
+    ema: bool = True,
+    step: int | None = None,
+    batch: int = 4,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Painter:
-    """The painter of a stage folder (W/stage3) that the trainer wrote, on one device.
+    """The painter of a stage folder (W/stage3) that the trainer wrote.
 
     Args:
       folder: with `checkpoints/` and `frozen/` inside.
       ema: take the moving average of the weights where there is one.
       step: default the newest that is whole.
       batch: rows of every program.
+      mesh: over which the parameters lie; None for one device.
 
     Raises:
       InputError: no such folder or step, or it is damaged.
     """
-    loaded = initial.load(folder, step=step, ema=ema)
+    loaded = initial.load(folder, step=step, ema=ema, mesh=mesh)
     name = f"{loaded.config['stage']}-{loaded.config['size']}-{loaded.step}"
     return of_params(loaded.model.config, loaded.params, loaded.config, batch=batch, name=name)
 

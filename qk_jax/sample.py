@@ -33,7 +33,6 @@ from qk_jax import errors, painting
 from qk_jax.diffusion import sampler
 from qk_jax.errors import InputError
 
-SEEDS = 2**32
 LINE_KEYS = ("prompt", "source", "references", "seed", "out")
 
 
@@ -144,9 +143,9 @@ def _object(where: str, line: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except ValueError as error:
-        raise InputError(f"{where}no JSON ({error}); write {{\"prompt\": \"...\"}}") from None
+        raise InputError(f'{where}no JSON ({error}); write {{"prompt": "..."}}') from None
     if not isinstance(value, dict):
-        raise InputError(f"{where}{line[:40]!r} is no JSON object; write {{\"prompt\": \"...\"}}")
+        raise InputError(f'{where}{line[:40]!r} is no JSON object; write {{"prompt": "..."}}')
     for key in value:
         if key not in LINE_KEYS:
             near = difflib.get_close_matches(key, LINE_KEYS, n=1, cutoff=0.0)[0]
@@ -197,8 +196,8 @@ def check_order(order: Order) -> None:
     """Raises InputError for what is wrong whatever the model."""
     if not isinstance(order.prompt, str) or not order.prompt.strip():
         raise InputError(f"{order.where}there is no prompt; give a string")
-    if not 0 <= order.seed < SEEDS:
-        raise InputError(f"{order.where}seed is {order.seed}; give 0 to {SEEDS - 1}")
+    if not 0 <= order.seed < painting.SEEDS:
+        raise InputError(f"{order.where}seed is {order.seed}; give 0 to {painting.SEEDS - 1}")
     if order.out.suffix.lower() != ".png":
         raise InputError(f"{order.where}{order.out} is no .png; pictures are written as PNG")
 
@@ -313,12 +312,8 @@ def main(argv: Sequence[str]) -> None:
     size = parse_size(args.size)
     settings = painting.Settings(args.steps, args.guidance, args.image_guidance, args.solver)
     settings.check()
-    painter = painting.load(
-        args.checkpoint, ema=not args.no_ema, step=args.step, batch=args.batch
-    )
-    jobs = [
-        job for order in asked for job in jobs_of(painter, order, size, args.num)
-    ]
+    painter = painting.load(args.checkpoint, ema=not args.no_ema, step=args.step, batch=args.batch)
+    jobs = [job for order in asked for job in jobs_of(painter, order, size, args.num)]
     make_folders([path for _, _, path in jobs])
     requests = [request for _, request, _ in jobs]
     with tqdm.tqdm(total=len(jobs), desc="painting", unit="picture") as bar:

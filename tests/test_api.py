@@ -245,6 +245,16 @@ def model(checkpoint):
     return qk_jax.load(checkpoint, batch=2)
 
 
+def test_generate_over_eight_devices_paints_the_same(checkpoint, model):
+    mesh = sharding.build_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    eight = qk_jax.load(checkpoint, batch=2, mesh=mesh)
+    words = {"source": painters.picture(0), "size": (32, 32), "steps": 2}
+    (ours,), (theirs,) = model.generate("a kite", **words), eight.generate("a kite", **words)
+    assert np.abs(ours.astype(int) - theirs).max() <= 1
+    held = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(eight.painter.params)}
+    assert held == {8}
+
+
 def test_generate_gives_the_bits_of_the_command(checkpoint, model, tmp_path):
     paths = [tmp_path / "source.png", tmp_path / "reference.png"]
     transparent = np.dstack([painters.picture(1), painters.picture(2)[..., :1]])

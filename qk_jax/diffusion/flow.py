@@ -94,9 +94,7 @@ def velocity_target(x0: jax.Array, noise: jax.Array) -> jax.Array:
     return noise.astype(jnp.float32) - x0.astype(jnp.float32)
 
 
-def loss(
-    prediction: jax.Array, target: jax.Array, weights: jax.Array | None = None
-) -> jax.Array:
+def loss(prediction: jax.Array, target: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """Mean squared error of each row, float32 [B].
 
     Args:

@@ -105,13 +105,20 @@ def _read(folder: pathlib.Path, mesh: Mesh | None, ema: bool, step: int | None =
     return Loaded(model, params, found["config"], got.step, found["revision"])
 
 
-def load(folder: str | pathlib.Path, *, step: int | None = None, ema: bool = True) -> Loaded:
-    """The model of a stage folder (W/stage3) for painting, evaluation or export, on one device.
+def load(
+    folder: str | pathlib.Path,
+    *,
+    step: int | None = None,
+    ema: bool = True,
+    mesh: Mesh | None = None,
+) -> Loaded:
+    """The model of a stage folder (W/stage3) for painting, evaluation or export.
 
     Args:
       folder: what the trainer wrote, `checkpoints/` and `frozen/` inside.
       step: default the newest that is whole.
       ema: take the moving average where the stage kept one.
+      mesh: over which the parameters are laid by the config's tables; None for one device.
 
     Raises:
       InputError: no such folder, no whole step, or a part is missing.
@@ -119,7 +126,7 @@ def load(folder: str | pathlib.Path, *, step: int | None = None, ema: bool = Tru
     folder = pathlib.Path(folder)
     if not (folder / CHECKPOINTS).is_dir():
         raise InputError(f"{folder} holds no {CHECKPOINTS}/; give the folder of a stage, W/stage3")
-    return _read(folder, None, ema, step)
+    return _read(folder, mesh, ema, step)
 
 
 def read_frozen(folder: pathlib.Path, found: checkpoint.Meta, target: Any) -> Tree:
