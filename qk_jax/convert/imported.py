@@ -63,12 +63,15 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
         async with self._one:
             store = await ts.open(ts.Spec(spec), create=True, open=True, context=UNSYNCED)
             before = None
-            for index, array in value.layers():
-                now = store[index].write(array, can_reference_source_data_indefinitely=True)
+            try:
+                for index, array in value.layers():
+                    now = store[index].write(array, can_reference_source_data_indefinitely=True)
+                    if before is not None:
+                        await before
+                    before = now
+            finally:  # also when a layer cannot be read: nothing is left on its way
                 if before is not None:
                     await before
-                before = now
-            await before
 
 
 def _checkpointer() -> ocp.Checkpointer:
