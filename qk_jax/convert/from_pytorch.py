@@ -60,7 +60,11 @@ def parts_of(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 def is_lora(path: pathlib.Path) -> bool:
     """Whether a path is a file of adapters, or a folder with nothing but one."""
-    return path.is_file() or (not (path / "config.json").is_file() and not hub.is_pipeline(path))
+    return path.is_file() or (
+        not (path / "config.json").is_file()
+        and not hub.is_pipeline(path)
+        and len(list(path.glob("*.safetensors"))) == 1
+    )
 
 
 def convert(
@@ -90,6 +94,8 @@ def convert(
       InputError: something is missing, broken, unknown or does not fit; nothing is left behind.
     """
     folder = hub.model_folder(model)
+    if imported.is_import(folder):
+        raise InputError(f"{model} is an import already; give the folder that it came from")
     if is_lora(folder):
         if base is None:
             raise InputError(f"{model} is a LoRA; name the transformer that it adapts with --base")

@@ -231,6 +231,23 @@ def test_bad_arguments_are_one_line(tmp_path, capsys, words):
     assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
+def test_what_is_no_model_is_named(tmp_path, capsys):
+    write("vae", tmp_path / "a")
+    command.main(["from-pytorch", "--model", str(tmp_path / "a"), "--out", str(tmp_path / "b")])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model.bin").write_bytes(b"pickle")
+    for name, words in (
+        ("b", "is an import already"), ("empty", "config.json is missing"), ("model.bin", "--base"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as stopped:
+            command.main(
+                ["from-pytorch", "--model", str(tmp_path / name), "--out", str(tmp_path / "c")]
+            )
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and words in error and error.count("\n") == 1
+    assert not (tmp_path / "c").exists()
+
+
 def test_bench_measures_a_small_model(capsys, tmp_path):
     bench.run("tiny", str(tmp_path))
     out = capsys.readouterr().out
