@@ -9,6 +9,7 @@ replicated bytes are errors that name the parameter.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from flax import traverse_util
 from flax.core import meta
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qk_jax.errors import InputError
 
@@ -100,8 +101,59 @@ def _filled(shape: Mapping[str, int], devices: int) -> list[int]:
     if -1 in sizes:
         sizes[sizes.index(-1)] = devices // known
     if math.prod(sizes) != devices:
-        raise InputError(f"mesh {dict(shape)} does not fit {devices} devices; set one axis to -1")
+        asked = _text(dict(zip(MESH_AXES, sizes, strict=True)))
+        near = "; or ".join(_text(found) for found in nearest(shape, devices))
+        raise InputError(
+            f"mesh {asked} is {math.prod(sizes)} devices, there are {devices}; the nearest that "
+            f"fit: {near}"
+        )
     return sizes
+
+
+def _text(shape: Mapping[str, int]) -> str:
+    """A mesh as it is given on a command line, without axes of one device."""
+    return ",".join(f"{axis}={size}" for axis, size in shape.items() if size != 1) or "data=1"
+
+
+def parse(text: str) -> dict[str, int]:
+    """'fsdp=8,tensor=2' -> {'fsdp': 8, 'tensor': 2}; axes are checked where the mesh is built.
+
+    Raises:
+      InputError: another form.
+    """
+    try:
+        return {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise InputError(f"the mesh {text!r} is not of the form fsdp=8,tensor=2") from None
+
+
+def nearest(shape: Mapping[str, int], devices: int, count: int = 3) -> list[dict[str, int]]:
+    """Meshes of exactly `devices` over the axes of `shape` and fsdp, the most similar first."""
+    axes = [axis for axis in MESH_AXES if axis == "fsdp" or shape.get(axis, 1) != 1]
+    divisors = [size for size in range(1, devices + 1) if devices % size == 0]
+    fits = [
+        dict(zip(axes, sizes, strict=True))
+        for sizes in itertools.product(divisors, repeat=len(axes))
+        if math.prod(sizes) == devices
+    ]
+
+    def distance(found: Mapping[str, int]) -> float:
+        wanted = {axis: max(1, shape.get(axis, 1)) for axis in axes}
+        return sum(abs(math.log2(found[axis] / wanted[axis])) for axis in axes)
+
+    return sorted(fits, key=distance)[:count]
+
+
+def abstract_mesh(shape: Mapping[str, int]) -> AbstractMesh:
+    """A mesh of as many devices as `shape` asks for, whether they are here or not.
+
+    Raises:
+      InputError: an unknown axis, or a size that is not positive.
+    """
+    if -1 in shape.values():
+        raise InputError("a mesh of devices that are not here needs every size; give no -1")
+    sizes = _filled(shape, math.prod(shape.values()))
+    return AbstractMesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def build_mesh(
@@ -117,7 +169,7 @@ def build_mesh(
       slices: size of each axis across slices (DCN); only 'data' and 'fsdp' may exceed 1.
 
     Raises:
-      InputError: sizes that do not multiply to the number of devices.
+      InputError: sizes that do not multiply to the number of devices; it names some that do.
     """
     devices = list(jax.devices() if devices is None else devices)
     slices = {axis: int(size) for axis, size in (slices or {}).items() if int(size) != 1}

@@ -47,7 +47,8 @@ def test_mesh_fills_the_one_open_axis(shape, sizes):
 @pytest.mark.parametrize(
     "shape, words",
     [
-        ({"data": 3}, "does not fit 8 devices"),
+        ({"data": 3}, "is 3 devices, there are 8; the nearest that fit: data=4,fsdp=2; or"),
+        ({"fsdp": 4, "tensor": 4}, "fsdp=2,tensor=4; or fsdp=4,tensor=2; or"),
         ({"data": -1, "fsdp": -1}, "at most one -1"),
         ({"model": 2}, "model"),
         ({"fsdp": 0, "data": -1}, "positive"),
@@ -56,6 +57,19 @@ def test_mesh_fills_the_one_open_axis(shape, sizes):
 def test_mesh_refuses(shape, words):
     with pytest.raises(InputError, match=words):
         sharding.build_mesh(shape)
+
+
+@pytest.mark.parametrize("text", ["fsdp", "fsdp=", "fsdp=a", "fsdp=2;tensor=2", ""])
+def test_mesh_on_a_command_line(text):
+    assert sharding.parse("fsdp=8,tensor=2") == {"fsdp": 8, "tensor": 2}
+    with pytest.raises(InputError, match="not of the form"):
+        sharding.parse(text)
+
+
+def test_abstract_mesh_needs_no_devices():
+    assert sharding.abstract_mesh({"fsdp": 64, "tensor": 4}).size == 256
+    with pytest.raises(InputError, match="no -1"):
+        sharding.abstract_mesh({"fsdp": -1})
 
 
 def test_slices_may_only_span_batch_axes():

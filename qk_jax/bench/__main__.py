@@ -1,12 +1,14 @@
-"""What a config costs, and how fast it runs here.
+"""What a config costs, how it lies over a mesh, and how fast it runs here.
 
-    python -m qk_jax.bench --config configs/stage2.py:20b
-    python -m qk_jax.bench --config configs/stage3.py:tiny --measure 10 --rows 32
+    python -m qk_jax.bench cost --config configs/stage2.py:20b
+    python -m qk_jax.bench cost --config configs/stage3.py:tiny --measure 10 --rows 32
+    python -m qk_jax.bench shardings --config configs/stage2.py:20b --mesh fsdp=64,tensor=4
 
-The first prints parameters, state bytes and model FLOPs for the config's target sizes with 0 to
+`cost` prints parameters, state bytes and model FLOPs for the config's target sizes with 0 to
 `--pictures` condition pictures, on any machine. With --measure N the real train step also runs N
 times per shape on the devices at hand, from random parameters and synthetic rows, and the median
-step time, pictures/s, model FLOP/s and MFU are printed.
+step time, pictures/s, model FLOP/s and MFU are printed. `shardings` prints every parameter with
+its shape, its axes and its bytes on each device of a mesh that need not be here.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import jax
 import numpy as np
 
 from qk_jax import sharding
-from qk_jax.bench import cost
+from qk_jax.bench import cost, shardings
 from qk_jax.errors import InputError, exits
 from qk_jax.training import config as config_lib
 from qk_jax.training import flops, initial, stages
@@ -30,11 +32,16 @@ from qk_jax.training import step as step_lib
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="qk-bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, help="FILE.py:SIZE")
-    parser.add_argument("--pictures", type=int, default=2, help="most condition pictures (2)")
-    parser.add_argument("--sizes", type=int, default=1, help="target sizes of the config (1)")
-    parser.add_argument("--rows", type=int, default=0, help="batch; 0 is the config's")
-    parser.add_argument("--measure", type=int, default=0, help="steps to time; 0 only counts")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    price = verbs.add_parser("cost", help="parameters, bytes, FLOPs; measured steps")
+    price.add_argument("--pictures", type=int, default=2, help="most condition pictures (2)")
+    price.add_argument("--sizes", type=int, default=1, help="target sizes of the config (1)")
+    price.add_argument("--rows", type=int, default=0, help="batch; 0 is the config's")
+    price.add_argument("--measure", type=int, default=0, help="steps to time; 0 only counts")
+    places = verbs.add_parser("shardings", help="where every parameter lies")
+    places.add_argument("--mesh", required=True, metavar="AXIS=N,..", help="fsdp=64,tensor=4")
+    for verb in (price, places):
+        verb.add_argument("--config", required=True, help="FILE.py:SIZE")
     return parser.parse_args(argv)
 
 
@@ -73,6 +80,19 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     args = arguments(argv)
+    {"cost": print_cost, "shardings": print_shardings}[args.verb](args)
+
+
+def print_shardings(args: argparse.Namespace) -> None:
+    """The table of parameters over the mesh."""
+    config = config_lib.load(args.config)
+    mesh = sharding.abstract_mesh(sharding.parse(args.mesh))
+    for line in shardings.table(shardings.rows(config, mesh), cost.copies(config)):
+        print(line)
+
+
+def print_cost(args: argparse.Namespace) -> None:
+    """Parameters and the costs of each shape, measured where that is asked for."""
     if args.pictures < 0 or args.sizes < 1 or args.rows < 0 or args.measure < 0:
         raise InputError("--pictures, --rows and --measure are at least 0, --sizes at least 1")
     config = config_lib.load(args.config)

@@ -32,20 +32,23 @@ class Part(NamedTuple):
     state_bytes: int
 
 
+def copies(config: Mapping[str, Any]) -> int:
+    """What is held of a trained parameter: itself, two moments and, where it is on, the average."""
+    return 3 + bool(config["optimizer"]["ema"])
+
+
 def parts(layout: state_lib.Layout, config: Mapping[str, Any]) -> list[Part]:
     """Parameters of each part, and the bytes held for it between steps.
 
-    A trained parameter is held in float32 with two moments and, where it is on, the moving
-    average; a frozen one in its own dtype and nothing else.
+    A trained parameter is held in float32, in `copies`; a frozen one in its own dtype, once.
     """
-    copies = 3 + bool(config["optimizer"]["ema"])
     rows: dict[str, list[int]] = {}
     for tree, trained in ((layout.params, True), (layout.frozen, False)):
         for name, leaf in checkpoint.named(tree).items():
             words = name.split("/")
             row = rows.setdefault("/".join(words[: 2 if words[0] == "lora" else 1]), [0, 0, 0])
             row[0 if trained else 1] += leaf.size
-            row[2] += leaf.size * leaf.dtype.itemsize * (copies if trained else 1)
+            row[2] += leaf.size * leaf.dtype.itemsize * (copies(config) if trained else 1)
     return [Part(name, *row) for name, row in sorted(rows.items())]
 
 

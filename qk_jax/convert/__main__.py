@@ -97,9 +97,10 @@ def main(argv: Sequence[str]) -> None:
 
 def from_pytorch(args: argparse.Namespace) -> None:
     """Public weights -> a folder of ours."""
+    from qk_jax import sharding
     from qk_jax.convert import from_pytorch as lib
 
-    mesh = lib.parse_mesh(args.mesh) if args.mesh else None
+    mesh = sharding.build_mesh(sharding.parse(args.mesh)) if args.mesh else None
     for pattern in args.ignore:
         try:
             re.compile(pattern)

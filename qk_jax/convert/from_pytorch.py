@@ -9,7 +9,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from qk_jax import hub, sharding
+from qk_jax import hub
 from qk_jax.convert import imported, torch_import, torch_lora
 from qk_jax.convert.safetensors_io import TensorFolder, read_json
 from qk_jax.errors import InputError
@@ -23,19 +23,6 @@ KINDS = {
     "AutoencoderKL": "vae",
     "AutoencoderKLQwenImage": "vae",
 }
-
-
-def parse_mesh(text: str) -> Mesh:
-    """'fsdp=8,tensor=2' -> a mesh of all devices.
-
-    Raises:
-      InputError: another form, an unknown axis, or another number of devices.
-    """
-    try:
-        shape = {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
-    except ValueError:
-        raise InputError(f"--mesh {text!r} is not of the form fsdp=8,tensor=2") from None
-    return sharding.build_mesh(shape)
 
 
 def parts_of(folder: pathlib.Path) -> dict[str, pathlib.Path]:
