@@ -3,7 +3,8 @@
     python -m qk_jax.train --config configs/stage1.py:tiny --workdir runs/tiny
         [--config.optimizer.lr=3e-4 ...]
 
-writes <workdir>/<stage>/: checkpoints/, frozen/, metrics.jsonl, TensorBoard events, config.json.
+writes <workdir>/<stage>/: checkpoints/, frozen/, tokenizer/, metrics.jsonl, TensorBoard events,
+config.json.
 The same command again resumes after the last whole checkpoint, bit for bit. SIGTERM saves and
 leaves with status 42, Ctrl-C with 130; wrong input ends with one line and status 2.
 """
@@ -142,12 +143,17 @@ def check_rows(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     sharding.check_batch(config.validation.batch, mesh)
 
 
-def token_layout(config: ConfigDict) -> prompts.PromptLayout:
+def token_layout(config: ConfigDict, workdir: pathlib.Path) -> prompts.PromptLayout:
     """The layout of token rows, checked against the model.
+
+    Where the config names no tokenizer it is the one of the stage before.
 
     Raises:
       InputError: there is no tokenizer, or it is not the VLM's.
     """
+    kept = workdir / stages.get(config.stage).previous / initial.TOKENIZER
+    if not (config.data.tokenizer or config.init.vlm) and kept.is_dir():
+        config.data.tokenizer = str(kept)
     layout = pipeline.make_layout(config)
     pairs = {
         "tail_tokens": (layout.tail_tokens, config.model.tail_tokens),
@@ -267,7 +273,8 @@ class Run:
         self.hooks = tuple(hooks)
         self.train_step = step_lib.Compiled(model, config, layout, adam)
         self.eval_step = step_lib.make_eval_step(model, config, layout)
-        tokens = token_layout(config)
+        tokens = token_layout(config, folder.parent)
+        initial.keep_tokenizer(folder, tokens.tokenizer)
         self.data = pipeline.Pipeline(config, "train", layout=tokens)
         self.held_out = pipeline.Pipeline(config, "validation", layout=tokens)
         self.window, self.clock = metrics.Window(), metrics.Clock()

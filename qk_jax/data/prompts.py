@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -76,6 +77,8 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
       InputError: the folder has no tokenizer.json, it cannot be read, or it lacks a Qwen2.5-VL
         special token.
     """
+    # Only the tokenizer is used: that PyTorch is missing is no news to anybody.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # slow to import, and only needed here
 
     folder = pathlib.Path(folder)

@@ -177,6 +177,7 @@ class Store:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep if write else None,
             keep_period=keep_every or None,
+            save_interval_steps=1 if write else 0,
             create=write,
             cleanup_tmp_directories=write,
             enable_async_checkpointing=write,

@@ -16,7 +16,7 @@ from flax.core import meta
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from qk_jax import hub, sharding
-from qk_jax.convert import leaves, torch_import, torch_lora
+from qk_jax.convert import leaves, safetensors_io, torch_import, torch_lora
 from qk_jax.errors import InputError
 from qk_jax.models import lora
 from qk_jax.models.query_kontext import QueryKontext
@@ -26,7 +26,7 @@ from qk_jax.training import state as state_lib
 
 log = logging.getLogger(__name__)
 Tree = dict[str, Any]
-CHECKPOINTS, FROZEN = "checkpoints", "frozen"
+CHECKPOINTS, FROZEN, TOKENIZER = "checkpoints", "frozen", "tokenizer"
 
 
 class Loaded(NamedTuple):
@@ -101,8 +101,17 @@ def _read(folder: pathlib.Path, mesh: Mesh | None, ema: bool, step: int | None =
     (trained,) = got.items.values()
     frozen = read_frozen(folder, got.meta, lambda m: checkpoint.abstract(m, FROZEN, place))
     model = state_lib.build_model(got.meta["config"])
-    params, found = stages.join(trained, frozen), got.meta
-    return Loaded(model, params, found["config"], got.step, found["revision"])
+    params, config = stages.join(trained, frozen), got.meta["config"]
+    if (folder / TOKENIZER).is_dir():  # the one that it was trained with, wherever that came from
+        config["data"]["tokenizer"] = str(folder / TOKENIZER)
+    return Loaded(model, params, config, got.step, got.meta["revision"])
+
+
+def keep_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
+    """Writes the tokenizer into a stage folder, which so needs no other; once."""
+    if jax.process_index() == 0 and not (folder / TOKENIZER).is_dir():
+        with safetensors_io.fresh_folder(folder / TOKENIZER, "tokenizer.json") as part:
+            tokenizer.save_pretrained(str(part))
 
 
 def load(

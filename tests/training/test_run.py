@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from qk_jax import sharding, train
+from qk_jax.data import prompts
 from qk_jax.errors import InputError
 from qk_jax.training import checkpoint, initial, stages
 from qk_jax.training import config as config_lib
@@ -136,6 +137,18 @@ def test_frozen_leaves_keep_their_bits_and_trained_ones_move(stage, straight):
         elif leaf.ndim > 1 and not any(part in name for part in ("to_add_out", "txt_mlp")):
             assert not same, f"{name} is trained and did not move"
     assert {n for n in after if n.startswith("vlm/")} == {n for n in before if n.startswith("vlm/")}
+
+
+def test_a_stage_folder_carries_its_tokenizer(straight, tmp_path):
+    """A checkpoint that is moved, or whose tokenizer is gone from where it was, still paints."""
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(straight / "stage2", moved)
+    found = initial.load(moved).config["data"]["tokenizer"]
+    assert found == str(moved / "tokenizer")
+    config = config_of("stage3", data__tokenizer="")
+    ours = train.token_layout(config, straight).tokenizer.get_vocab()
+    assert ours == prompts.load_tokenizer(found).get_vocab()
+    assert config.data.tokenizer == str(straight / "stage2" / "tokenizer")
 
 
 def test_merging_the_adapter_at_the_border_changes_no_output(straight):
