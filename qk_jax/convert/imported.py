@@ -11,7 +11,6 @@ takes whole leaves, layers, or the slice that a device keeps.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
 import pathlib
@@ -47,7 +46,6 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
-        self._one = asyncio.Lock()
 
     async def _open_and_write(self, value: leaves.Leaf, tspec: dict[str, Any], ts_context: Any):
         chunk = [1, *value.shape[1:]] if value.stacked else list(value.shape)
@@ -60,18 +58,24 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
                 ],
             }
         }  # fmt: skip
-        async with self._one:
-            store = await ts.open(ts.Spec(spec), create=True, open=True, context=UNSYNCED)
-            before = None
-            try:
-                for index, array in value.layers():
-                    now = store[index].write(array, can_reference_source_data_indefinitely=True)
-                    if before is not None:
-                        await before
-                    before = now
-            finally:  # also when a layer cannot be read: nothing is left on its way
-                if before is not None:
-                    await before
+        # Without `await`: so one leaf is written after the other, and at an error nothing is left
+        # to an event loop that has ended (tensorstore has threads of its own).
+        store = ts.open(ts.Spec(spec), create=True, open=True, context=UNSYNCED).result()
+        _write_layers(store, value)
+
+
+def _write_layers(store: ts.TensorStore, leaf: leaves.Leaf) -> None:
+    """Writes a leaf, at most two layers at a time; at an error it waits for what is on its way."""
+    pending = []
+    try:
+        for index, array in leaf.layers():
+            pending.append(store[index].write(array, can_reference_source_data_indefinitely=True))
+            if len(pending) == 2:
+                pending.pop(0).result()
+    finally:
+        failures = [error for error in (future.exception() for future in pending) if error]
+    if failures:
+        raise failures[0]
 
 
 def _checkpointer() -> ocp.Checkpointer:
@@ -110,11 +114,24 @@ def write(
     """
     flat = {f"{part}/{path}": leaf for part, tree in parts.items() for path, leaf in tree.items()}
     with fresh_folder(out, FILE) as folder:
-        logging.getLogger("absl").setLevel(logging.ERROR)
         saver = _checkpointer()
         tree = unflatten_dict(flat, sep="/")
-        saver.save((folder / PARAMS).absolute(), args=ocp.args.PyTreeSave(tree))
-        saver.close()
+        # Orbax logs with a traceback what `save` raises, and warns of what is asked for.
+        log = logging.getLogger("absl")
+        level = log.level
+        log.setLevel(logging.CRITICAL)
+        try:
+            saver.save((folder / PARAMS).absolute(), args=ocp.args.PyTreeSave(tree))
+        except InputError:  # of a tensor that cannot be read
+            raise
+        except Exception as error:  # of Orbax and tensorstore, without a common class
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"{out} cannot be written ({reason[:200]}); free space or choose another folder"
+            ) from error
+        finally:
+            saver.close()
+            log.setLevel(level)
         described = {
             name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
             for name, leaf in flat.items()

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -229,6 +231,23 @@ def test_bad_arguments_are_one_line(tmp_path, capsys, words):
             ["from-pytorch", "--model", str(tmp_path / "a"), "--out", str(tmp_path / "b"), *words]
         )
     assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_full_disk_leaves_nothing(tmp_path):
+    """A limit on the size of files stands for the disk: the first layer beyond it fails."""
+    write("mmdit", tmp_path / "a")
+    words = ["from-pytorch", "--model", str(tmp_path / "a"), "--out", str(tmp_path / "b")]
+    program = (
+        "import resource, sys\n"
+        "from qk_jax.convert import __main__ as command, from_pytorch\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "command.main(sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_what_is_no_model_is_named(tmp_path, capsys):
