@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import re
+from collections.abc import Iterable
 
 from qk_jax.errors import InputError
 
@@ -38,13 +39,7 @@ def model_folder(model: Path) -> pathlib.Path:
     Raises:
       InputError: neither exists, or the Hub does not give it.
     """
-    if pathlib.Path(model).exists():
-        return pathlib.Path(model)
-    found = _revision(model)
-    if _index(model, found):
-        patterns = [f"{folder}/{file}" for folder in FOLDERS.values() for file in FILES]
-        return _download(model, found, [INDEX, *patterns])
-    return _download(model, found, list(FILES))
+    return _local(model, FOLDERS.values())
 
 
 def component_folder(model: Path, part: str) -> pathlib.Path:
@@ -57,18 +52,22 @@ def component_folder(model: Path, part: str) -> pathlib.Path:
     Raises:
       InputError: the model does not exist, or has no such part.
     """
-    folder = pathlib.Path(model)
-    if not folder.exists():
-        found = _revision(model)
-        if _index(model, found):
-            patterns = [f"{FOLDERS[part]}/{file}" for file in FILES]
-            folder = _download(model, found, [INDEX, *patterns])
-        else:
-            folder = _download(model, found, list(FILES))
+    folder = _local(model, [FOLDERS[part]])
     inner = folder / FOLDERS[part]
     if not inner.is_dir() and is_pipeline(folder):
         raise InputError(f"{model} has no {FOLDERS[part]}/; give the folder of the {part} itself")
     return inner if inner.is_dir() else folder
+
+
+def _local(model: Path, folders: Iterable[str]) -> pathlib.Path:
+    """What exists on disk as it is; else the Hub's model, of a pipeline these folders only."""
+    if pathlib.Path(model).exists():
+        return pathlib.Path(model)
+    found = _revision(model)
+    if _index(model, found):
+        patterns = [f"{folder}/{file}" for folder in folders for file in FILES]
+        return _download(model, found, [INDEX, *patterns])
+    return _download(model, found, list(FILES))
 
 
 def _revision(model: Path) -> re.Match[str]:

@@ -4,8 +4,8 @@
 
 writes a folder of random bfloat16 weights in the shape of Qwen2.5-VL, copies it with `cp`, imports
 it, exports it again, each in a process of its own whose peak resident memory is the operating
-system's figure, and compares every byte. The times are of one run, one after the other, from a
-clean disk cache until everything written is on the disk.
+system's figure, and compares every byte. The times are of one run, one after the other, each
+until everything written is on the disk.
 """
 
 from __future__ import annotations

@@ -150,8 +150,8 @@ def is_import(folder: Path) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Stored:
-    """One parameter of an import, with the interface of `leaves.Leaf`.
+class Stored(leaves.OnDisk):
+    """One parameter of an import.
 
     Attributes:
       folder: its own, of a zarr array.
@@ -164,16 +164,6 @@ class Stored:
     shape: tuple[int, ...]
     stored: np.dtype
     dtype: np.dtype
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return int(np.prod(self.shape))
 
     def _open(self) -> Any:
         spec = {
@@ -209,11 +199,6 @@ class Stored:
         rest = (slice(None),) * (self.ndim - 1)
         for layer in range(self.shape[0]):
             yield self[(slice(layer, layer + 1), *rest)][0]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """The whole parameter."""
-        whole = self[(slice(None),) * self.ndim]
-        return whole if dtype is None else whole.astype(dtype, copy=False)
 
 
 def read(folder: Path, part: str, dtype: Any = None) -> tuple[dict[str, Any], dict[str, Stored]]:

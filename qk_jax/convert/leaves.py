@@ -23,8 +23,38 @@ Index = tuple[slice, ...]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
+class OnDisk:
+    """A parameter that is not in memory, with what all of its kind share.
+
+    A subclass has `shape` and `dtype`, and reads the part at an index of slices.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The whole parameter."""
+        whole = self[(slice(None),) * self.ndim]
+        return whole if dtype is None else whole.astype(dtype, copy=False)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Leaf:
+class Leaf(OnDisk):
     """One parameter in a folder of safetensors.
 
     Attributes:
@@ -43,21 +73,6 @@ class Leaf:
     dtype: np.dtype
     stacked: bool
 
-    @property
-    def ndim(self) -> int:
-        """Number of axes."""
-        return len(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all elements."""
-        return self.size * self.dtype.itemsize
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return int(np.prod(self.shape))
-
     def __getitem__(self, index: Index) -> np.ndarray:
         """The part of the parameter at `index`, unit-step slices for all axes.
 
@@ -72,11 +87,6 @@ class Leaf:
         for place, name in enumerate(layers):
             out[place] = self._layer(name, index[1:], self.shape[1:])
         return out
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """The whole parameter."""
-        whole = self[(slice(None),) * self.ndim]
-        return whole if dtype is None else whole.astype(dtype, copy=False)
 
     def layers(self) -> Iterator[tuple[Index, np.ndarray]]:
         """(index, array) of every layer, one at a time; of the whole where nothing is stacked."""

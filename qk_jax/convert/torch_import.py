@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 
 from qk_jax import sharding
 from qk_jax.convert import imported, leaves, tables
-from qk_jax.convert.leaves import Shapes
 from qk_jax.convert.safetensors_io import Path, TensorFolder, read_json
 from qk_jax.models import layers, mmdit, mrope, qwen_vl, vae
 
@@ -65,18 +64,6 @@ def mmdit_shapes(config: mmdit.MMDiTConfig) -> dict[str, tuple[int, ...]]:
 def vae_shapes(config: vae.VAEConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of all leaves of an autoencoder."""
     return shapes_of(abstract_vae(config))
-
-
-def fill(
-    table: tables.Table,
-    source: TensorFolder,
-    shapes: Shapes,
-    dtype: Any = None,
-    ignore: Iterable[str] = (),
-) -> Params:
-    """Every leaf as a numpy array, in a nested dict; arguments and errors as `leaves.plan`."""
-    flat = leaves.plan(table, source, shapes, dtype, ignore)
-    return unflatten_dict({path: np.asarray(leaf) for path, leaf in flat.items()}, sep="/")
 
 
 class Part(NamedTuple):

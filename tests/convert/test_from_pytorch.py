@@ -7,7 +7,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import nano
 import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
@@ -24,6 +23,7 @@ from qk_jax.convert import (
     torch_import,
 )
 from qk_jax.errors import InputError
+from tests.convert import nano
 
 PARTS = {"vlm": "vlm", "mmdit": "mmdit", "vae": "qwen_vae"}
 

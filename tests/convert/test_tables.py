@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from qk_jax.convert import safetensors_io, torch_export, torch_import
+from qk_jax.convert import safetensors_io, torch_export
 from qk_jax.errors import InputError
 from qk_jax.models import lora, mmdit, mrope, qwen_vl, rotary, vae
 from tests.convert import nano
@@ -236,8 +236,10 @@ def test_ignored_tensors_must_be_named(tmp_path):
     tensors = dict(torch_export.spill(kind.table, params_of("mmdit"), kind.shapes(kind.config)))
     tensors["extra.weight"] = np.zeros(3, np.float32)
     safetensors_io.write_tensors(tmp_path, "model", tensors.items())
-    source = safetensors_io.TensorFolder(tmp_path)
-    params = torch_import.fill(kind.table, source, kind.shapes(kind.config), ignore=[r"extra\..*"])
+    safetensors_io.write_json(tmp_path / "config.json", kind.config.to_hf())
+    with pytest.raises(InputError, match="extra.weight"):
+        kind.read(tmp_path)
+    _, params = kind.read(tmp_path, ignore=[r"extra\..*"])
     nano.assert_same(params, params_of("mmdit"))
 
 
