@@ -64,6 +64,37 @@ class Rules:
                     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """Mesh axes of each logical axis of one tower's activations; () is whole on every device.
+
+    `sequence` is where residual streams and queries are cut; keys and values come together.
+    """
+
+    batch: tuple[str, ...] = BATCH_AXES
+    sequence: tuple[str, ...] = ("context",)
+    embed: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ("tensor",)
+    kv_heads: tuple[str, ...] = ("tensor",)
+    mlp: tuple[str, ...] = ("tensor",)
+
+
+def constrain(x: jax.Array, places: Activations, *axes: str | None) -> jax.Array:
+    """x with its dimensions laid over the mesh of jax.set_mesh; without a mesh, x itself.
+
+    Args:
+      x: array with one entry of `axes` per dimension; None leaves that dimension to the compiler.
+      places: the tower's row.
+      axes: names of fields of `Activations`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    free = PartitionSpec.UNCONSTRAINED
+    entries = [free if axis is None else (getattr(places, axis) or None) for axis in axes]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+
+
 Tables = dict[str, Rules]
 
 
