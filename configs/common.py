@@ -11,12 +11,12 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 import qk_jax
+from qk_jax import sharding
 from qk_jax.convert.safetensors_io import read_json
 from qk_jax.data import buckets
 from qk_jax.diffusion import flow
 from qk_jax.errors import InputError
 from qk_jax.models import mmdit, qwen_vl, rotary, vae
-from qk_jax.sharding import Rules
 from qk_jax.training.stages import STAGES
 
 ASSETS = Path(qk_jax.__file__).parent / "assets"
@@ -145,15 +145,17 @@ def base(stage: str, size: str) -> ConfigDict:
     config.dtype = ConfigDict({
         "compute": "float32" if tiny else "bfloat16",
         "frozen": "float32" if tiny else "bfloat16",
+        "gradients": "float32",  # when devices sum them; or as compute (step.gatherer)
     })  # fmt: skip
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "context": 1, "tensor": 1})
     config.slices = ConfigDict({"data": 1, "fsdp": 1})  # the part of the mesh that spans slices
-    table = {name: tuple(axes) for name, axes in dataclasses.asdict(Rules()).items()}
-    config.sharding = ConfigDict(
-        {tower: dict(table) for tower in ("vision", "text", "connector", "mmdit", "vae")}
-    )
+    # How each tower lies over the mesh: one of sharding.ROWS (--config.sharding.mmdit=zero2), each
+    # cell of which is a field (--config.sharding.mmdit.params.embed=fsdp)
+    config.sharding = ConfigDict({
+        tower: dataclasses.asdict(sharding.row("fsdp"))
+        for tower in ("vision", "text", "connector", "mmdit", "vae")
+    })  # fmt: skip
     config.sharding_limit = 0.02  # largest share of shardable parameter bytes left replicated
-    config.zero2 = ()  # towers whose weights are gathered over fsdp once per step
 
     # Options of the compiler by platform, 'name=value'. On a CPU the older emitter at level 1 makes
     # programs that are as fast in a quarter of the time.

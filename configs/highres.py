@@ -6,12 +6,13 @@ starts from <workdir>/stage3 with its LoRA and trains the same parts on the same
 3,000 steps at batch 256 with a rate of 1e-5. tiny goes from 64 to 128 pixels.
 """
 
-from configs import common, stage3
+from configs import common, recipes, stage3
 from qk_jax.data import buckets
 
 
 def get_config(size: str = "tiny"):
-    """The config at `size`."""
+    """The config at `size`, or at 'SIZE@SLICE' with the recipe for a slice (recipes.py)."""
+    size, place = recipes.split(size)
     config = stage3.get_config(size)
     tiny = common.towers(size) == "tiny"
     config.stage = "highres"
@@ -23,4 +24,4 @@ def get_config(size: str = "tiny"):
     config.optimizer.lr = 2e-4 if tiny else 1e-5
     config.optimizer.schedule = "constant"
     config.optimizer.warmup = common.pick(size, tiny=10, tiny_long=50, smoke=2, full=100)
-    return config
+    return recipes.apply(config, place)

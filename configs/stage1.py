@@ -9,12 +9,13 @@ paper's 72K steps at batch 512; 20b differs from 7b in its later stages). The bi
 --config.init.vlm=<Qwen2.5-VL folder> and --config.init.vae=<AutoencoderKLQwenImage folder>.
 """
 
-from configs import common
+from configs import common, recipes
 from qk_jax.models import lora
 
 
 def get_config(size: str = "tiny"):
-    """The config at `size`."""
+    """The config at `size`, or at 'SIZE@SLICE' with the recipe for a slice (recipes.py)."""
+    size, place = recipes.split(size)
     config = common.base("stage1", size)
     tiny = common.towers(size) == "tiny"
     config.steps = common.pick(size, tiny=250, tiny_long=1000, smoke=6, full=72_000)
@@ -30,4 +31,4 @@ def get_config(size: str = "tiny"):
     config.optimizer.ema = 0.99 if tiny else 0.9999
     if tiny:  # a fresh head must not teach the connector away from what the generator knows
         config.optimizer.rates = ((r"connector/.*", 0.1), (r".*", 1.0))
-    return config
+    return recipes.apply(config, place)

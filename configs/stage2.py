@@ -9,11 +9,12 @@ starts from public Qwen-Image weights (--config.init.mmdit=<transformer folder>)
 law is the paper's, so that text and kontext move from Qwen-Image's diagonal to zero.
 """
 
-from configs import common
+from configs import common, recipes
 
 
 def get_config(size: str = "tiny"):
-    """The config at `size`."""
+    """The config at `size`, or at 'SIZE@SLICE' with the recipe for a slice (recipes.py)."""
+    size, place = recipes.split(size)
     config = common.base("stage2", size)
     tiny = common.towers(size) == "tiny"
     config.steps = common.pick(size, tiny=250, tiny_long=1500, smoke=6, full=420_000)
@@ -24,4 +25,4 @@ def get_config(size: str = "tiny"):
     config.optimizer.lr = 3e-4 if tiny else 5e-5
     config.optimizer.warmup = common.pick(size, tiny=20, tiny_long=100, smoke=2, full=2000)
     config.optimizer.ema = 0.99 if tiny else 0.9999
-    return config
+    return recipes.apply(config, place)

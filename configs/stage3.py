@@ -7,12 +7,13 @@ editing, customized generation and multi-subject composition, with some of the e
 that they are not forgotten. The paper: rank 256, 30K steps at batch 512.
 """
 
-from configs import common
+from configs import common, recipes
 from qk_jax.models import lora
 
 
 def get_config(size: str = "tiny"):
-    """The config at `size`."""
+    """The config at `size`, or at 'SIZE@SLICE' with the recipe for a slice (recipes.py)."""
+    size, place = recipes.split(size)
     config = common.base("stage3", size)
     tiny = common.towers(size) == "tiny"
     config.steps = common.pick(size, tiny=800, tiny_long=9000, smoke=6, full=30_000)
@@ -32,4 +33,4 @@ def get_config(size: str = "tiny"):
     config.optimizer.ema = 0.99 if tiny else 0.9999
     if tiny:  # the rate is the fresh adapter's
         config.optimizer.rates = ((r"lora/.*", 1.0), (r".*", 0.05))
-    return config
+    return recipes.apply(config, place)

@@ -407,7 +407,7 @@ def of_params(
         max_pixels=data["max_pixels"],
     )
     dtype = config_lib.dtype(run["dtype"]["compute"])
-    options = tuple(sorted(step_lib.compiler_options(run).items()))
+    options = tuple(sorted(step_lib.compiler_options(run, jax.default_backend()).items()))
     # The adapters are gone and nothing is differentiated: painters of all stages share programs.
     config = dataclasses.replace(config, lora_scale=1.0, remat=None)
     return Painter(

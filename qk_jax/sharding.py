@@ -1,7 +1,9 @@
 """Mesh, checked sharding rules and the shardings of parameters and batches.
 
-Parameters carry logical axes (`layers.LOGICAL_AXES`); a table per tower says over which mesh axes
-each of them is split. Linen replicates whatever it does not understand without a word; here a
+Parameters carry logical axes (`layers.LOGICAL_AXES`). A row per tower says over which mesh axes
+each of them is split, in a column of its own for the weights of the step, the gradients, the
+optimizer state and the activations, so that ZeRO-1, 2 and 3, tensor and context parallelism are
+rows of a table (`ROWS`). Linen replicates whatever it does not understand without a word; here a
 misspelt axis, two dimensions on one mesh axis, a dimension that does not divide and too many
 replicated bytes are errors that name the parameter.
 """
@@ -10,8 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +26,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from qk_jax.errors import InputError
 
+log = logging.getLogger(__name__)
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
 # Towers by the prefix of a parameter's name; the first that fits decides.
@@ -34,19 +38,35 @@ TOWERS = (
     ("", "connector"),
 )
 # Axes worth splitting; convolutions, patches and norms are too small or too oddly sized.
-SHARDABLE = frozenset({"embed", "mlp", "heads", "kv_heads", "vocab", "modulation"})
+SHARDABLE = frozenset({"embed", "mlp", "heads", "kv_heads", "vocab", "modulation", "adapter"})
+
+
+def _check_mesh_axes(row: Any) -> None:
+    """Raises InputError where a field of `row` names a mesh axis that does not exist."""
+    for field in dataclasses.fields(row):
+        for axis in getattr(row, field.name):
+            if axis not in MESH_AXES:
+                raise InputError(
+                    f"{field.name!r} is laid over the mesh axis {axis!r}; "
+                    f"the mesh axes are {', '.join(MESH_AXES)}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Mesh axes of each logical axis of one tower; () replicates."""
+    """Mesh axes of each logical axis of one tower's arrays; () is whole on every device.
 
-    embed: tuple[str, ...] = ("fsdp",)
+    'context' splits weights as 'fsdp' does: its devices hold other tokens of the same rows, so
+    that their gradients are partial sums too.
+    """
+
+    embed: tuple[str, ...] = ("fsdp", "context")
     mlp: tuple[str, ...] = ("tensor",)
     heads: tuple[str, ...] = ("tensor",)
     kv_heads: tuple[str, ...] = ("tensor",)
     vocab: tuple[str, ...] = ("tensor",)
     modulation: tuple[str, ...] = ("tensor",)
+    adapter: tuple[str, ...] = ("tensor", "fsdp", "context")  # of LoRA factors without 'embed'
     layers: tuple[str, ...] = ()
     queries: tuple[str, ...] = ()
     conv_in: tuple[str, ...] = ()
@@ -55,13 +75,7 @@ class Rules:
     norm: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            for axis in getattr(self, field.name):
-                if axis not in MESH_AXES:
-                    raise InputError(
-                        f"sharding rule {field.name!r} names the mesh axis {axis!r}; "
-                        f"the mesh axes are {', '.join(MESH_AXES)}"
-                    )
+        _check_mesh_axes(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,46 +92,159 @@ class Activations:
     kv_heads: tuple[str, ...] = ("tensor",)
     mlp: tuple[str, ...] = ("tensor",)
 
+    def __post_init__(self):
+        _check_mesh_axes(self)
 
-def constrain(x: jax.Array, places: Activations, *axes: str | None) -> jax.Array:
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Where everything of one tower lies: its row of the table.
+
+    Attributes:
+      params: the weights that a step computes with. Where they lie otherwise than the optimizer
+        state, trained weights are brought here once per step, in the compute dtype; frozen ones
+        always lie here.
+      gradients: of the whole batch, and their sums over micro-batches.
+      optimizer: float32 weights, moments and moving average, between steps.
+      activations: of the forward pass.
+    """
+
+    params: Rules = Rules()
+    gradients: Rules = Rules()
+    optimizer: Rules = Rules()
+    activations: Activations = Activations()
+
+
+COLUMNS = ("params", "gradients", "optimizer")  # of arrays that are shaped like parameters
+_NO_FSDP = Rules(embed=(), adapter=("tensor",))
+_NO_TENSOR = dict.fromkeys(("mlp", "heads", "kv_heads", "vocab", "modulation"), ())
+_OVER_ALL = ("tensor", "fsdp", "context")
+_FLAT = Rules(embed=_OVER_ALL, adapter=_OVER_ALL, **_NO_TENSOR)
+# The rows that a config may name. In all but the last, 'tensor' splits heads, MLP, vocabulary and
+# modulation (Megatron), and in all of them 'context' splits the tokens; a mesh without these axes
+# is plain ZeRO.
+ROWS = {
+    # ZeRO (arXiv 1910.02054): 1 splits the optimizer state over fsdp, 2 the gradients too
+    "zero1": Columns(params=_NO_FSDP, gradients=_NO_FSDP),
+    "zero2": Columns(params=_NO_FSDP),
+    # ZeRO-3: the weights too, which come together block by block
+    "fsdp": Columns(),
+    # nothing is split over fsdp
+    "tensor": Columns(params=_NO_FSDP, gradients=_NO_FSDP, optimizer=_NO_FSDP),
+    # ZeRO-2 of a tower that takes 'tensor' for more rows, beside one that is split over it
+    "zero2_flat": Columns(
+        params=Rules(embed=(), adapter=(), **_NO_TENSOR),
+        gradients=_FLAT,
+        optimizer=_FLAT,
+        activations=Activations(batch=(*BATCH_AXES, "tensor"), heads=(), kv_heads=(), mlp=()),
+    ),
+}
+
+
+def target() -> tuple[str, str]:
+    """(platform, kind) of the devices that are computed for: those of jax.set_mesh, which need not
+    be here, or jax's default."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is None:
+        device = jax.devices()[0]
+    return device.platform, device.device_kind
+
+
+def single() -> bool:
+    """Whether no mesh of several devices is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
+def size(axes: Iterable[str]) -> int:
+    """Devices along `axes` of the mesh of jax.set_mesh."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[axis] for axis in axes)
+
+
+def fitting(axes: Sequence[str], length: int) -> tuple[str, ...]:
+    """The first of `axes` with several devices, for as long as their product divides `length`."""
+    found: tuple[str, ...] = ()
+    for axis in axes:
+        if size((axis,)) > 1:
+            if length % size((*found, axis)):
+                break
+            found += (axis,)
+    return found
+
+
+def constrain(x: jax.Array, places: Activations | None, *axes: str | None) -> jax.Array:
     """x with its dimensions laid over the mesh of jax.set_mesh; without a mesh, x itself.
+
+    A dimension that the mesh does not divide, such as an odd number of text tokens over 'context',
+    is split as far as it divides.
 
     Args:
       x: array with one entry of `axes` per dimension; None leaves that dimension to the compiler.
-      places: the tower's row.
+      places: the tower's row; None leaves everything to the compiler.
       axes: names of fields of `Activations`.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if places is None or single():
         return x
     free = PartitionSpec.UNCONSTRAINED
-    entries = [free if axis is None else (getattr(places, axis) or None) for axis in axes]
+    entries = [
+        free if axis is None else (fitting(getattr(places, axis), length) or None)
+        for axis, length in zip(axes, x.shape, strict=True)
+    ]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 
-Tables = dict[str, Rules]
+Tables = dict[str, Columns]  # by tower
 
 
-def tables(config: Mapping[str, Mapping[str, Sequence[str]]]) -> Tables:
-    """One `Rules` per tower from {tower: {logical axis: mesh axes}}.
+def row(name: str) -> Columns:
+    """The row of ROWS called `name`.
 
     Raises:
-      InputError: a tower or an axis that does not exist, or a tower without a table.
+      InputError: there is none.
+    """
+    if name not in ROWS:
+        raise InputError(f"sharding row {name!r} is unknown; give one of {', '.join(ROWS)}")
+    return ROWS[name]
+
+
+def tables(config: Mapping[str, Mapping[str, Mapping[str, Sequence[str]]]]) -> Tables:
+    """One row per tower from {tower: {column: {logical axis: mesh axes}}}.
+
+    Raises:
+      InputError: a tower, a column or an axis that does not exist, or a tower without a row.
     """
     known = sorted({tower for _, tower in TOWERS})
     if sorted(config) != known:
         raise InputError(f"sharding tables are given for {sorted(config)}; need exactly {known}")
-    axes = {field.name for field in dataclasses.fields(Rules)}
+    kinds = dict.fromkeys(COLUMNS, Rules) | {"activations": Activations}
     out = {}
-    for tower, table in config.items():
-        unknown = sorted(set(table) - axes)
-        if unknown:
-            raise InputError(
-                f"sharding table {tower!r} has the unknown logical axes {unknown}; "
-                f"known are {', '.join(sorted(axes))}"
-            )
-        out[tower] = Rules(**{axis: tuple(value) for axis, value in table.items()})
+    for tower, columns in config.items():
+        _check_names(f"sharding.{tower}", "columns", columns, kinds)
+        filled = {}
+        for column, table in columns.items():
+            axes = [field.name for field in dataclasses.fields(kinds[column])]
+            _check_names(f"sharding.{tower}.{column}", "logical axes", table, axes)
+            try:
+                filled[column] = kinds[column](**{axis: tuple(v) for axis, v in table.items()})
+            except InputError as error:
+                raise InputError(f"sharding.{tower}.{column}: {error}") from None
+        out[tower] = Columns(**filled)
     return out
+
+
+def _check_names(where: str, what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises InputError when something given is not known."""
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise InputError(
+            f"{where} has the unknown {what} {unknown}; known are {', '.join(sorted(known))}"
+        )
+
+
+def column(rows: Tables, name: str) -> dict[str, Rules]:
+    """The column 'params', 'gradients' or 'optimizer' of every tower."""
+    return {tower: getattr(columns, name) for tower, columns in rows.items()}
 
 
 def _filled(shape: Mapping[str, int], devices: int) -> list[int]:
@@ -209,13 +336,46 @@ def build_mesh(
     count = math.prod(slices.values())
     if count < 1 or len(devices) % count:
         raise InputError(f"{len(devices)} devices do not make {count} slices ({slices})")
+    found = len({getattr(device, "slice_index", 0) for device in devices})
+    if count > 1 and found != count:
+        raise InputError(f"config.slices asks for {count} slices, the devices lie in {found}")
     inner = _filled(shape, len(devices) // count)
-    if count > 1:
-        outer = [slices.get(axis, 1) for axis in MESH_AXES]
-        array = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
-    else:
-        array = mesh_utils.create_device_mesh(inner, devices)
+    outer = [slices.get(axis, 1) for axis in MESH_AXES]
+    array = _ordered(inner, outer, devices)
     return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _ordered(inner: list[int], outer: list[int], devices: list[Any]) -> np.ndarray:
+    """Devices in the order in which neighbours of the mesh are neighbours of the torus.
+
+    Where no mesh axis fits on whole axes of the torus, one of the torus is split over two of the
+    mesh; where even that fails, devices stay in their own order.
+    """
+
+    def order(split: bool) -> np.ndarray:
+        if math.prod(outer) > 1:
+            return mesh_utils.create_hybrid_device_mesh(
+                inner, outer, devices, allow_split_physical_axes=split
+            )
+        return mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=split)
+
+    for split in (False, True):
+        try:
+            return order(split)
+        except (NotImplementedError, AssertionError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            log.info("device order (split physical axes: %s): %s", split, reason)
+    log.warning("mesh_utils finds no device order for %s x %s; using jax's own", outer, inner)
+    return _row_major(inner, outer, devices)
+
+
+def _row_major(inner: list[int], outer: list[int], devices: list[Any]) -> np.ndarray:
+    """Devices as jax lists them, slice by slice; axes across slices are the outer part of each."""
+    by_slice = sorted(devices, key=lambda device: getattr(device, "slice_index", 0))
+    blocks = np.array(by_slice, dtype=object).reshape(*outer, *inner)
+    count = len(inner)
+    pairs = [axis for i in range(count) for axis in (i, count + i)]
+    return blocks.transpose(pairs).reshape([o * i for o, i in zip(outer, inner, strict=True)])
 
 
 def tower(name: str) -> str:
@@ -227,7 +387,7 @@ def tower(name: str) -> str:
 def spec(
     name: str, shape: Sequence[int], axes: Sequence[str | None], rules: Rules, mesh: Mesh
 ) -> PartitionSpec:
-    """PartitionSpec of one parameter.
+    """PartitionSpec of one parameter; it names only axes of the mesh that have several devices.
 
     Raises:
       InputError: an unknown logical axis, two dimensions on one mesh axis, or a dimension that
@@ -255,7 +415,8 @@ def spec(
                 f"parameter {name}: dimension {axis!r} of size {size} does not divide by {parts} "
                 f"({' x '.join(mesh_axes)}); change the mesh or sharding.{tower(name)}.{axis}"
             )
-        entries.append(mesh_axes[0] if len(mesh_axes) == 1 else (mesh_axes or None))
+        used = tuple(mesh_axis for mesh_axis in mesh_axes if mesh.shape[mesh_axis] > 1)
+        entries.append(used[0] if len(used) == 1 else (used or None))
     return PartitionSpec(*entries)
 
 
@@ -271,8 +432,8 @@ def leaves(boxed: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str | None, ..
         yield name, tuple(leaf.names), leaf.value
 
 
-def specs(boxed: Mapping[str, Any], rules: Tables, mesh: Mesh) -> dict[str, Any]:
-    """The tree of PartitionSpecs of a boxed (abstract) parameter tree."""
+def specs(boxed: Mapping[str, Any], rules: Mapping[str, Rules], mesh: Mesh) -> dict[str, Any]:
+    """The tree of PartitionSpecs of a boxed (abstract) parameter tree, by one column."""
     flat = {
         name: spec(name, value.shape, axes, rules[tower(name)], mesh)
         for name, axes, value in leaves(boxed)
@@ -280,41 +441,62 @@ def specs(boxed: Mapping[str, Any], rules: Tables, mesh: Mesh) -> dict[str, Any]
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def shardings(boxed: Mapping[str, Any], rules: Tables, mesh: Mesh) -> dict[str, Any]:
-    """The tree of NamedShardings of a boxed (abstract) parameter tree."""
+def shardings(boxed: Mapping[str, Any], rules: Mapping[str, Rules], mesh: Mesh) -> dict[str, Any]:
+    """The tree of NamedShardings of a boxed (abstract) parameter tree, by one column."""
     return jax.tree.map(lambda p: NamedSharding(mesh, p), specs(boxed, rules, mesh))
 
 
 def check_sharded(
-    boxed: Mapping[str, Any], rules: Tables, mesh: Mesh, limit: float = 0.02
+    boxed: Mapping[str, Any], rows: Tables, column: str, mesh: Mesh, limit: float = 0.02
 ) -> float:
-    """The share of shardable parameter bytes that stay replicated.
+    """The share of shardable bytes that stay whole on every device in one column.
 
-    A leaf could be sharded when a logical axis of SHARDABLE divides by a mesh axis of parameters.
+    A leaf could be sharded when a logical axis of SHARDABLE divides by one of the mesh axes that
+    are judged. These are the axes that the column uses; a column that uses none is whole on
+    purpose where another column of the tower is split, and an oversight where none is.
 
     Raises:
       InputError: the share is above `limit`; names the largest offender.
     """
-    sizes = [mesh.shape[a] for a in ("fsdp", "context", "tensor") if mesh.shape[a] > 1]
     could, loose = 0, {}
     for name, axes, value in leaves(boxed):
+        sizes = [mesh.shape[axis] for axis in _judged(rows[tower(name)], column, mesh)]
         dims = [n for axis, n in zip(axes, value.shape, strict=True) if axis in SHARDABLE]
         if len(value.shape) < 2 or not any(n % size == 0 for n in dims for size in sizes):
             continue
         count = math.prod(value.shape) * np.dtype(value.dtype).itemsize
         could += count
-        used = jax.tree.leaves(tuple(spec(name, value.shape, axes, rules[tower(name)], mesh)))
-        if math.prod(mesh.shape[axis] for axis in used) == 1:
+        rules = getattr(rows[tower(name)], column)
+        if all(mesh.shape[a] == 1 for axis in axes if axis for a in getattr(rules, axis)):
             loose[name] = count
     share = sum(loose.values()) / could if could else 0.0
     if share > limit:
         worst = max(loose, key=loose.get)
         raise InputError(
-            f"{share:.1%} of the parameter bytes that could be sharded are replicated (limit "
-            f"{limit:.1%}), most of all {worst}; change sharding.{tower(worst)} or raise "
-            "sharding_limit"
+            f"{share:.1%} of the bytes that could be sharded are whole on every device (column "
+            f"{column!r}, limit {limit:.1%}), most of all {worst} with "
+            f"{loose[worst] / 2**20:,.1f} MiB; change sharding.{tower(worst)}.{column} or the "
+            "mesh, or raise sharding_limit"
         )
     return share
+
+
+def _judged(columns: Columns, column: str, mesh: Mesh) -> set[str]:
+    """The mesh axes by which `check_sharded` judges a column of one tower."""
+    splitting = {axis for axis in ("fsdp", "context", "tensor") if mesh.shape[axis] > 1}
+
+    def used(name: str) -> set[str]:
+        rules = getattr(columns, name)
+        return splitting & {a for axis in SHARDABLE for a in getattr(rules, axis)}
+
+    if not any(used(name) for name in COLUMNS):
+        return splitting
+    return used(column)
+
+
+def platform(mesh: Mesh) -> str:
+    """'cpu', 'gpu' or 'tpu'; of devices that need not be here."""
+    return mesh.devices.flat[0].platform
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -327,24 +509,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(rows: int, mesh: Mesh) -> None:
-    """Raises InputError when `rows` do not divide over the batch axes."""
-    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if rows % parts:
-        raise InputError(
-            f"a batch of {rows} rows does not divide over data x fsdp = {parts} devices; "
-            "change data.batch, optimizer.accumulation or the mesh"
-        )
-
-
-def gathered(shardings_tree: Any) -> Any:
-    """The same shardings without 'fsdp': what ZeRO-2 computes with, gathered once per step."""
-
-    def drop(entry: Any) -> Any:
-        if isinstance(entry, tuple):
-            return tuple(axis for axis in entry if axis != "fsdp") or None
-        return None if entry == "fsdp" else entry
-
-    return jax.tree.map(
-        lambda s: NamedSharding(s.mesh, PartitionSpec(*(drop(e) for e in s.spec))), shardings_tree
-    )
+def check_batch(rows: int, mesh: Mesh, towers: Tables) -> None:
+    """Raises InputError when `rows` do not divide over the batch axes, or over those of a tower."""
+    over = {"the batch": BATCH_AXES}
+    over |= {f"sharding.{tower}": columns.activations.batch for tower, columns in towers.items()}
+    for what, axes in over.items():
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        if rows % parts:
+            raise InputError(
+                f"a batch of {rows} rows does not divide over {' x '.join(axes)} = {parts} "
+                f"devices ({what}); change data.batch, optimizer.accumulation or the mesh"
+            )

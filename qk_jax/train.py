@@ -139,8 +139,9 @@ def check_rows(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         raise InputError(
             f"optimizer.accumulation {count} must divide data.batch {config.data.batch}"
         )
-    sharding.check_batch(config.data.batch // count, mesh)
-    sharding.check_batch(config.validation.batch, mesh)
+    towers = sharding.tables(config.sharding)
+    sharding.check_batch(config.data.batch // count, mesh, towers)
+    sharding.check_batch(config.validation.batch, mesh, towers)
 
 
 def token_layout(config: ConfigDict, workdir: pathlib.Path) -> prompts.PromptLayout:

@@ -1,6 +1,7 @@
-"""Meshes, checked rules, and a step on eight devices that equals the step on one."""
+"""Meshes, rows and columns of the sharding table, and the errors of both."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,17 @@ from jax.sharding import PartitionSpec as P
 from qk_jax import sharding
 from qk_jax.errors import InputError
 from qk_jax.models import layers
+from qk_jax.training import config as config_lib
 
+TOWERS = sorted({tower for _, tower in sharding.TOWERS})
 RULES = sharding.Rules()
-TABLES = dict.fromkeys(sorted({tower for _, tower in sharding.TOWERS}), RULES)
+TABLES = dict.fromkeys(TOWERS, RULES)
+WHOLE = sharding.Rules(**{axis: () for axis in layers.LOGICAL_AXES})
+
+
+def rows_of(**towers):
+    """The row 'fsdp' for every tower but those given."""
+    return dict.fromkeys(TOWERS, sharding.row("fsdp")) | towers
 
 
 def mesh(**shape):
@@ -77,6 +86,38 @@ def test_slices_may_only_span_batch_axes():
         sharding.build_mesh({"fsdp": -1}, slices={"tensor": 2})
     with pytest.raises(InputError, match="3 slices"):
         sharding.build_mesh({"fsdp": -1}, slices={"data": 3})
+    with pytest.raises(InputError, match="asks for 2 slices, the devices lie in 1"):
+        sharding.build_mesh({"fsdp": -1}, slices={"data": 2})
+
+
+class Chip:
+    """Stands in for a device of a TPU slice of which mesh_utils knows no order."""
+
+    platform, device_kind, process_index = "tpu", "TPU v99", 0
+
+    def __init__(self, number, slice_index=0):
+        self.id, self.slice_index = number, slice_index
+
+    def __repr__(self):
+        return str(self.id)
+
+
+def test_device_order_falls_back_to_jaxs_own(monkeypatch, caplog):
+    asked = []
+
+    def fails(*shape, devices=None, allow_split_physical_axes=False):
+        asked.append(allow_split_physical_axes)
+        raise NotImplementedError("no assignment")
+
+    monkeypatch.setattr(sharding.mesh_utils, "create_device_mesh", fails)
+    monkeypatch.setattr(sharding.mesh_utils, "create_hybrid_device_mesh", fails)
+    one = sharding._ordered([1, 4, 1, 2], [1, 1, 1, 1], [Chip(i) for i in range(8)])
+    assert asked == [False, True] and "finds no device order" in caplog.text
+    assert [chip.id for chip in one.reshape(-1)] == list(range(8)) and one.shape == (1, 4, 1, 2)
+    chips = [Chip(i, slice_index=i % 2) for i in range(8)]
+    two = sharding._ordered([1, 2, 1, 2], [2, 1, 1, 1], chips)
+    assert two.shape == (2, 2, 1, 2)
+    assert [[chip.slice_index for chip in part.reshape(-1)] for part in two] == [[0] * 4, [1] * 4]
 
 
 def test_specs_follow_the_tower_of_the_parameter():
@@ -85,20 +126,71 @@ def test_specs_follow_the_tower_of_the_parameter():
     tree = {
         "vlm": {"language_model": {"q_proj": {"kernel": stacked}}},
         "mmdit": {"to_q": {"kernel": box((8, 16), "embed", "heads")}},
-        "lora": {"mmdit": {"to_q": {"lora_b": box((2, 16), None, "heads")}}},
+        "lora": {"mmdit": {"to_q": {"lora_b": box((2, 16), None, "adapter")}}},
     }
     got = sharding.specs(tree, TABLES | {"mmdit": whole}, mesh(fsdp=4, tensor=2))
     assert got["vlm"]["language_model"]["q_proj"]["kernel"] == P(None, "fsdp", "tensor")
     assert got["mmdit"]["to_q"]["kernel"] == P(None, ("fsdp", "tensor"))
-    assert got["lora"]["mmdit"]["to_q"]["lora_b"] == P(None, ("fsdp", "tensor"))
+    assert got["lora"]["mmdit"]["to_q"]["lora_b"] == P(None, ("tensor", "fsdp"))
+
+
+def test_a_spec_names_only_axes_with_several_devices():
+    kernel = {"mmdit": {"to_q": {"kernel": box((8, 7), "embed", "heads")}}}
+    got = lambda **shape: sharding.specs(kernel, TABLES, mesh(**shape))  # noqa: E731
+    assert got(fsdp=8)["mmdit"]["to_q"]["kernel"] == P("fsdp", None)
+    assert got(fsdp=4, context=2)["mmdit"]["to_q"]["kernel"] == P(("fsdp", "context"), None)
+    assert got(data=8)["mmdit"]["to_q"]["kernel"] == P(None, None)
+
+
+@pytest.mark.parametrize(
+    ("row", "params", "gradients", "optimizer"),
+    [
+        ("zero1", P(None, "tensor"), P(None, "tensor"), P("fsdp", "tensor")),
+        ("zero2", P(None, "tensor"), P("fsdp", "tensor"), P("fsdp", "tensor")),
+        ("fsdp", P("fsdp", "tensor"), P("fsdp", "tensor"), P("fsdp", "tensor")),
+        ("tensor", P(None, "tensor"), P(None, "tensor"), P(None, "tensor")),
+        ("zero2_flat", P(None, None), P(("tensor", "fsdp"), None), P(("tensor", "fsdp"), None)),
+    ],
+)
+def test_rows_are_what_their_names_say(row, params, gradients, optimizer):
+    tree = {"mmdit": {"to_q": {"kernel": box((8, 16), "embed", "heads")}}}
+    table = sharding.tables(dict.fromkeys(TOWERS, dataclasses.asdict(sharding.row(row))))
+    for name, wanted in zip(sharding.COLUMNS, (params, gradients, optimizer), strict=True):
+        got = sharding.specs(tree, sharding.column(table, name), mesh(fsdp=4, tensor=2))
+        assert got["mmdit"]["to_q"]["kernel"] == wanted, name
+
+
+def test_a_config_names_a_row_and_changes_a_cell():
+    config = config_lib.load(
+        "configs/stage2.py:tiny",
+        {"sharding.mmdit": "zero2", "sharding.mmdit.activations.heads": "()",
+         "sharding.text.params.embed": "fsdp,tensor"},
+    )  # fmt: skip
+    table = sharding.tables(config.sharding)
+    changed = sharding.Activations(heads=())
+    assert table["mmdit"] == dataclasses.replace(sharding.ROWS["zero2"], activations=changed)
+    assert table["text"].params.embed == ("fsdp", "tensor")
+    assert table["text"].optimizer == RULES
+    again = sharding.tables(json.loads(config_lib.to_json(config))["sharding"])
+    assert again == table  # as a checkpoint keeps it
+    with pytest.raises(InputError, match="row 'zero4' is unknown; give one of zero1, zero2"):
+        config_lib.load("configs/stage2.py:tiny", {"sharding.mmdit": "zero4"})
+    with pytest.raises(InputError, match="did you mean 'sharding.mmdit.params.embed'"):
+        config_lib.load("configs/stage2.py:tiny", {"sharding.mmdit.params.embd": "()"})
 
 
 def test_a_misspelt_axis_is_an_error_in_rule_table_and_parameter():
-    with pytest.raises(InputError, match="'tensr'"):
+    with pytest.raises(InputError, match="'mlp' is laid over the mesh axis 'tensr'"):
         sharding.Rules(mlp=("tensr",))
     good = {tower: {} for tower in TABLES}
-    with pytest.raises(InputError, match="'embd'"):
-        sharding.tables(good | {"text": {"embd": ("fsdp",)}})
+    for table, words in (
+        ({"params": {"embed": ("fdsp",)}}, "sharding.text.params: 'embed'.*'fdsp'"),
+        ({"activations": {"heads": ("tp",)}}, "sharding.text.activations: 'heads'.*'tp'"),
+        ({"params": {"embd": ("fsdp",)}}, r"sharding.text.params .*\['embd'\]; known are adapter"),
+        ({"moments": {}}, "sharding.text has the unknown columns"),
+    ):
+        with pytest.raises(InputError, match=words):
+            sharding.tables(good | {"text": table})
     with pytest.raises(InputError, match="need exactly"):
         sharding.tables({"text": {}})
     with pytest.raises(InputError, match="mmdit/to_q/kernel.*'embd'"):
@@ -123,27 +215,40 @@ def test_an_indivisible_dimension_names_the_parameter():
         sharding.specs(tree, TABLES, mesh(fsdp=4, tensor=2))
 
 
-def test_too_much_left_replicated_is_refused():
-    tree = {
-        "mmdit": {"big": {"kernel": box((96, 128), "embed", "mlp")}},
-        "connector": {"fc1": {"kernel": box((16, 16), "embed", "mlp")}},
-    }
-    loose = TABLES | {"connector": sharding.Rules(**{a: () for a in layers.LOGICAL_AXES})}
+TWO = {
+    "mmdit": {"big": {"kernel": box((96, 128), "embed", "mlp")}},
+    "connector": {"fc1": {"kernel": box((16, 16), "embed", "mlp")}},
+}
+
+
+def test_too_much_left_whole_is_refused():
+    loose = rows_of(connector=sharding.Columns(WHOLE, WHOLE, WHOLE))
     on = mesh(fsdp=8)
-    assert sharding.check_sharded(tree, TABLES, on) == 0.0
-    assert 0.02 < sharding.check_sharded(tree, loose, on, limit=0.05) < 0.05
-    with pytest.raises(InputError, match="connector/fc1/kernel"):
-        sharding.check_sharded(tree, loose, on)
-    assert sharding.check_sharded(tree, loose, mesh(data=8)) == 0.0  # nothing to shard over
+    assert sharding.check_sharded(TWO, rows_of(), "optimizer", on) == 0.0
+    for column in sharding.COLUMNS:
+        assert 0.02 < sharding.check_sharded(TWO, loose, column, on, limit=0.05) < 0.05
+        with pytest.raises(InputError, match=rf"2.0% .*'{column}'.*connector/fc1/kernel with 0.0"):
+            sharding.check_sharded(TWO, loose, column, on)
+        assert sharding.check_sharded(TWO, loose, column, mesh(data=8)) == 0.0  # nothing to split
+
+
+def test_a_column_that_is_whole_on_purpose_is_no_offence():
+    on = mesh(fsdp=8)
+    zero1 = rows_of(mmdit=sharding.row("zero1"))
+    assert sharding.check_sharded(TWO, zero1, "params", on) == 0.0
+    assert sharding.check_sharded(TWO, zero1, "gradients", on) == 0.0
+    forgotten = dataclasses.replace(sharding.row("zero1"), optimizer=WHOLE)
+    with pytest.raises(InputError, match="'optimizer'.*mmdit/big/kernel"):
+        sharding.check_sharded(TWO, rows_of(mmdit=forgotten), "optimizer", on)
+    # tensor parallelism on a mesh without that axis splits nothing anywhere
+    with pytest.raises(InputError, match="'params'.*mmdit/big/kernel"):
+        sharding.check_sharded(TWO, rows_of(mmdit=sharding.row("tensor")), "params", on)
 
 
 def test_batch_rows_must_divide():
-    sharding.check_batch(16, mesh(data=2, fsdp=4))
-    with pytest.raises(InputError, match="12 rows"):
-        sharding.check_batch(12, mesh(data=2, fsdp=4))
-
-
-def test_gathered_drops_only_fsdp():
-    on = mesh(fsdp=4, tensor=2)
-    place = jax.sharding.NamedSharding(on, P("fsdp", None, "tensor"))
-    assert sharding.gathered([place])[0].spec == P(None, None, "tensor")
+    sharding.check_batch(16, mesh(data=2, fsdp=4), rows_of())
+    with pytest.raises(InputError, match="12 rows.*data x fsdp = 8 devices .the batch"):
+        sharding.check_batch(12, mesh(data=2, fsdp=4), rows_of())
+    flat = rows_of(mmdit=sharding.row("zero2_flat"))
+    with pytest.raises(InputError, match="4 rows.*data x fsdp x tensor = 8 .*sharding.mmdit"):
+        sharding.check_batch(4, mesh(fsdp=4, tensor=2), flat)

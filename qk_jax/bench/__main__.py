@@ -3,12 +3,15 @@
     python -m qk_jax.bench cost --config configs/stage2.py:20b
     python -m qk_jax.bench cost --config configs/stage3.py:tiny --measure 10 --rows 32
     python -m qk_jax.bench shardings --config configs/stage2.py:20b --mesh fsdp=64,tensor=4
+    python -m qk_jax.bench peer --size small --device cpu
 
 `cost` prints parameters, state bytes and model FLOPs for the config's target sizes with 0 to
 `--pictures` condition pictures, on any machine. With --measure N the real train step also runs N
 times per shape on the devices at hand, from random parameters and synthetic rows, and the median
 step time, pictures/s, model FLOP/s and MFU are printed. `shardings` prints every parameter with
-its shape, its axes and its bytes on each device of a mesh that need not be here.
+its shape, its axes as weights of a step and as optimizer state, and its bytes on each device of a
+mesh that need not be here. `peer` times a training and a sampling step of the MMDiT against
+diffusers' in PyTorch, on a CPU or one GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import jax
 import numpy as np
 
 from qk_jax import sharding
-from qk_jax.bench import cost, shardings
+from qk_jax.bench import cost, peer, shardings
 from qk_jax.errors import InputError, exits
 from qk_jax.training import config as config_lib
 from qk_jax.training import flops, initial, stages
@@ -39,7 +42,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     price.add_argument("--rows", type=int, default=0, help="batch; 0 is the config's")
     price.add_argument("--measure", type=int, default=0, help="steps to time; 0 only counts")
     places = verbs.add_parser("shardings", help="where every parameter lies")
-    places.add_argument("--mesh", required=True, metavar="AXIS=N,..", help="fsdp=64,tensor=4")
+    places.add_argument("--mesh", metavar="AXIS=N,..", help="fsdp=64,tensor=4 (the config's)")
+    peer.add_arguments(verbs.add_parser("peer", help="step time against PyTorch"))
     for verb in (price, places):
         verb.add_argument("--config", required=True, help="FILE.py:SIZE")
     return parser.parse_args(argv)
@@ -80,14 +84,15 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     args = arguments(argv)
-    {"cost": print_cost, "shardings": print_shardings}[args.verb](args)
+    {"cost": print_cost, "shardings": print_shardings, "peer": peer.command}[args.verb](args)
 
 
 def print_shardings(args: argparse.Namespace) -> None:
     """The table of parameters over the mesh."""
     config = config_lib.load(args.config)
-    mesh = sharding.abstract_mesh(sharding.parse(args.mesh))
-    for line in shardings.table(shardings.rows(config, mesh), cost.copies(config)):
+    shape = sharding.parse(args.mesh) if args.mesh else config.mesh.to_dict()
+    mesh = sharding.abstract_mesh(shape)
+    for line in shardings.table(shardings.rows(config, mesh)):
         print(line)
 
 

@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax.core import meta
 
 LOGICAL_AXES = frozenset({
-    "embed", "mlp", "heads", "kv_heads", "vocab", "modulation", "layers", "queries",
+    "embed", "mlp", "heads", "kv_heads", "vocab", "modulation", "adapter", "layers", "queries",
     "conv_in", "conv_out", "patch", "norm",
 })  # fmt: skip
 

@@ -110,7 +110,10 @@ def init(
 
 
 def logical_axes(params: Params, adapter: Params) -> Params:
-    """Logical axes of every adapter leaf: the kernel's, with the rank unsharded.
+    """Logical axes of every adapter leaf: the kernel's 'embed' or 'adapter', the rank unsharded.
+
+    A factor has one long axis where its kernel has two, so that what splits the kernel's other
+    axis is free: a rule of its own lets 'adapter' be split over both.
 
     Args:
       params: boxed parameters or shapes, as `layers.abstract_params` gives.
@@ -124,8 +127,9 @@ def logical_axes(params: Params, adapter: Params) -> Params:
     for path in flatten_dict(adapter, sep="/"):
         name, factor = path.rsplit("/", 1)
         *lead, fan_in, fan_out = boxes[f"{name}/kernel"].names
-        ends = (fan_in, None) if factor == "lora_a" else (None, fan_out)
-        axes[path] = (*lead, *ends)
+        long = fan_in if factor == "lora_a" else fan_out
+        long = long if long == "embed" else "adapter"
+        axes[path] = (*lead, long, None) if factor == "lora_a" else (*lead, None, long)
     return unflatten_dict(axes, sep="/")
 
 

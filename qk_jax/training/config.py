@@ -20,6 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from qk_jax import sharding
 from qk_jax.diffusion import flow
 from qk_jax.errors import InputError
 from qk_jax.models import mmdit, qwen_text, qwen_vision, qwen_vl, rotary, vae
@@ -80,9 +81,15 @@ def nearest(name: str, known: Sequence[str]) -> str:
 def override(config: ConfigDict, name: str, text: str) -> None:
     """Sets field `name` ('optimizer.lr') from the text of a command line.
 
+    A whole section 'sharding.TOWER' takes the name of one of `sharding.ROWS`.
+
     Raises:
-      InputError: no such field, or a text that is no value of the field's type.
+      InputError: no such field or row, or a text that is no value of the field's type.
     """
+    section, _, tower = name.rpartition(".")
+    if section == "sharding" and tower in config.sharding:
+        config.sharding[tower] = dataclasses.asdict(sharding.row(text))
+        return
     known = dict(fields(config))
     if name not in known:
         raise InputError(

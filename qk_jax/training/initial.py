@@ -90,8 +90,7 @@ def _read(folder: pathlib.Path, mesh: Mesh | None, ema: bool, step: int | None =
         if mesh is not None:
             model = state_lib.build_model(found["config"])
             boxed = state_lib.abstract_params(model, found["config"])
-            tables = sharding.tables(found["config"]["sharding"])
-            tree = sharding.shardings(boxed, tables, mesh)
+            tree = state_lib.held(boxed, found["config"], mesh)
             placed.update(traverse_util.flatten_dict(tree, sep="/"))
         item = "ema" if ema and "ema" in found["leaves"] else "params"
         return {item: checkpoint.abstract(found, item, place)}

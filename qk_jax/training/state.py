@@ -131,28 +131,52 @@ def _with_dtypes(tree: Tree, config: Mapping[str, Any]) -> Tree:
     return traverse_util.unflatten_dict(held, sep="/")
 
 
+def held(boxed: Tree, config: Mapping[str, Any], mesh: Mesh) -> Tree:
+    """NamedShardings of all parameters between steps: trained ones lie by the column 'optimizer',
+    frozen ones by 'params'."""
+    rows, rules = sharding.tables(config["sharding"]), stage_rules(config)
+    trained, frozen = stages.split(boxed, rules)
+    return stages.join(
+        sharding.shardings(trained, sharding.column(rows, "optimizer"), mesh),
+        sharding.shardings(frozen, sharding.column(rows, "params"), mesh),
+    )
+
+
 class Layout:
     """Shapes and shardings of all trees of one run; computed before anything is allocated.
 
     Attributes:
       boxed: all parameters, with logical axes.
-      params, frozen: ShapeDtypeStructs with shardings, of the trained and the frozen leaves.
-      shardings: NamedShardings of all parameters (one tree).
+      params, frozen: ShapeDtypeStructs with shardings, of the trained leaves as they lie between
+        steps and of the frozen ones.
+      shardings: NamedShardings of all parameters between steps (one tree).
+      weights: NamedShardings of the trained leaves where a step computes (column 'params').
+      gradients: NamedShardings of their gradients.
+      unsharded: largest share, over the columns, of shardable bytes that are whole everywhere.
     """
 
     def __init__(self, model: QueryKontext, config: Mapping[str, Any], mesh: Mesh):
         """Raises InputError when rules or shardings do not fit (`stages`, `sharding`)."""
-        rules = sharding.tables(config["sharding"])
+        rows, rules = sharding.tables(config["sharding"]), stage_rules(config)
         self.mesh = mesh
         self.boxed = abstract_params(model, config)
-        self.shardings = sharding.shardings(self.boxed, rules, mesh)
-        self.unsharded = sharding.check_sharded(self.boxed, rules, mesh, config["sharding_limit"])
+        self.shardings = held(self.boxed, config, mesh)
+        trained, frozen = stages.split(self.boxed, rules)
+        self.weights, self.gradients = (
+            sharding.shardings(trained, sharding.column(rows, name), mesh)
+            for name in ("params", "gradients")
+        )
+        judged = [(trained, name) for name in sharding.COLUMNS]
+        self.unsharded = max(
+            sharding.check_sharded(tree, rows, name, mesh, config["sharding_limit"])
+            for tree, name in [*judged, (frozen, "params")]
+        )
         placed = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             meta.unbox(self.boxed),
             self.shardings,
         )
-        self.params, self.frozen = stages.split(placed, stage_rules(config))
+        self.params, self.frozen = stages.split(placed, rules)
 
     def state(self, config: Mapping[str, Any], tx: optax.GradientTransformation) -> TrainState:
         """The abstract TrainState; moments and averages lie where their parameters lie."""

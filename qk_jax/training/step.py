@@ -79,33 +79,41 @@ def micro_batches(batch: Batch, count: int) -> Batch:
 
 
 def gradients(
-    loss: LossFn, params: Tree, frozen: Tree, batch: Batch, rng: jax.Array, accumulation: int
+    loss: LossFn,
+    params: Tree,
+    frozen: Tree,
+    batch: Batch,
+    rng: jax.Array,
+    accumulation: int,
+    lay: Callable[[Tree], Tree] = lambda tree: tree,
 ) -> tuple[Tree, Batch]:
     """Gradient of the mean loss over all rows, and per-row values in order of micro-batches.
 
     The gradient is the mean over micro-batches of equal size, summed in float32: what one big
-    batch gives. Micro-batch i draws from fold_in(rng, i).
+    batch gives. Micro-batch i draws from fold_in(rng, i). `lay` puts a tree of gradients in its
+    place on the mesh: that of each micro-batch and the sum so far.
 
     Returns:
-      gradients like `params`; {'loss', 'task', every aux of `loss`} with B rows each.
+      gradients like `params`, float32; {'loss', 'task', every aux of `loss`} with B rows each.
     """
 
     def mean_loss(params: Tree, part: Batch, key: jax.Array):
         rows, aux = loss(stages.join(params, frozen), part, key)
         return jnp.mean(rows), {"loss": rows, "task": part["task"], **aux}
 
-    grad = jax.grad(mean_loss, has_aux=True)
+    def grad(part: Batch, index: Any):
+        key = jax.random.fold_in(rng, index)
+        found, rows = jax.grad(mean_loss, has_aux=True)(params, part, key)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), lay(found)), rows
+
     if accumulation == 1:
-        return grad(params, batch, jax.random.fold_in(rng, 0))
+        return grad(batch, 0)
 
     def body(total: Tree, inputs: tuple[Batch, jax.Array]):
-        part, index = inputs
-        grads, rows = grad(params, part, jax.random.fold_in(rng, index))
-        return jax.tree.map(
-            lambda t, g: t + g.astype(jnp.float32) / accumulation, total, grads
-        ), rows
+        grads, rows = grad(*inputs)
+        return lay(jax.tree.map(lambda t, g: t + g / accumulation, total, grads)), rows
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    zeros = lay(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
     parts = micro_batches(batch, accumulation)
     grads, rows = jax.lax.scan(body, zeros, (parts, jnp.arange(accumulation)))
     return grads, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
@@ -127,14 +135,15 @@ def summaries(rows: Batch, bins: int) -> dict[str, jax.Array]:
     return out
 
 
-def compiler_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config's options for the platform at hand; what its compiler does not know is left out.
+def compiler_options(config: Mapping[str, Any], platform: str) -> dict[str, Any]:
+    """The config's options for the platform that compiles; of those for the platform at hand, what
+    its compiler does not know is left out.
 
     Raises:
       InputError: an option is not of the form name=value.
     """
     options = {}
-    for text in config["compiler"].get(jax.default_backend(), ()):
+    for text in config["compiler"].get(platform, ()):
         name, equals, value = text.partition("=")
         if not equals:
             raise InputError(f"config.compiler: {text!r} must be NAME=VALUE")
@@ -143,12 +152,40 @@ def compiler_options(config: Mapping[str, Any]) -> dict[str, Any]:
         except ValueError:
             option = {name: value}
         try:
-            jax.jit(lambda: 0, compiler_options=option)()
+            if platform == jax.default_backend():
+                jax.jit(lambda: 0).lower().compile(compiler_options=option)
         except jax.errors.JaxRuntimeError as error:
             log.warning("compiler option %s is left out: %s", text, error)
         else:
             options |= option
     return options
+
+
+def gatherer(layout: Layout, compute: Any, gradients: str) -> Callable[[Tree], Tree]:
+    """The function from the trained leaves between steps to those that a step computes with.
+
+    A leaf whose columns 'params' and 'optimizer' differ is cast to the compute dtype and brought
+    to its place, once per step: under ZeRO-1 and 2 a whole copy of the weights. Its gradient then
+    comes out of the backward pass in the compute dtype. The others stay as they are, and are cast
+    where they are used, so that their gradients are float32 when devices sum them; with `gradients`
+    the name of the compute dtype they are cast once per step too, and half the bytes are sent.
+
+    Raises:
+      InputError: `gradients` is neither float32 nor the compute dtype.
+    """
+    wanted = config_lib.dtype(gradients)
+    if wanted not in (jnp.float32, compute):
+        raise InputError(
+            f"dtype.gradients {gradients!r} must be float32 or dtype.compute, "
+            f"{jnp.dtype(compute).name}"
+        )
+
+    def one(leaf: jax.Array, lies: Any, used: Any) -> jax.Array:
+        if lies.sharding.spec == used.spec:
+            return leaf.astype(wanted)
+        return jax.lax.with_sharding_constraint(leaf.astype(compute), used)
+
+    return lambda params: jax.tree.map(one, params, layout.params, layout.weights)
 
 
 def make_train_step(
@@ -165,24 +202,17 @@ def make_train_step(
     loss = loss_fn(model, config)
     accumulation, bins = config["optimizer"]["accumulation"], config["log"]["t_bins"]
     decay = config["optimizer"]["ema"]
-    state_places = jax.tree.map(lambda s: s.sharding, layout.state(config, adam.tx))
+    state_places = places(layout.state(config, adam.tx))
     param_places, frozen_places = state_places.params, places(layout.frozen)
-    whole = {
-        name: sharding.gathered(param_places[name])
-        for name in config["zero2"]
-        if name in layout.params
-    }
+    gather = gatherer(layout, model.dtype, config["dtype"]["gradients"])
 
-    def gather(params: Tree) -> Tree:
-        """ZeRO-2: the weights of these towers come together once per step, in compute dtype."""
-        cast = {name: jax.tree.map(lambda p: p.astype(model.dtype), params[name]) for name in whole}
-        return params | jax.lax.with_sharding_constraint(cast, whole)
+    def lay(grads: Tree) -> Tree:
+        return jax.lax.with_sharding_constraint(grads, layout.gradients)
 
     def step(state: TrainState, frozen: Tree, batch: Batch):
         rng = jax.random.fold_in(jax.random.key(config["seed"]), state.step)
-        weights = gather(state.params) if whole else state.params
-        grads, rows = gradients(loss, weights, frozen, batch, rng, accumulation)
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        weights = gather(state.params)
+        grads, rows = gradients(loss, weights, frozen, batch, rng, accumulation, lay)
         grads = jax.lax.with_sharding_constraint(grads, param_places)
         updates, opt_state = adam.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -199,7 +229,7 @@ def make_train_step(
         in_shardings=(state_places, frozen_places, sharding.batch_sharding(layout.mesh)),
         out_shardings=(state_places, sharding.replicated(layout.mesh)),
         donate_argnums=0,
-        compiler_options=compiler_options(config),
+        compiler_options=compiler_options(config, sharding.platform(layout.mesh)),
     )
 
 
@@ -255,7 +285,7 @@ def make_eval_step(
             sharding.replicated(layout.mesh),
         ),
         out_shardings=sharding.replicated(layout.mesh),
-        compiler_options=compiler_options(config),
+        compiler_options=compiler_options(config, sharding.platform(layout.mesh)),
     )
 
 

@@ -80,30 +80,3 @@ def test_synthetic_rows_show_every_picture():
     batch = cost.synthetic_batch(shapes, image_token_id=7)
     shown = (batch["input_ids"] == 7).sum(axis=1)
     assert np.array_equal(shown, [batch["pixel_values"].shape[1] // 4] * 3)
-
-
-def test_shardings_of_a_real_size_need_no_devices(capsys):
-    bench.main(["shardings", "--config", "configs/stage2.py:20b", "--mesh", "fsdp=64,tensor=4"])
-    lines = capsys.readouterr().out.splitlines()
-    row = next(x for x in lines if x.startswith("mmdit/transformer_blocks/attn/to_q/kernel"))
-    assert row.split()[1:] == ["train", "60x3072x3072", ".,", "fsdp,", "tensor", "8.44"]
-    whole = next(x for x in lines if x.startswith("mmdit ")).split()
-    assert whole[1] == "20,430,401,088"
-    # float32 over 256 devices, and what is too small or odd to split is less than a tenth more
-    assert 4 * 20_430_401_088 / 256 / 2**20 <= float(whole[2]) < 1.1 * 4 * 20_430_401_088 / 2**28
-    assert float(whole[3]) == pytest.approx(4 * float(whole[2]), rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("mesh", "words"),
-    [
-        ("fsdp=64;tensor=4", "not of the form"),
-        ("fsdp=-1", "no -1"),
-        ("speed=4", "unknown"),
-        ("tensor=3", "does not divide by 3"),
-    ],
-)
-def test_shardings_name_what_does_not_fit(mesh, words, capsys):
-    with pytest.raises(SystemExit) as leaving:
-        bench.main(["shardings", "--config", NANO, "--mesh", mesh])
-    assert leaving.value.code == 2 and words in capsys.readouterr().err

@@ -220,8 +220,9 @@ def test_logical_axes_follow_the_kernel():
     adapter = lora.init(jax.random.key(0), shapes, lora.MMDIT_TARGETS, 2)
     axes = lora.logical_axes(shapes, adapter)["mmdit"]["transformer_blocks"]
     assert axes["attn"]["to_q"]["lora_a"] == ("layers", "embed", None)
-    assert axes["attn"]["to_q"]["lora_b"] == ("layers", None, "heads")
-    assert axes["img_mlp"]["net_2"]["lora_a"] == ("layers", "mlp", None)
+    assert axes["attn"]["to_q"]["lora_b"] == ("layers", None, "adapter")
+    assert axes["img_mlp"]["net_2"]["lora_a"] == ("layers", "adapter", None)
+    assert axes["img_mlp"]["net_2"]["lora_b"] == ("layers", None, "embed")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,127 @@
+"""One training step is the same on one device and on eight, however the towers lie."""
+
+import collections
+import functools
+import pathlib
+import re
+
+import batches
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import recipes
+from qk_jax import sharding
+from qk_jax.errors import InputError
+from qk_jax.training import checkpoint, stages
+from qk_jax.training import config as config_lib
+from qk_jax.training import state as state_lib
+from qk_jax.training import step as step_lib
+
+NANO = pathlib.Path(__file__).parent / "nano.py"
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8},
+    "tensor": {"fsdp": 4, "tensor": 2},
+    "all": {"data": 2, "fsdp": 2, "tensor": 2},
+    "context": {"fsdp": 4, "context": 2},
+}
+ROWS = {row: dict.fromkeys(("vision", "text", "connector", "mmdit"), row) for row in sharding.ROWS}
+ROWS["paper"] = recipes.PAPER.rows
+
+
+def config_of(stage, rows="fsdp", **changes):
+    """A nano config whose towers lie by `rows`.
+
+    With a small eps, Adam's first step is the sign of the gradient, which no two sums share; with
+    a large one it is smooth, so that the new parameters can be compared.
+    """
+    overrides = {f"sharding.{tower}": row for tower, row in ROWS[rows].items()}
+    overrides |= {"optimizer.eps": "1.0", "sharding_limit": "1.0"}
+    overrides |= {key.replace("__", "."): str(value) for key, value in changes.items()}
+    return config_lib.load(f"{NANO}:{stage}", overrides)
+
+
+def values(tree):
+    """Random values for every leaf by its name, in numpy, so that nothing is compiled."""
+    flat = checkpoint.named(tree)
+    out = {}
+    for name, leaf in flat.items():
+        rng = np.random.default_rng(sum(name.encode()))
+        spread = rng.normal(size=leaf.shape) * (0.1 if leaf.ndim > 1 else 0.02)
+        out[name] = (spread + name.endswith("scale")).astype(leaf.dtype)
+    return jax.tree.unflatten(jax.tree.structure(tree), out.values())
+
+
+def prepared(config, mesh):
+    """(step, its arguments) over `mesh`; the values depend on names and shapes alone."""
+    layout = state_lib.Layout(state_lib.build_model(config), config, mesh)
+    adam = state_lib.build_optimizer(config, layout)
+    target = layout.state(config, adam.tx)
+    params = values(target.params)
+    state = target.replace(
+        step=np.int32(0),
+        params=params,
+        opt_state=jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), target.opt_state),
+        ema=params,
+    )
+    arguments = (
+        jax.device_put(state, step_lib.places(target)),
+        jax.device_put(values(layout.frozen), step_lib.places(layout.frozen)),
+        jax.device_put(batches.batch(config, 0, pictures=1), sharding.batch_sharding(mesh)),
+    )
+    return step_lib.make_train_step(state_lib.build_model(config), config, layout, adam), arguments
+
+
+def stepped(config, mesh):
+    """(new parameters, gradients, metrics) of one step; the gradients as the first moments, which
+    are a tenth of them, clipped."""
+    with jax.set_mesh(mesh):
+        step, arguments = prepared(config, mesh)
+        state, metrics = step(*arguments)
+    (moments,) = (part.mu for part in state.opt_state if hasattr(part, "mu"))
+    return checkpoint.named(state.params), checkpoint.named(moments), metrics
+
+
+@functools.cache
+def alone(stage):
+    return jax.device_get(stepped(config_of(stage), sharding.build_mesh({}, jax.devices()[:1])))
+
+
+def assert_close(found, wanted, tolerance=1e-5):
+    """Within `tolerance` of the largest entry of each leaf."""
+    assert found.keys() == wanted.keys()
+    for name, leaf in wanted.items():
+        scale = max(np.max(np.abs(leaf), initial=0.0), 1e-6)
+        worst = np.max(np.abs(np.asarray(found[name]) - leaf), initial=0.0)
+        assert worst <= tolerance * scale, f"{name}: {worst:.2e} of {scale:.2e}"
+
+
+@pytest.mark.parametrize(
+    ("stage", "rows", "mesh"),
+    [
+        ("stage1", "zero1", "all"),
+        ("stage1", "zero2", "tensor"),
+        ("stage1", "fsdp", "context"),
+        ("stage1", "tensor", "tensor"),
+        ("stage1", "paper", "all"),
+        ("stage2", "zero1", "tensor"),
+        ("stage2", "zero2", "fsdp"),
+        ("stage2", "fsdp", "data"),
+        ("stage2", "tensor", "all"),
+        ("stage2", "paper", "tensor"),
+        ("stage3", "zero1", "fsdp"),
+        ("stage3", "zero2", "context"),
+        ("stage3", "fsdp", "all"),
+        ("stage3", "paper", "all"),
+        ("highres", "fsdp", "context"),
+    ],
+)
+def test_a_step_on_eight_devices_is_the_step_on_one(stage, rows, mesh):
+    params, grads, metrics = stepped(config_of(stage, rows), sharding.build_mesh(MESHES[mesh]))
+    wanted_params, wanted_grads, wanted = alone(stage)
+    for name in ("loss", "grad_norm", "task_sum"):
+        np.testing.assert_allclose(metrics[name], wanted[name], rtol=1e-5, err_msg=name)
+    assert_close(grads, wanted_grads)
+    assert_close(params, wanted_params)
