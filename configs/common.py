@@ -74,13 +74,13 @@ def base(stage: str, size: str) -> ConfigDict:
         "mmdit": dataclasses.asdict(generator),
         "vae": {"kind": _kind(autoencoder), **dataclasses.asdict(autoencoder)},
         "num_queries": 16 if tiny else 128,
-        "max_text": 48 if tiny else 512,
+        "max_text": 48 if tiny else 384,  # with the kontext 512: whole blocks of attention
         "tail_tokens": 5,
         "vlm_pixels": 112 * 112 if tiny else 448 * 448,
         "query_std": 0.02,
         "law": dataclasses.asdict(law),
         "condition_latents": False,
-        "remat": "" if tiny else "full",  # '' is none; or a name of jax.checkpoint_policies
+        "remat": "" if tiny else "full",  # '' keeps all activations; layers.remat_policy
     })  # fmt: skip
 
     # Parameters: what is trained (first regex that matches), and where parts come from.
@@ -157,6 +157,8 @@ def base(stage: str, size: str) -> ConfigDict:
     })  # fmt: skip
     config.sharding_limit = 0.02  # largest share of shardable parameter bytes left replicated
 
+    # Compiled programs are kept in <workdir>/compilation_cache, or in JAX_COMPILATION_CACHE_DIR.
+    config.compilation_cache = True
     # Options of the compiler by platform, 'name=value'. On a CPU the older emitter at level 1 makes
     # programs that are as fast in a quarter of the time.
     config.compiler = ConfigDict({

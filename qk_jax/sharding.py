@@ -65,7 +65,7 @@ class Rules:
     heads: tuple[str, ...] = ("tensor",)
     kv_heads: tuple[str, ...] = ("tensor",)
     vocab: tuple[str, ...] = ("tensor",)
-    modulation: tuple[str, ...] = ("tensor",)
+    modulation: tuple[str, ...] = ("tensor", "fsdp", "context")
     adapter: tuple[str, ...] = ("tensor", "fsdp", "context")  # of LoRA factors without 'embed'
     layers: tuple[str, ...] = ()
     queries: tuple[str, ...] = ()
@@ -82,7 +82,11 @@ class Rules:
 class Activations:
     """Mesh axes of each logical axis of one tower's activations; () is whole on every device.
 
-    `sequence` is where residual streams and queries are cut; keys and values come together.
+    `sequence` is where residual streams are cut; for attention tokens come together and heads part.
+    `modulation` and `modulation_batch` are of what a timestep becomes in each block, one row per
+    picture. Its weights are a third of an MMDiT and their product is tiny, so they stay where they
+    lie: every device computes its features for the rows of all others, and the results change
+    places instead of the weights.
     """
 
     batch: tuple[str, ...] = BATCH_AXES
@@ -91,6 +95,8 @@ class Activations:
     heads: tuple[str, ...] = ("tensor",)
     kv_heads: tuple[str, ...] = ("tensor",)
     mlp: tuple[str, ...] = ("tensor",)
+    modulation: tuple[str, ...] = ("tensor", "fsdp", "context")
+    modulation_batch: tuple[str, ...] = ("data",)
 
     def __post_init__(self):
         _check_mesh_axes(self)
@@ -116,27 +122,36 @@ class Columns:
 
 
 COLUMNS = ("params", "gradients", "optimizer")  # of arrays that are shaped like parameters
-_NO_FSDP = Rules(embed=(), adapter=("tensor",))
+_NO_FSDP = Rules(embed=(), adapter=("tensor",), modulation=("tensor",))
+_WHOLE_ROWS = Activations(modulation=("tensor",), modulation_batch=BATCH_AXES)
 _NO_TENSOR = dict.fromkeys(("mlp", "heads", "kv_heads", "vocab", "modulation"), ())
 _OVER_ALL = ("tensor", "fsdp", "context")
-_FLAT = Rules(embed=_OVER_ALL, adapter=_OVER_ALL, **_NO_TENSOR)
+_FLAT = Rules(embed=_OVER_ALL, adapter=_OVER_ALL, **_NO_TENSOR | {"modulation": _OVER_ALL})
+_FLAT_ROWS = (*BATCH_AXES, "tensor")
 # The rows that a config may name. In all but the last, 'tensor' splits heads, MLP, vocabulary and
 # modulation (Megatron), and in all of them 'context' splits the tokens; a mesh without these axes
 # is plain ZeRO.
 ROWS = {
     # ZeRO (arXiv 1910.02054): 1 splits the optimizer state over fsdp, 2 the gradients too
-    "zero1": Columns(params=_NO_FSDP, gradients=_NO_FSDP),
-    "zero2": Columns(params=_NO_FSDP),
+    "zero1": Columns(params=_NO_FSDP, gradients=_NO_FSDP, activations=_WHOLE_ROWS),
+    "zero2": Columns(params=_NO_FSDP, activations=_WHOLE_ROWS),
     # ZeRO-3: the weights too, which come together block by block
     "fsdp": Columns(),
     # nothing is split over fsdp
-    "tensor": Columns(params=_NO_FSDP, gradients=_NO_FSDP, optimizer=_NO_FSDP),
+    "tensor": Columns(_NO_FSDP, _NO_FSDP, _NO_FSDP, _WHOLE_ROWS),
     # ZeRO-2 of a tower that takes 'tensor' for more rows, beside one that is split over it
     "zero2_flat": Columns(
         params=Rules(embed=(), adapter=(), **_NO_TENSOR),
         gradients=_FLAT,
         optimizer=_FLAT,
-        activations=Activations(batch=(*BATCH_AXES, "tensor"), heads=(), kv_heads=(), mlp=()),
+        activations=Activations(
+            batch=_FLAT_ROWS,
+            heads=(),
+            kv_heads=(),
+            mlp=(),
+            modulation=(),
+            modulation_batch=_FLAT_ROWS,
+        ),
     ),
 }
 

@@ -84,6 +84,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike, hooks: Sequence[Hook] 
       SystemExit: 42 after SIGTERM, 130 after Ctrl-C; the state is saved.
     """
     folder = stage_folder(workdir, config.stage)
+    if config.compilation_cache and not jax.config.jax_compilation_cache_dir:
+        cache = pathlib.Path(workdir).resolve() / "compilation_cache"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
 
     # ---- model, mesh, optimizer: shapes and shardings only -------------------------------------
     mesh = sharding.build_mesh(config.mesh, slices=config.slices)

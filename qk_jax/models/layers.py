@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
+
+from qk_jax.errors import InputError
 
 LOGICAL_AXES = frozenset({
     "embed", "mlp", "heads", "kv_heads", "vocab", "modulation", "adapter", "layers", "queries",
@@ -40,28 +43,40 @@ class Dense(nn.Module):
 
     kernel [in, out], bias [out]; lora_a [in, r], lora_b [r, out] with the scale alpha / r already
     in lora_b (`lora.scaled`), so that no model knows whether it is adapted (peft's LoraLayer).
+
+    With `to_heads` the output is [..., heads, out / heads], with `from_heads` the input
+    [..., heads, in / heads]. The product itself has the axis of heads then, so that a compiler may
+    lay it before that of the tokens, as attention wants it, without a copy.
     """
 
     features: int
     axes: tuple[str | None, str | None]
     use_bias: bool = True
+    to_heads: int | None = None
+    from_heads: bool = False
     dtype: Any = jnp.float32
     kernel_init: Initializer = lecun
     bias_init: Initializer = nn.initializers.zeros_init()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (x.shape[-1], self.features)
+        entering = x.shape[-2:] if self.from_heads else x.shape[-1:]
+        leaving = (self.features,)
+        if self.to_heads:
+            leaving = (self.to_heads, self.features // self.to_heads)
+        shape = (math.prod(entering), self.features)
         kernel = self.param("kernel", boxed(self.kernel_init, self.axes), shape, jnp.float32)
         x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
+        kernel = kernel.astype(self.dtype).reshape(entering + leaving)
+        y = jnp.tensordot(x, kernel, len(entering))
         if self.has_variable("lora", "lora_a"):
             a = self.get_variable("lora", "lora_a").astype(self.dtype)
             b = self.get_variable("lora", "lora_b").astype(self.dtype)
-            y = y + (x @ a) @ b
+            low = jnp.tensordot(x, a.reshape(*entering, -1), len(entering))
+            y = y + jnp.tensordot(low, b.reshape(-1, *leaving), 1)
         if self.use_bias:
             bias = self.param("bias", boxed(self.bias_init, self.axes[1:]), shape[1:], jnp.float32)
-            y = y + bias.astype(self.dtype)
+            y = y + bias.astype(self.dtype).reshape(leaving)
         return y
 
 
@@ -126,19 +141,60 @@ def _gelu_tanh_jvp(primals, tangents):
     return y, slope * tangent
 
 
+# What a block may keep for its backward pass, by the name that its tensors carry: projections of
+# queries, keys and values before their norms; the result of attention (and, of splash attention,
+# the sums of its rows); what each residual branch adds; the MLP before its activation.
+REMAT_NAMES = ("qkv", "attention", "out", "mlp")
+ON_HOST = "host:"
+
+
+def remat_policy(name: str) -> Any:
+    """The policy of jax.checkpoint called `name`; None recomputes the whole block.
+
+    Args:
+      name: 'full', which keeps nothing but a block's input; some of REMAT_NAMES, joined by '+',
+        which are kept, those that begin with 'host:' in the host's memory
+        ('attention+out+host:mlp'); or an attribute of jax.checkpoint_policies.
+
+    Raises:
+      InputError: none of these.
+    """
+    if name == "full":
+        return None
+    policy = getattr(jax.checkpoint_policies, name, None)
+    if policy is not None:
+        return policy
+    parts = name.split("+")
+    kept = [part for part in parts if not part.startswith(ON_HOST)]
+    moved = [part.removeprefix(ON_HOST) for part in parts if part.startswith(ON_HOST)]
+    unknown = sorted(set(kept + moved) - set(REMAT_NAMES))
+    if unknown:
+        raise InputError(
+            f"remat {name!r}: {', '.join(map(repr, unknown))} unknown; give 'full', some of "
+            f"{', '.join(REMAT_NAMES)} joined by '+', each with '{ON_HOST}' before it to keep it "
+            "in the host's memory, or a name of jax.checkpoint_policies"
+        )
+    if not moved:
+        return jax.checkpoint_policies.save_only_these_names(*kept)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=kept,
+        names_which_can_be_offloaded=moved,
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
 def scan_blocks(block: type[nn.Module], length: int, policy: str | None, in_axes: Sequence[Any]):
     """`block` scanned `length` times over stacked parameters, rematerialised by `policy`.
 
     Args:
       block: a module whose __call__(carry, *inputs) returns (carry, None).
       length: number of layers L; parameters get a leading axis 'layers' of that size.
-      policy: None keeps every activation; 'full' recomputes the block; any other name is an
-        attribute of jax.checkpoint_policies.
+      policy: None keeps every activation; else see `remat_policy`.
       in_axes: per input after the carry: nn.broadcast, or 0 for a per-layer input [L, ...].
     """
     if policy is not None:
-        rule = None if policy == "full" else getattr(jax.checkpoint_policies, policy)
-        block = nn.remat(block, policy=rule, prevent_cse=False)
+        block = nn.remat(block, policy=remat_policy(policy), prevent_cse=False)
     return nn.scan(
         block,
         variable_axes={"params": 0, "lora": 0},

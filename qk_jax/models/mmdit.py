@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from qk_jax.errors import InputError
 from qk_jax.models import layers, rotary
 from qk_jax.models.attention import attention
+from qk_jax.sharding import Activations, constrain
 
 CLASS_NAME = "QwenImageTransformer2DModel"
 TIME_CHANNELS = 256
@@ -187,13 +189,16 @@ class FeedForward(nn.Module):
     """Linear, tanh-GELU, Linear at four times the width: [B, S, D] -> [B, S, D]."""
 
     dtype: Any = jnp.float32
+    places: Activations | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
         x = layers.Dense(4 * width, ("embed", "mlp"), dtype=self.dtype, name="net_0_proj")(x)
+        x = checkpoint_name(constrain(x, self.places, "batch", "sequence", "mlp"), "mlp")
         x = layers.gelu_tanh(x)
-        return layers.Dense(width, ("mlp", "embed"), dtype=self.dtype, name="net_2")(x)
+        x = layers.Dense(width, ("mlp", "embed"), dtype=self.dtype, name="net_2")(x)
+        return checkpoint_name(x, "out")
 
 
 class JointAttention(nn.Module):
@@ -201,9 +206,10 @@ class JointAttention(nn.Module):
 
     config: MMDiTConfig
     dtype: Any = jnp.float32
+    places: Activations | None = None
 
     @nn.compact
-    def __call__(self, image, text, image_table, text_table, mask):
+    def __call__(self, image, text, image_table, text_table, segments):
         """Attends.
 
         Args:
@@ -211,7 +217,7 @@ class JointAttention(nn.Module):
           text: [B, T, D].
           image_table: (cos, sin), each float32 [B, N, head_dim / 2].
           text_table: the same for the text, [T, ...] or [B, T, ...].
-          mask: bool [B, 1, 1, T + N], True for keys that may be attended.
+          segments: int32 [B, T + N]; tokens attend those with their own number.
 
         Returns:
           (image [B, N, D], text [B, T, D]) after their output projections.
@@ -219,8 +225,10 @@ class JointAttention(nn.Module):
         heads, dim = self.config.num_attention_heads, self.config.attention_head_dim
 
         def project(x, name):
-            x = layers.Dense(heads * dim, ("embed", "heads"), dtype=self.dtype, name=name)(x)
-            return x.reshape(*x.shape[:-1], heads, dim)
+            axes = ("embed", "heads")
+            x = layers.Dense(heads * dim, axes, dtype=self.dtype, to_heads=heads, name=name)(x)
+            x = constrain(x, self.places, "batch", "sequence", "heads", None)
+            return checkpoint_name(x, "qkv")
 
         def normed(x, name, table):
             x = layers.RMSNorm(dtype=self.dtype, name=name)(x)
@@ -237,12 +245,18 @@ class JointAttention(nn.Module):
             ),
             (project(text, "add_v_proj"), project(image, "to_v")),
         ]
-        out = attention(*(jnp.concatenate(pair, axis=1) for pair in joint), mask)
-        out = rearrange(out, "b s h d -> b s (h d)")
+        query, key, value = (jnp.concatenate(pair, axis=1) for pair in joint)
+        out = attention(query, key, value, (segments, segments), places=self.places)
         text, image = jnp.split(out, [text.shape[1]], axis=1)
-        width, axes = self.config.width, ("heads", "embed")
-        image = layers.Dense(width, axes, dtype=self.dtype, name="to_out_0")(image)
-        return image, layers.Dense(width, axes, dtype=self.dtype, name="to_add_out")(text)
+
+        def merged(x, name):
+            axes = ("heads", "embed")
+            dense = layers.Dense(
+                self.config.width, axes, dtype=self.dtype, from_heads=True, name=name
+            )
+            return checkpoint_name(dense(x), "out")
+
+        return merged(image, "to_out_0"), merged(text, "to_add_out")
 
 
 class Block(nn.Module):
@@ -250,40 +264,45 @@ class Block(nn.Module):
 
     config: MMDiTConfig
     dtype: Any = jnp.float32
+    places: Activations | None = None
 
     def setup(self):
-        self.img_mod_1 = _modulation(6 * self.config.width, self.dtype)
-        self.txt_mod_1 = _modulation(6 * self.config.width, self.dtype)
-        self.attn = JointAttention(self.config, self.dtype)
-        self.img_mlp, self.txt_mlp = FeedForward(self.dtype), FeedForward(self.dtype)
+        dtype, places = self.dtype, self.places
+        self.img_mod_1 = _modulation(6 * self.config.width, dtype)
+        self.txt_mod_1 = _modulation(6 * self.config.width, dtype)
+        self.attn = JointAttention(self.config, dtype, places)
+        self.img_mlp, self.txt_mlp = FeedForward(dtype, places), FeedForward(dtype, places)
 
-    def __call__(self, streams, time, clean, image_table, text_table, mask):
+    def __call__(self, streams, time, clean, image_table, text_table, segments):
         """(image, text) -> ((image, text), None).
 
         time [B, D] is SiLU(embedding), float32; clean is None or (the same at t = 0 [1, D], bool
         [N], True for the image tokens that it modulates).
         """
-        image, text = streams
-        image_mod = _chunks(self.img_mod_1(time), 6)
+        image, text = (self._laid(x) for x in streams)
+        image_mod = _modulations(self.img_mod_1, time, 6, self.places)
         if clean is not None:
-            pairs = zip(image_mod, _chunks(self.img_mod_1(clean[0]), 6), strict=True)
+            zeros = _modulations(self.img_mod_1, clean[0], 6, self.places)
+            pairs = zip(image_mod, zeros, strict=True)
             image_mod = [jnp.where(clean[1][:, None], zero, now) for now, zero in pairs]
-        text_mod = _chunks(self.txt_mod_1(time), 6)
+        text_mod = _modulations(self.txt_mod_1, time, 6, self.places)
         image_out, text_out = self.attn(
             self._modulated(image, *image_mod[:2]),
             self._modulated(text, *text_mod[:2]),
             image_table,
             text_table,
-            mask,
+            segments,
         )
         image = self._gated(image, image_mod[2], image_out)
         text = self._gated(text, text_mod[2], text_out)
         image_out = self.img_mlp(self._modulated(image, *image_mod[3:5]))
         text_out = self.txt_mlp(self._modulated(text, *text_mod[3:5]))
-        return (
-            self._gated(image, image_mod[5], image_out),
-            self._gated(text, text_mod[5], text_out),
-        ), None
+        image = self._gated(image, image_mod[5], image_out)
+        text = self._gated(text, text_mod[5], text_out)
+        return (self._laid(image), self._laid(text)), None
+
+    def _laid(self, x):
+        return constrain(x, self.places, "batch", "sequence", "embed")
 
     def _modulated(self, x, shift, scale):
         return (layers.layer_norm(x) * (1 + scale) + shift).astype(self.dtype)
@@ -296,12 +315,13 @@ class NormOut(nn.Module):
     """diffusers' AdaLayerNormContinuous: its Linear gives scale first, then shift."""
 
     dtype: Any = jnp.float32
+    places: Activations | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
         """x [B, N, D], time [B, D] = SiLU(embedding) -> [B, N, D]."""
         linear = _modulation(2 * x.shape[-1], self.dtype, name="linear")
-        scale, shift = _chunks(linear(time), 2)
+        scale, shift = _modulations(linear, time, 2, self.places)
         return (layers.layer_norm(x) * (1 + scale) + shift).astype(self.dtype)
 
 
@@ -311,13 +331,14 @@ class MMDiT(nn.Module):
     Attributes:
       config: the architecture.
       dtype: compute dtype; modulation sums, norms, rotary and softmax stay float32.
-      remat: None keeps the activations of every block, 'full' recomputes them, any other name is
-        an attribute of jax.checkpoint_policies.
+      remat: which activations of a block are kept (`layers.remat_policy`).
+      places: where activations lie over a mesh; None leaves that to the compiler.
     """
 
     config: MMDiTConfig
     dtype: Any = jnp.float32
     remat: str | None = None
+    places: Activations | None = None
 
     def setup(self):
         config, dtype = self.config, self.dtype
@@ -326,8 +347,8 @@ class MMDiT(nn.Module):
         self.txt_in = layers.Dense(config.width, (None, "embed"), dtype=dtype)
         self.time_text_embed = TimeTextEmbed(config.width)
         blocks = layers.scan_blocks(Block, config.num_layers, self.remat, (nn.broadcast,) * 5)
-        self.transformer_blocks = blocks(config, dtype)
-        self.norm_out = NormOut(dtype)
+        self.transformer_blocks = blocks(config, dtype, self.places)
+        self.norm_out = NormOut(dtype, self.places)
         self.proj_out = layers.Dense(
             config.out_channels * config.patch_size**2,
             ("embed", "patch"),
@@ -367,27 +388,31 @@ class MMDiT(nn.Module):
         tables = (rotary.cos_sin(image_positions, axes), rotary.cos_sin(text_positions, axes))
         if hidden_mask is None:
             hidden_mask = jnp.ones(hidden_states.shape[:2], bool)
-        mask = jnp.concatenate([encoder_mask, hidden_mask], axis=1)[:, None, None]
+        segments = jnp.concatenate([encoder_mask, hidden_mask], axis=1).astype(jnp.int32)
         # Every modulation begins with the same SiLU: it is applied once.
         time = nn.silu(self.time_text_embed(timestep))
+        time = constrain(time, self.places, "modulation_batch", "embed")
         count, clean = hidden_states.shape[1], None
         if self.config.zero_cond_t and (target_tokens or count) < count:
             zero = nn.silu(self.time_text_embed(jnp.zeros_like(timestep[:1])))
             clean = (zero, jnp.arange(count) >= target_tokens)
         image = self.img_in(hidden_states)
         text = self.txt_in(self.txt_norm(encoder_hidden_states))
-        (image, _), _ = self.transformer_blocks((image, text), time, clean, *tables, mask)
+        (image, _), _ = self.transformer_blocks((image, text), time, clean, *tables, segments)
         return self.proj_out(self.norm_out(image, time))
 
 
 def _modulation(features: int, dtype: Any, name: str | None = None) -> layers.Dense:
     """A Linear that gives shifts, scales and gates; zero at first, so a fresh block is identity."""
     zeros = nn.initializers.zeros_init()
-    return layers.Dense(
-        features, ("embed", "modulation"), dtype=dtype, kernel_init=zeros, name=name
-    )
+    axes = (None, "modulation")
+    return layers.Dense(features, axes, dtype=dtype, kernel_init=zeros, name=name)
 
 
-def _chunks(x: jax.Array, parts: int) -> list[jax.Array]:
-    """[B, parts * D] -> parts times float32 [B, 1, D], ready for sums with tokens."""
+def _modulations(
+    linear: layers.Dense, time: jax.Array, parts: int, places: Activations | None
+) -> list[jax.Array]:
+    """time [B, D] -> parts times float32 [B, 1, D], ready for sums with tokens."""
+    x = constrain(linear(time), places, "modulation_batch", "modulation")
+    x = constrain(x, places, "batch", "embed")
     return jnp.split(x.astype(jnp.float32)[:, None], parts, axis=-1)

@@ -7,6 +7,7 @@ The tree holds `vlm`, `queries`, `connector`, `mmdit`, `vae` and, where a stage 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from qk_jax.diffusion import flow
 from qk_jax.models import layers, lora, mmdit, mrope, qwen_vl, rotary, vae
 from qk_jax.models.connector import Connector, Queries
+from qk_jax.sharding import Activations
 
 Params = dict[str, Any]
 PACKED = 16  # pixels along a side of one packed token: 8x VAE, 2x2 packing
@@ -34,7 +36,7 @@ class ModelConfig:
       condition_latents: whether condition pictures also reach the generator as VAE tokens.
       query_std: standard deviation of fresh queries.
       lora_scale: alpha / rank of the adapters in `lora`.
-      remat: rematerialisation policy of the blocks (`layers.scan_blocks`).
+      remat: what the blocks keep for the backward pass (`layers.remat_policy`); None is all.
     """
 
     vlm: qwen_vl.VLMConfig
@@ -54,15 +56,22 @@ class ModelConfig:
 class QueryKontext:
     """The model as pure functions; holds modules and configs, never parameters."""
 
-    def __init__(self, config: ModelConfig, dtype: Any = jnp.float32):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: Any = jnp.float32,
+        places: Mapping[str, Activations] | None = None,
+    ):
+        """`places` says by tower where activations lie; None leaves that to the compiler."""
         self.config = config
         self.dtype = dtype
-        width = config.vlm.text.hidden_size
-        self.vlm = qwen_vl.QwenVL(config.vlm, dtype=dtype, remat=config.remat)
+        width, remat, places = config.vlm.text.hidden_size, config.remat, places or {}
+        vision, text = places.get("vision"), places.get("text")
+        self.vlm = qwen_vl.QwenVL(config.vlm, dtype, remat, vision, text)
         self.queries = Queries(config.num_queries, width, config.query_std)
         self.connector = Connector(config.mmdit.joint_attention_dim, dtype=dtype)
-        self.mmdit = mmdit.MMDiT(config.mmdit, dtype=dtype, remat=config.remat)
-        self.vae = vae.VAE(config.vae, dtype=dtype)
+        self.mmdit = mmdit.MMDiT(config.mmdit, dtype, remat, places.get("mmdit"))
+        self.vae = vae.VAE(config.vae, dtype, places.get("vae"))
 
     def _inits(self) -> dict[str, tuple[Any, tuple, dict]]:
         """Per tower: module, example arguments and keywords that touch every parameter."""

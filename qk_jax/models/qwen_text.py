@@ -8,11 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from qk_jax.models import mrope
 from qk_jax.models.attention import attention
 from qk_jax.models.layers import Dense, Embed, RMSNorm, scan_blocks
 from qk_jax.models.qwen_vision import GatedMLP
+from qk_jax.sharding import Activations, constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,28 +49,40 @@ class SelfAttention(nn.Module):
 
     config: TextConfig
     dtype: Any = jnp.float32
+    places: Activations | None = None
 
     @nn.compact
-    def __call__(self, segments: Segments, tables, mask: jax.Array) -> Segments:
-        """Segments [B, S_i, D]; (cos, sin) [B, S_i, head_dim] of each; mask bool [B, 1, 1, S]."""
-        cfg, width = self.config, segments[0].shape[-1]
+    def __call__(self, segments: Segments, tables, present: jax.Array) -> Segments:
+        """Segments [B, S_i, D]; (cos, sin) [B, S_i, head_dim] of each; present int32 [B, S], 0 on
+        padding."""
+        cfg, width, places = self.config, segments[0].shape[-1], self.places
 
         def projection(count, axis, name):
-            layer = Dense(count * cfg.head_dim, ("embed", axis), dtype=self.dtype, name=name)
-            return lambda x: layer(x).reshape(*x.shape[:2], count, cfg.head_dim)
+            axes, width = ("embed", axis), count * cfg.head_dim
+            layer = Dense(width, axes, dtype=self.dtype, to_heads=count, name=name)
+
+            def project(x):
+                y = constrain(layer(x), places, "batch", "sequence", axis, None)
+                return checkpoint_name(y, "qkv")
+
+            return project
 
         q_proj = projection(cfg.num_attention_heads, "heads", "q_proj")
         k_proj = projection(cfg.num_key_value_heads, "kv_heads", "k_proj")
         v_proj = projection(cfg.num_key_value_heads, "kv_heads", "v_proj")
-        o_proj = Dense(width, ("heads", "embed"), use_bias=False, dtype=self.dtype, name="o_proj")
+        o_proj = Dense(
+            width, ("heads", "embed"), use_bias=False, dtype=self.dtype, from_heads=True,
+            name="o_proj",
+        )  # fmt: skip
         keys, values, out = [], [], []
         for x, (cos, sin) in zip(segments, tables, strict=True):
             keys.append(mrope.rotate(k_proj(x), cos, sin))
             values.append(v_proj(x))
             key, value = jnp.concatenate(keys, 1), jnp.concatenate(values, 1)
-            query, seen = mrope.rotate(q_proj(x), cos, sin), mask[..., : key.shape[1]]
-            y = attention(query, key, value, seen, causal=True)
-            out.append(o_proj(y.reshape(*x.shape[:2], -1)))
+            query, seen = mrope.rotate(q_proj(x), cos, sin), present[:, : key.shape[1]]
+            ids = (seen[:, -x.shape[1] :], seen)
+            y = attention(query, key, value, ids, causal=True, places=places)
+            out.append(checkpoint_name(o_proj(y), "out"))
         return tuple(out)
 
 
@@ -77,16 +91,18 @@ class DecoderLayer(nn.Module):
 
     config: TextConfig
     dtype: Any = jnp.float32
+    places: Activations | None = None
 
     @nn.compact
-    def __call__(self, segments: Segments, tables, mask: jax.Array):
+    def __call__(self, segments: Segments, tables, present: jax.Array):
         """Segments [B, S_i, D] -> (segments, None)."""
-        cfg, dtype = self.config, self.dtype
+        cfg, dtype, places = self.config, self.dtype, self.places
+        segments = tuple(constrain(x, places, "batch", "sequence", "embed") for x in segments)
         norm = RMSNorm(cfg.rms_norm_eps, dtype, name="input_layernorm")
-        attend = SelfAttention(cfg, dtype, name="self_attn")
-        attended = attend(tuple(map(norm, segments)), tables, mask)
+        attend = SelfAttention(cfg, dtype, places, name="self_attn")
+        attended = attend(tuple(map(norm, segments)), tables, present)
         norm = RMSNorm(cfg.rms_norm_eps, dtype, name="post_attention_layernorm")
-        mlp = GatedMLP(cfg.intermediate_size, False, dtype, name="mlp")
+        mlp = GatedMLP(cfg.intermediate_size, False, dtype, places, name="mlp")
         mixed = [x + y for x, y in zip(segments, attended, strict=True)]
         return tuple(x + mlp(norm(x)) for x in mixed), None
 
@@ -94,12 +110,13 @@ class DecoderLayer(nn.Module):
 class TextModel(nn.Module):
     """Embeddings -> last hidden states after the final norm.
 
-    `remat` is the rematerialisation policy of the layers (`layers.scan_blocks`).
+    `remat` says which activations are kept (`layers.remat_policy`), `places` where they lie.
     """
 
     config: TextConfig
     dtype: Any = jnp.float32
     remat: str | None = None
+    places: Activations | None = None
 
     def setup(self):
         cfg = self.config
@@ -107,7 +124,7 @@ class TextModel(nn.Module):
         scanned = scan_blocks(
             DecoderLayer, cfg.num_hidden_layers, self.remat, (nn.broadcast,) * 2
         )  # fmt: skip
-        self.layers = scanned(cfg, self.dtype)
+        self.layers = scanned(cfg, self.dtype, self.places)
         self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype)
 
     def embed(self, ids: jax.Array) -> jax.Array:
@@ -142,6 +159,6 @@ class TextModel(nn.Module):
             position_ids, cfg.head_dim, cfg.rope_theta, cfg.mrope_section, self.dtype
         )
         tables = ((cos[:, :cut], sin[:, :cut]), (cos[:, cut:], sin[:, cut:]))[: len(segments)]
-        mask = attention_mask.astype(bool)[:, None, None]
-        segments, _ = self.layers(tuple(x.astype(self.dtype) for x in segments), tables, mask)
+        present = attention_mask.astype(bool).astype(jnp.int32)
+        segments, _ = self.layers(tuple(x.astype(self.dtype) for x in segments), tables, present)
         return self.norm(jnp.concatenate(segments, axis=1))

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from qk_jax.models import mrope
 from qk_jax.models.attention import attention
 from qk_jax.models.layers import Dense, RMSNorm, scan_blocks
 from qk_jax.models.mrope import MERGE, PATCH, Grids
+from qk_jax.sharding import Activations, constrain
 
 NORM_EPSILON = 1e-6
 
@@ -81,7 +83,7 @@ def windows_of(grids: Grids, window_size: int) -> Windows:
     return Windows(order, np.argsort(order), picture, slots, valid, place)
 
 
-def window_attention(query, key, value, windows: Windows) -> jax.Array:
+def window_attention(query, key, value, windows: Windows, places: Activations | None) -> jax.Array:
     """Attention within windows: [B, P, H, D] three times -> [B, P, H, D]."""
     batch, patches, heads, dim = query.shape
     count, length = windows.slots.shape
@@ -91,16 +93,19 @@ def window_attention(query, key, value, windows: Windows) -> jax.Array:
         x = x if whole else x[:, windows.slots.reshape(-1)]
         return x.reshape(batch * count, length, heads, dim)
 
-    mask = None if whole else jnp.tile(windows.valid[:, None, None], (batch, 1, 1, 1))
-    out = attention(cut(query), cut(key), cut(value), mask)
+    valid = None if whole else jnp.tile(windows.valid.astype(np.int32), (batch, 1))
+    ids = None if whole else (valid, valid)
+    out = attention(cut(query), cut(key), cut(value), ids, places=places)
     out = out.reshape(batch, count * length, heads, dim)
     return out if whole else out[:, windows.place]
 
 
-def picture_attention(query, key, value, windows: Windows) -> jax.Array:
+def picture_attention(query, key, value, windows: Windows, places: Activations | None) -> jax.Array:
     """Attention within each picture: [B, P, H, D] three times -> [B, P, H, D]."""
-    same = windows.picture[:, None] == windows.picture
-    return attention(query, key, value, None if same.all() else jnp.asarray(same)[None, None])
+    ids = None
+    if windows.picture.any():
+        ids = (jnp.tile(windows.picture.astype(np.int32), (query.shape[0], 1)),) * 2
+    return attention(query, key, value, ids, places=places)
 
 
 class VisionAttention(nn.Module):
@@ -109,12 +114,14 @@ class VisionAttention(nn.Module):
     config: VisionConfig
     grids: Grids
     dtype: Any = jnp.float32
+    places: Activations | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, cos, sin, full: jax.Array) -> jax.Array:
         """x [B, P, D] sorted by window, `full` bool [] -> [B, P, D]."""
         cfg = self.config
         fused = Dense(3 * cfg.hidden_size, ("embed", "heads"), dtype=self.dtype, name="qkv")(x)
+        fused = checkpoint_name(fused, "qkv")
         fused = fused.reshape(*x.shape[:2], 3, cfg.num_heads, cfg.head_dim)
         query, key, value = (fused[:, :, i] for i in range(3))
         query = mrope.rotate(query.astype(jnp.float32), cos, sin).astype(self.dtype)
@@ -122,12 +129,13 @@ class VisionAttention(nn.Module):
         windows = windows_of(self.grids, cfg.window_size)
         out = jax.lax.cond(
             full,
-            functools.partial(picture_attention, windows=windows),
-            functools.partial(window_attention, windows=windows),
+            functools.partial(picture_attention, windows=windows, places=self.places),
+            functools.partial(window_attention, windows=windows, places=self.places),
             query, key, value,
         )  # fmt: skip
         out = out.reshape(x.shape)
-        return Dense(cfg.hidden_size, ("heads", "embed"), dtype=self.dtype, name="proj")(out)
+        out = Dense(cfg.hidden_size, ("heads", "embed"), dtype=self.dtype, name="proj")(out)
+        return checkpoint_name(out, "out")
 
 
 class GatedMLP(nn.Module):
@@ -136,6 +144,7 @@ class GatedMLP(nn.Module):
     hidden: int
     use_bias: bool
     dtype: Any = jnp.float32
+    places: Activations | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -144,9 +153,12 @@ class GatedMLP(nn.Module):
         def dense(features, axes, name):
             return Dense(features, axes, use_bias=self.use_bias, dtype=self.dtype, name=name)
 
-        gate = dense(self.hidden, ("embed", "mlp"), "gate_proj")(x)
-        up = dense(self.hidden, ("embed", "mlp"), "up_proj")(x)
-        return dense(x.shape[-1], ("mlp", "embed"), "down_proj")(jax.nn.silu(gate) * up)
+        def hidden(name):
+            y = dense(self.hidden, ("embed", "mlp"), name)(x)
+            return checkpoint_name(constrain(y, self.places, "batch", "sequence", "mlp"), "mlp")
+
+        mixed = jax.nn.silu(hidden("gate_proj")) * hidden("up_proj")
+        return checkpoint_name(dense(x.shape[-1], ("mlp", "embed"), "down_proj")(mixed), "out")
 
 
 class VisionBlock(nn.Module):
@@ -155,15 +167,18 @@ class VisionBlock(nn.Module):
     config: VisionConfig
     grids: Grids
     dtype: Any = jnp.float32
+    places: Activations | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, cos, sin, full: jax.Array):
         """x [B, P, D], `full` bool [] -> ([B, P, D], None)."""
-        cfg, dtype = self.config, self.dtype
+        cfg, dtype, places = self.config, self.dtype, self.places
+        x = constrain(x, places, "batch", "sequence", "embed")
         normed = RMSNorm(NORM_EPSILON, dtype, name="norm1")(x)
-        x = x + VisionAttention(cfg, self.grids, dtype, name="attn")(normed, cos, sin, full)
+        attend = VisionAttention(cfg, self.grids, dtype, places, name="attn")
+        x = x + attend(normed, cos, sin, full)
         normed = RMSNorm(NORM_EPSILON, dtype, name="norm2")(x)
-        return x + GatedMLP(cfg.intermediate_size, True, dtype, name="mlp")(normed), None
+        return x + GatedMLP(cfg.intermediate_size, True, dtype, places, name="mlp")(normed), None
 
 
 class PatchEmbed(nn.Module):
@@ -199,12 +214,13 @@ class Merger(nn.Module):
 class VisionTower(nn.Module):
     """Pictures as patches -> tokens for the language model.
 
-    `remat` is the rematerialisation policy of the blocks (`layers.scan_blocks`).
+    `remat` says which activations are kept (`layers.remat_policy`), `places` where they lie.
     """
 
     config: VisionConfig
     dtype: Any = jnp.float32
     remat: str | None = None
+    places: Activations | None = None
 
     @nn.compact
     def __call__(self, pixel_values: jax.Array, grids: Grids) -> jax.Array:
@@ -221,6 +237,6 @@ class VisionTower(nn.Module):
         full = jnp.asarray([i in cfg.fullatt_block_indexes for i in range(cfg.depth)])
         blocks = scan_blocks(
             VisionBlock, cfg.depth, self.remat, (nn.broadcast, nn.broadcast, 0)
-        )(cfg, grids, self.dtype, name="blocks")  # fmt: skip
+        )(cfg, grids, self.dtype, self.places, name="blocks")  # fmt: skip
         x, _ = blocks(x, cos, sin, full)
         return Merger(cfg, self.dtype, name="merger")(x)[:, windows.back]

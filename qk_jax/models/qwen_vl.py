@@ -15,6 +15,7 @@ from qk_jax.models.layers import Dense
 from qk_jax.models.mrope import MERGE, PATCH, PATCH_DIM, Grids, picture_tokens
 from qk_jax.models.qwen_text import TextConfig, TextModel
 from qk_jax.models.qwen_vision import VisionConfig, VisionTower
+from qk_jax.sharding import Activations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,17 +309,20 @@ PRESETS: dict[str, VLMConfig] = {
 class QwenVL(nn.Module):
     """The conditioner: last hidden states of words, pictures and queries.
 
-    `remat` is the rematerialisation policy of both towers (`layers.scan_blocks`).
+    `remat` says which activations of both towers are kept (`layers.remat_policy`), `vision_places`
+    and `text_places` where they lie over a mesh.
     """
 
     config: VLMConfig
     dtype: Any = jnp.float32
     remat: str | None = None
+    vision_places: Activations | None = None
+    text_places: Activations | None = None
 
     def setup(self):
         cfg = self.config
-        self.visual = VisionTower(cfg.vision, self.dtype, self.remat)
-        self.language_model = TextModel(cfg.text, self.dtype, self.remat)
+        self.visual = VisionTower(cfg.vision, self.dtype, self.remat, self.vision_places)
+        self.language_model = TextModel(cfg.text, self.dtype, self.remat, self.text_places)
         if not cfg.tie_word_embeddings:
             axes = ("embed", "vocab")
             self.lm_head = Dense(cfg.text.vocab_size, axes, use_bias=False, dtype=self.dtype)

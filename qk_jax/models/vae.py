@@ -24,6 +24,7 @@ from qk_jax.errors import InputError
 from qk_jax.models import layers
 from qk_jax.models.attention import attention
 from qk_jax.models.hub_config import fields_of
+from qk_jax.sharding import Activations, constrain
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -334,6 +335,7 @@ class AttentionBlock(nn.Module):
 
     groups: int
     dtype: Any = jnp.float32
+    places: Activations | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -345,7 +347,8 @@ class AttentionBlock(nn.Module):
 
         h = GroupNorm(self.groups, dtype=self.dtype, name="group_norm")(x)
         h = h.reshape(batch, height * width, 1, channels)
-        h = attention(dense("to_q", h), dense("to_k", h), dense("to_v", h))
+        qkv = (dense(name, h) for name in ("to_q", "to_k", "to_v"))
+        h = attention(*qkv, places=self.places)
         return x + dense("to_out_0", h).reshape(x.shape)
 
 
@@ -353,6 +356,7 @@ class QwenAttentionBlock(nn.Module):
     """QwenImageAttentionBlock: one head with a fused projection, plus the input."""
 
     dtype: Any = jnp.float32
+    places: Activations | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -360,7 +364,7 @@ class QwenAttentionBlock(nn.Module):
         h = ChannelNorm(dtype=self.dtype, name="norm")(x)
         h = Conv(3 * channels, size=1, dtype=self.dtype, name="to_qkv")(h)
         h = h.reshape(batch, height * width, 1, 3 * channels)
-        h = attention(*jnp.split(h, 3, axis=-1)).reshape(x.shape)
+        h = attention(*jnp.split(h, 3, axis=-1), places=self.places).reshape(x.shape)
         return x + Conv(channels, size=1, dtype=self.dtype, name="proj")(h)
 
 
@@ -371,14 +375,15 @@ class MidBlock(nn.Module):
     groups: int | None
     attends: bool = True
     dtype: Any = jnp.float32
+    places: Activations | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = ResnetBlock(self.features, self.groups, self.dtype, name="resnets_0")(x)
         if self.attends and self.groups is None:
-            x = QwenAttentionBlock(self.dtype, name="attentions_0")(x)
+            x = QwenAttentionBlock(self.dtype, self.places, name="attentions_0")(x)
         elif self.attends:
-            x = AttentionBlock(self.groups, self.dtype, name="attentions_0")(x)
+            x = AttentionBlock(self.groups, self.dtype, self.places, name="attentions_0")(x)
         return ResnetBlock(self.features, self.groups, self.dtype, name="resnets_1")(x)
 
 
@@ -431,6 +436,7 @@ class Encoder(nn.Module):
 
     config: AutoencoderKLConfig
     dtype: Any = jnp.float32
+    places: Activations | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -445,7 +451,7 @@ class Encoder(nn.Module):
             )  # fmt: skip
             x = stage(x)
         attends = config.mid_block_add_attention
-        x = MidBlock(widths[-1], groups, attends, dtype, name="mid_block")(x)
+        x = MidBlock(widths[-1], groups, attends, dtype, places=self.places, name="mid_block")(x)
         x = nn.silu(GroupNorm(groups, dtype, name="conv_norm_out")(x))
         return Conv(2 * config.latent_channels, dtype=dtype, name="conv_out")(x)
 
@@ -455,6 +461,7 @@ class Decoder(nn.Module):
 
     config: AutoencoderKLConfig
     dtype: Any = jnp.float32
+    places: Activations | None = None
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
@@ -462,7 +469,7 @@ class Decoder(nn.Module):
         widths = config.block_out_channels[::-1]
         x = Conv(widths[0], dtype=dtype, name="conv_in")(z)
         attends = config.mid_block_add_attention
-        x = MidBlock(widths[0], groups, attends, dtype, name="mid_block")(x)
+        x = MidBlock(widths[0], groups, attends, dtype, places=self.places, name="mid_block")(x)
         for index, width in enumerate(widths):
             resampled = width if index + 1 < len(widths) else None
             stage = Stage(
@@ -479,6 +486,7 @@ class QwenEncoder(nn.Module):
 
     config: QwenImageVAEConfig
     dtype: Any = jnp.float32
+    places: Activations | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -494,7 +502,7 @@ class QwenEncoder(nn.Module):
                 name = f"down_blocks_{index}"
                 x = Resample(width, "resample_1", False, dtype, name=name)(x)
                 index += 1
-        x = MidBlock(widths[-1], None, dtype=dtype, name="mid_block")(x)
+        x = MidBlock(widths[-1], None, dtype=dtype, places=self.places, name="mid_block")(x)
         x = nn.silu(ChannelNorm(dtype, name="norm_out")(x))
         return Conv(2 * config.z_dim, dtype=dtype, name="conv_out")(x)
 
@@ -504,13 +512,14 @@ class QwenDecoder(nn.Module):
 
     config: QwenImageVAEConfig
     dtype: Any = jnp.float32
+    places: Activations | None = None
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
         config, dtype = self.config, self.dtype
         widths = [config.base_dim * multiple for multiple in config.dim_mult[::-1]]
         x = Conv(widths[0], dtype=dtype, name="conv_in")(z)
-        x = MidBlock(widths[0], None, dtype=dtype, name="mid_block")(x)
+        x = MidBlock(widths[0], None, dtype=dtype, places=self.places, name="mid_block")(x)
         for index, width in enumerate(widths):
             resampled = width // 2 if index + 1 < len(widths) else None
             stage = Stage(
@@ -525,17 +534,18 @@ class QwenDecoder(nn.Module):
 class VAE(nn.Module):
     """diffusers' AutoencoderKL, or the image path of AutoencoderKLQwenImage, as `config` says.
 
-    `encode` and `decode` are the methods to apply.
+    `encode` and `decode` are the methods to apply; `places` says where activations lie over a mesh.
     """
 
     config: VAEConfig
     dtype: Any = jnp.float32
+    places: Activations | None = None
 
     def setup(self):
         config, dtype, channels = self.config, self.dtype, self.config.latent_channels
         self.qwen = isinstance(config, QwenImageVAEConfig)
-        self.encoder = QwenEncoder(config, dtype) if self.qwen else Encoder(config, dtype)
-        self.decoder = QwenDecoder(config, dtype) if self.qwen else Decoder(config, dtype)
+        self.encoder = (QwenEncoder if self.qwen else Encoder)(config, dtype, self.places)
+        self.decoder = (QwenDecoder if self.qwen else Decoder)(config, dtype, self.places)
         if self.qwen or config.use_quant_conv:
             self.quant_conv = Conv(2 * channels, size=1, dtype=dtype)
         if self.qwen or config.use_post_quant_conv:
@@ -543,7 +553,7 @@ class VAE(nn.Module):
 
     def encode(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Pictures [B, H, W, 3] in [-1, 1] -> (mean, logvar), float32 [B, H/8, W/8, C]."""
-        h = self.encoder(x)
+        h = self.encoder(constrain(x, self.places, "batch", None, None, None))
         h = self.quant_conv(h) if self.qwen or self.config.use_quant_conv else h
         mean, logvar = jnp.split(h.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, *LOGVAR_RANGE)

@@ -44,7 +44,9 @@ def build_model(config: Mapping[str, Any], *, remat: bool = True) -> QueryKontex
     section = config_lib.model_config(config)
     if not remat:
         section = section.__class__(**(section.__dict__ | {"remat": None}))
-    return QueryKontext(section, config_lib.dtype(config["dtype"]["compute"]))
+    rows = sharding.tables(config["sharding"])
+    places = {tower: columns.activations for tower, columns in rows.items()}
+    return QueryKontext(section, config_lib.dtype(config["dtype"]["compute"]), places)
 
 
 def _lora_tower(rng: jax.Array, config: Mapping[str, Any], tower: Tree) -> Tree:

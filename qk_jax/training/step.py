@@ -15,7 +15,7 @@ from qk_jax import sharding
 from qk_jax.data.tasks import TASKS
 from qk_jax.diffusion import flow
 from qk_jax.errors import InputError
-from qk_jax.models import mrope
+from qk_jax.models import attention, mrope
 from qk_jax.models.query_kontext import QueryKontext
 from qk_jax.training import checkpoint, flops, optimizer, stages
 from qk_jax.training import config as config_lib
@@ -244,9 +244,8 @@ class Compiled:
         adam: optimizer.Optimizer,
     ):
         self._step = make_train_step(model, config, layout, adam)
-        self._plain = self._step
-        if model.config.remat:  # recomputation is no work of the model
-            self._plain = make_train_step(build_model(config, remat=False), config, layout, adam)
+        # Recomputation is no work of the model, and kernels do not show theirs.
+        self._plain = make_train_step(build_model(config, remat=False), config, layout, adam)
         self._known: dict[Any, tuple[Any, int]] = {}
 
     def __call__(self, state: TrainState, frozen: Tree, batch: Batch):
@@ -254,9 +253,10 @@ class Compiled:
         key = tuple((name, x.shape) for name, x in checkpoint.named(batch).items())
         new = key not in self._known
         if new:
-            traced = self._step.trace(state, frozen, batch)
-            plain = traced if self._plain is self._step else self._plain.trace(state, frozen, batch)
-            self._known[key] = traced.lower().compile(), flops.of_jaxpr(plain.jaxpr.jaxpr)
+            with attention.kernel("xla"):
+                plain = self._plain.trace(state, frozen, batch)
+            compiled = self._step.lower(state, frozen, batch).compile()
+            self._known[key] = compiled, flops.of_jaxpr(plain.jaxpr.jaxpr)
         compiled, work = self._known[key]
         state, values = compiled(state, frozen, batch)
         return state, values, work, new
