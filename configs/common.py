@@ -109,6 +109,7 @@ def base(stage: str, size: str) -> ConfigDict:
         "clip": 1.0,  # global norm; 0 is off
         "accumulation": 1,  # micro-batches per step
         "ema": 0.9999,  # 0 is off
+        "offload": False,  # keep moments and average in the host's memory between updates
         # factors of the decay and of the rate by parameter name; the first regex that matches
         "decay": ((r".*/(kernel|lora_a|lora_b)", 1.0), (r".*", 0.0)),
         "rates": ((r".*", 1.0),),

@@ -374,7 +374,9 @@ class Run:
 
     def weights(self, state: TrainState) -> dict[str, Any]:
         """The trained leaves that validation and painting use."""
-        return state.ema or state.params
+        if not state.ema:
+            return state.params
+        return jax.device_put(state.ema, step_lib.places(self.layout.params))
 
     def validate(self, state: TrainState, step: int) -> None:
         """Loss on the fixed validation batches, per task and per t-bin."""

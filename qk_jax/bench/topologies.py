@@ -269,8 +269,8 @@ def collective_seconds(kind: str, nbytes: float, group: Sequence[Any], where: Sl
     if kind not in KINDS:
         raise ValueError(f"unknown collective {kind!r}")
     spec = where.spec
-    slices = len({device.slice_index for device in group})
-    inside = [device for device in group if device.slice_index == group[0].slice_index]
+    slices = len({_slice_of(device) for device in group})
+    inside = [device for device in group if _slice_of(device) == _slice_of(group[0])]
     dcn = spec.dcn_bandwidth / spec.chip_devices
     if len(group) < 2:
         return 0.0
@@ -283,6 +283,11 @@ def collective_seconds(kind: str, nbytes: float, group: Sequence[Any], where: Sl
     across = nbytes / len(inside) * (slices - 1) / slices / dcn
     once = across + torus.gather(nbytes)
     return 2 * once if kind == "all-reduce" else once
+
+
+def _slice_of(device: Any) -> int:
+    """The slice of a device; those of a single slice do not say."""
+    return getattr(device, "slice_index", None) or 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,8 @@ frozen and off the gradient's path. Masked attention is counted as if it were fu
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +33,16 @@ PEAK_TFLOPS = {
     "NVIDIA H100 80GB HBM3": 989.4,
     "NVIDIA H200": 989.4,
 }
+# Towers by the scope in which their products are traced, which starts with the module's class; the
+# first that is found decides, 'other' is what stands in none.
+TOWERS = {
+    "vision": r"QwenVL(\.pool|[^/]*/visual\b)",
+    "text": r"QwenVL",
+    "connector": r"Connector",
+    "mmdit": r"MMDiT",
+    "vae": r"VAE",
+    "other": r"",
+}
 
 
 def peak(device: Any) -> float | None:
@@ -46,19 +58,38 @@ def count(function: Callable[..., Any], *args: Any) -> int:
 
 def of_jaxpr(jaxpr: Any) -> int:
     """FLOPs of a jaxpr, with the jaxprs inside it; of a branch, the dearest."""
-    total = 0
+    return sum(by_tower(jaxpr).values())
+
+
+def by_tower(jaxpr: Any, scope: str = "") -> Counter[str]:
+    """FLOPs of a jaxpr by the tower of `TOWERS` in whose module each product is traced.
+
+    Args:
+      jaxpr: with the jaxprs inside it; of a branch, the dearest counts.
+      scope: names under which all of it was traced.
+    """
+    total: Counter[str] = Counter()
     for eqn in jaxpr.eqns:
+        here = f"{scope}/{eqn.source_info.name_stack}"
         name = eqn.primitive.name
         if name == "dot_general":
-            total += _dot(eqn)
+            total[tower(here)] += _dot(eqn)
         elif name == "conv_general_dilated":
-            total += _convolution(eqn)
+            total[tower(here)] += _convolution(eqn)
         elif name == "cond":
-            total += max(of_jaxpr(branch.jaxpr) for branch in eqn.params["branches"])
+            branches = [by_tower(branch.jaxpr, here) for branch in eqn.params["branches"]]
+            total.update(max(branches, key=Counter.total))
         else:
             times = eqn.params["length"] if name == "scan" else 1
-            total += times * sum(of_jaxpr(inner) for inner in _inner(eqn.params))
+            for inner in _inner(eqn.params):
+                for part, work in by_tower(inner, here).items():
+                    total[part] += times * work
     return total
+
+
+def tower(scope: str) -> str:
+    """The key of `TOWERS` to which a scope such as 'transpose(jvp(MMDiT))/proj_out' belongs."""
+    return next(name for name, pattern in TOWERS.items() if re.search(pattern, scope))
 
 
 def _inner(params: dict[str, Any]) -> list[Any]:

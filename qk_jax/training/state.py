@@ -181,19 +181,26 @@ class Layout:
         self.params, self.frozen = stages.split(placed, rules)
 
     def state(self, config: Mapping[str, Any], tx: optax.GradientTransformation) -> TrainState:
-        """The abstract TrainState; moments and averages lie where their parameters lie."""
+        """The abstract TrainState; moments and averages lie where their parameters lie, with
+        optimizer.offload in the memory of the host that these devices belong to."""
+        kind = "pinned_host" if config["optimizer"]["offload"] else None
+
+        def beside(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            place = like.sharding.with_memory_kind(kind) if kind else like.sharding
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
         one = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(self.mesh))
         shapes = jax.eval_shape(tx.init, self.params)
         opt_state = optax.tree_utils.tree_map_params(
             tx,
-            lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding),
+            beside,
             shapes,
             self.params,
             transform_non_params=lambda leaf: jax.ShapeDtypeStruct(
                 leaf.shape, leaf.dtype, sharding=sharding.replicated(self.mesh)
             ),
         )
-        ema = self.params if config["optimizer"]["ema"] else {}
+        ema = jax.tree.map(beside, self.params, self.params) if config["optimizer"]["ema"] else {}
         return TrainState(step=one, params=self.params, opt_state=opt_state, ema=ema)
 
 

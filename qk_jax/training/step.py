@@ -206,11 +206,19 @@ def make_train_step(
     param_places, frozen_places = state_places.params, places(layout.frozen)
     gather = gatherer(layout, model.dtype, config["dtype"]["gradients"])
 
+    def moved(state: TrainState, kind: str) -> TrainState:
+        """Under optimizer.offload, all leaves on the device or all where they lie between steps."""
+        if not config["optimizer"]["offload"]:
+            return state
+        near = jax.tree.map(lambda place: place.with_memory_kind("device"), state_places)
+        return jax.tree.map(jax.device_put, state, near if kind == "device" else state_places)
+
     def lay(grads: Tree) -> Tree:
         return jax.lax.with_sharding_constraint(grads, layout.gradients)
 
     def step(state: TrainState, frozen: Tree, batch: Batch):
         rng = jax.random.fold_in(jax.random.key(config["seed"]), state.step)
+        state = moved(state, "device")
         weights = gather(state.params)
         grads, rows = gradients(loss, weights, frozen, batch, rng, accumulation, lay)
         grads = jax.lax.with_sharding_constraint(grads, param_places)
@@ -222,7 +230,8 @@ def make_train_step(
             "param_norm": optax.tree.norm(params),
             "lr": adam.rate(state.step),
         }
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        new = TrainState(state.step + 1, params, opt_state, ema)
+        return moved(new, "between"), metrics
 
     return jax.jit(
         step,

@@ -1,20 +1,16 @@
 """One training step is the same on one device and on eight, however the towers lie."""
 
-import collections
 import functools
 import pathlib
-import re
 
 import batches
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import recipes
 from qk_jax import sharding
-from qk_jax.errors import InputError
-from qk_jax.training import checkpoint, stages
+from qk_jax.training import checkpoint
 from qk_jax.training import config as config_lib
 from qk_jax.training import state as state_lib
 from qk_jax.training import step as step_lib
@@ -125,3 +121,43 @@ def test_a_step_on_eight_devices_is_the_step_on_one(stage, rows, mesh):
         np.testing.assert_allclose(metrics[name], wanted[name], rtol=1e-5, err_msg=name)
     assert_close(grads, wanted_grads)
     assert_close(params, wanted_params)
+
+
+def test_an_offloaded_state_takes_the_same_step():
+    """Moments and average lie in the host's memory between steps, and nothing else changes."""
+    mesh = sharding.build_mesh(MESHES["fsdp"])
+    results = {}
+    for offload in (False, True):
+        config = config_of("stage2", optimizer__offload=offload)
+        with jax.set_mesh(mesh):
+            step, (state, frozen, batch) = prepared(config, mesh)
+            state, metrics = step(state, frozen, batch)
+        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.ema)}
+        assert kinds == {"pinned_host" if offload else "device"}
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} == {"device"}
+        results[offload] = jax.device_get((state, metrics))
+    for found, wanted in zip(*map(jax.tree.leaves, results.values()), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_checkpoint_of_one_mesh_goes_on_under_another(tmp_path):
+    """Written by fsdp=8, read by data=2,fsdp=2,tensor=2 with other rows: the same values, laid
+    over the new mesh."""
+
+    def target(config, mesh):
+        layout = state_lib.Layout(state_lib.build_model(config), config, mesh)
+        return layout.state(config, state_lib.build_optimizer(config, layout).tx)
+
+    one, many = sharding.build_mesh(MESHES["fsdp"]), sharding.build_mesh(MESHES["all"])
+    before = target(config_of("stage3"), one)
+    params = jax.device_put(values(before.params), step_lib.places(before.params))
+    store = checkpoint.Store(tmp_path)
+    store.save(3, {"params": params}, {})
+    store.close()
+    after = target(config_of("stage3", "paper"), many)
+    got = checkpoint.Store(tmp_path, write=False).restore(lambda meta: {"params": after.params})
+    found = checkpoint.named(got.items["params"])
+    for name, leaf in checkpoint.named(params).items():
+        np.testing.assert_array_equal(found[name], leaf, err_msg=name)
+        wanted = checkpoint.named(after.params)[name].sharding
+        assert found[name].sharding.is_equivalent_to(wanted, leaf.ndim), name
