@@ -2,6 +2,9 @@
 
 from setuptools import find_packages, setup
 
+# libtpu, which compiles for TPU slices that are not there, and the picture of the layouts
+BENCH = ["jax[tpu]>=0.10.2", "matplotlib>=3.9"]
+
 setup(
     name="qk_jax",
     version="0.1.0",
@@ -32,8 +35,16 @@ setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
+        "bench": BENCH,
         "torch": ["torch>=2.6", "diffusers>=0.35", "peft>=0.17", "accelerate>=1.0"],
-        "test": ["pytest>=8", "torch>=2.6", "diffusers>=0.42", "peft>=0.19", "accelerate>=1.0"],
+        "test": [
+            "pytest>=8",
+            "torch>=2.6",
+            "diffusers>=0.42",
+            "peft>=0.19",
+            "accelerate>=1.0",
+            *BENCH,  # the suite compiles for TPU slices
+        ],
     },
     entry_points={
         "console_scripts": [

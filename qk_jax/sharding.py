@@ -38,7 +38,9 @@ TOWERS = (
     ("", "connector"),
 )
 # Axes worth splitting; convolutions, patches and norms are too small or too oddly sized.
-SHARDABLE = frozenset({"embed", "mlp", "heads", "kv_heads", "vocab", "modulation", "adapter"})
+SHARDABLE = frozenset({
+    "embed", "mlp", "mlp_in", "heads", "heads_in", "kv_heads", "vocab", "modulation", "adapter",
+})  # fmt: skip
 
 
 def _check_mesh_axes(row: Any) -> None:
@@ -57,12 +59,16 @@ class Rules:
     """Mesh axes of each logical axis of one tower's arrays; () is whole on every device.
 
     'context' splits weights as 'fsdp' does: its devices hold other tokens of the same rows, so
-    that their gradients are partial sums too.
+    that their gradients are partial sums too. `mlp_in` and `heads_in` are the same features where
+    a product sums over them: what comes together is cut along the outer axis of every kernel, as
+    TPUs gather without a transposing copy.
     """
 
     embed: tuple[str, ...] = ("fsdp", "context")
     mlp: tuple[str, ...] = ("tensor",)
+    mlp_in: tuple[str, ...] = ("tensor", "fsdp", "context")
     heads: tuple[str, ...] = ("tensor",)
+    heads_in: tuple[str, ...] = ("tensor", "fsdp", "context")
     kv_heads: tuple[str, ...] = ("tensor",)
     vocab: tuple[str, ...] = ("tensor",)
     modulation: tuple[str, ...] = ("tensor", "fsdp", "context")
@@ -122,11 +128,13 @@ class Columns:
 
 
 COLUMNS = ("params", "gradients", "optimizer")  # of arrays that are shaped like parameters
-_NO_FSDP = Rules(embed=(), adapter=("tensor",), modulation=("tensor",))
+_TENSOR_ONLY = dict.fromkeys(("adapter", "modulation", "mlp_in", "heads_in"), ("tensor",))
+_NO_FSDP = Rules(embed=(), **_TENSOR_ONLY)
 _WHOLE_ROWS = Activations(modulation=("tensor",), modulation_batch=BATCH_AXES)
-_NO_TENSOR = dict.fromkeys(("mlp", "heads", "kv_heads", "vocab", "modulation"), ())
+_NO_TENSOR = dict.fromkeys(("mlp", "heads", "kv_heads", "vocab"), ())
 _OVER_ALL = ("tensor", "fsdp", "context")
-_FLAT = Rules(embed=_OVER_ALL, adapter=_OVER_ALL, **_NO_TENSOR | {"modulation": _OVER_ALL})
+_FLAT = Rules(embed=_OVER_ALL, **_NO_TENSOR)
+_WHOLE = Rules(embed=(), **_NO_TENSOR, **dict.fromkeys(_TENSOR_ONLY, ()))
 _FLAT_ROWS = (*BATCH_AXES, "tensor")
 # The rows that a config may name. In all but the last, 'tensor' splits heads, MLP, vocabulary and
 # modulation (Megatron), and in all of them 'context' splits the tokens; a mesh without these axes
@@ -141,7 +149,7 @@ ROWS = {
     "tensor": Columns(_NO_FSDP, _NO_FSDP, _NO_FSDP, _WHOLE_ROWS),
     # ZeRO-2 of a tower that takes 'tensor' for more rows, beside one that is split over it
     "zero2_flat": Columns(
-        params=Rules(embed=(), adapter=(), **_NO_TENSOR),
+        params=_WHOLE,
         gradients=_FLAT,
         optimizer=_FLAT,
         activations=Activations(

@@ -4,6 +4,7 @@
     python -m qk_jax.bench cost --config configs/stage3.py:tiny --measure 10 --rows 32
     python -m qk_jax.bench shardings --config configs/stage2.py:20b --mesh fsdp=64,tensor=4
     python -m qk_jax.bench peer --size small --device cpu
+    python -m qk_jax.bench layouts --config configs/stage3.py:20b --slice v5p-128 --search --out D
 
 `cost` prints parameters, state bytes and model FLOPs for the config's target sizes with 0 to
 `--pictures` condition pictures, on any machine. With --measure N the real train step also runs N
@@ -11,29 +12,29 @@ times per shape on the devices at hand, from random parameters and synthetic row
 step time, pictures/s, model FLOP/s and MFU are printed. `shardings` prints every parameter with
 its shape, its axes as weights of a step and as optimizer state, and its bytes on each device of a
 mesh that need not be here. `peer` times a training and a sampling step of the MMDiT against
-diffusers' in PyTorch, on a CPU or one GPU.
+diffusers' in PyTorch, on a CPU or one GPU. `layouts` compiles the train step ahead of time for TPU
+slices that need not be here, and says of every layout whether it fits, how long the compiler thinks
+a step takes and where the time goes; with --measure it also runs on the devices at hand.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from qk_jax import sharding
-from qk_jax.bench import cost, peer, shardings
+from qk_jax.bench import cost, layouts, peer, row, shardings
 from qk_jax.errors import InputError, exits
 from qk_jax.training import config as config_lib
-from qk_jax.training import flops, initial, stages
+from qk_jax.training import flops
 from qk_jax.training import state as state_lib
-from qk_jax.training import step as step_lib
 
 
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The verb's options, and the overrides --config.FIELD=VALUE of the verb `layouts`."""
     parser = argparse.ArgumentParser(prog="qk-bench", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     price = verbs.add_parser("cost", help="parameters, bytes, FLOPs; measured steps")
@@ -44,47 +45,33 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     places = verbs.add_parser("shardings", help="where every parameter lies")
     places.add_argument("--mesh", metavar="AXIS=N,..", help="fsdp=64,tensor=4 (the config's)")
     peer.add_arguments(verbs.add_parser("peer", help="step time against PyTorch"))
-    for verb in (price, places):
+    table = verbs.add_parser("layouts", help="what fits a TPU slice, and how fast it would be")
+    layouts.add_arguments(table)
+    for verb in (price, places, table):
         verb.add_argument("--config", required=True, help="FILE.py:SIZE")
-    return parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if args.verb != "layouts" and rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args, layouts.overrides(rest)
 
 
 def print_parts(layout: state_lib.Layout, config: Mapping[str, Any]) -> None:
     """The table of parameters and of what is held between steps."""
-    rows = cost.parts(layout, config)
+    parts = cost.parts(layout, config)
     print(f"{'part':<12}{'trained':>16}{'frozen':>16}{'held, GiB':>12}")
-    for row in [*rows, cost.Part("all", *(sum(r[i] for r in rows) for i in (1, 2, 3)))]:
-        gib = row.state_bytes / 2**30
-        print(f"{row.name:<12}{row.trained:>16,}{row.frozen:>16,}{gib:>12.3f}")
-
-
-def measure(
-    config: Mapping[str, Any], layout: state_lib.Layout, shapes: dict[str, Any], steps: int
-) -> float:
-    """Median seconds of one train step on the devices at hand, compilation excluded."""
-    model = state_lib.build_model(config)
-    adam = state_lib.build_optimizer(config, layout)
-    params = initial.random_parameters(model, config, layout, jax.random.key(0))
-    trained, frozen = stages.split(params, state_lib.stage_rules(config))
-    state = state_lib.create(trained, adam.tx, layout.state(config, adam.tx))
-    step = step_lib.make_train_step(model, config, layout, adam)
-    batch = jax.device_put(
-        cost.synthetic_batch(shapes, model.config.vlm.image_token_id),
-        sharding.batch_sharding(layout.mesh),
-    )
-    seconds = []
-    for _ in range(steps + 1):
-        start = time.perf_counter()
-        state, _ = jax.block_until_ready(step(state, frozen, batch))
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds[1:]))
+    for part in [*parts, cost.Part("all", *(sum(p[i] for p in parts) for i in (1, 2, 3)))]:
+        gib = part.state_bytes / 2**30
+        print(f"{part.name:<12}{part.trained:>16,}{part.frozen:>16,}{gib:>12.3f}")
 
 
 @exits
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
-    args = arguments(argv)
-    {"cost": print_cost, "shardings": print_shardings, "peer": peer.command}[args.verb](args)
+    args, overrides = arguments(argv)
+    if args.verb == "layouts":
+        layouts.command(args, overrides)
+    else:
+        {"cost": print_cost, "shardings": print_shardings, "peer": peer.command}[args.verb](args)
 
 
 def print_shardings(args: argparse.Namespace) -> None:
@@ -121,7 +108,8 @@ def print_cost(args: argparse.Namespace) -> None:
                     end="", flush=True,
                 )  # fmt: skip
                 if args.measure:
-                    seconds = measure(config, layout, shapes, args.measure)
+                    given = row.program(config, mesh, shapes)
+                    seconds = row.measure(given, row.compiled(given), args.measure).seconds
                     rate = rows * per_row / seconds / jax.device_count()
                     mfu = f"{rate / peak:>7.1%}" if peak else f"{'-':>7}"
                     print(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qk_jax.data import pipeline
-from qk_jax.models import mrope
+from qk_jax.models import attention, mrope
 from qk_jax.training import checkpoint, flops, stages
 from qk_jax.training import state as state_lib
 from qk_jax.training import step as step_lib
@@ -106,8 +106,14 @@ def synthetic_batch(shapes: dict[str, Any], image_token_id: int, seed: int = 0) 
     return batch
 
 
-def flops_per_row(config: Mapping[str, Any], layout: state_lib.Layout, shapes: Any) -> int:
-    """Model FLOPs of one training step, divided by its rows (recomputation is not counted)."""
+def flops_by_tower(
+    config: Mapping[str, Any], layout: state_lib.Layout, shapes: Any
+) -> dict[str, float]:
+    """Model FLOPs of one training step by tower (`flops.TOWERS`), divided by its rows.
+
+    They are those of the program without rematerialisation and with plain attention, so that
+    neither recomputation nor a kernel changes the count.
+    """
     model = state_lib.build_model(config, remat=False)
     loss = step_lib.loss_fn(model, config)
 
@@ -117,5 +123,12 @@ def flops_per_row(config: Mapping[str, Any], layout: state_lib.Layout, shapes: A
 
         return jax.grad(mean_loss)(params)
 
-    total = flops.count(gradient, layout.params, layout.frozen, shapes)
-    return total // shapes["input_ids"].shape[0]
+    with attention.kernel("xla"):
+        traced = jax.make_jaxpr(gradient)(layout.params, layout.frozen, shapes)
+    rows = shapes["input_ids"].shape[0]
+    return {tower: work / rows for tower, work in flops.by_tower(traced.jaxpr).items()}
+
+
+def flops_per_row(config: Mapping[str, Any], layout: state_lib.Layout, shapes: Any) -> float:
+    """Model FLOPs of one training step, divided by its rows."""
+    return sum(flops_by_tower(config, layout, shapes).values())

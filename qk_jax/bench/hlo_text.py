@@ -66,7 +66,8 @@ _ASSIGN = re.compile(r"\s+(ROOT )?%(\S+) = ")
 _OPCODE = re.compile(r"\s*([a-z][a-z0-9-]*)\(")
 _OPERAND = re.compile(r"%([^\s,()]+)")
 _CALLED = re.compile(
-    r"(?:calls|body|condition|to_apply|branch_computations|called_computations)="
+    r"(?:calls|body|condition|to_apply|branch_computations|true_computation|false_computation|"
+    r"called_computations)="
     r"(?:%([^\s,{}]+)|\{([^}]*)\})"
 )
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')

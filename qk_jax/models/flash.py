@@ -38,7 +38,7 @@ class Blocks(NamedTuple):
 # By JAX's device_kind. v5e, v5p and v4 lend 16 MiB by default, v6e and TPU7x 32 MiB.
 # The backward pass writes queries' gradients once for each block of keys, so these are large.
 _SMALL = Blocks(1024, 1024, 512, (1024, 2048, 512))
-_LARGE = Blocks(2048, 2048, 1024, (1024, 2048, 1024))
+_LARGE = Blocks(2048, 2048, 1024, (1024, 4096, 1024))
 BLOCKS = {
     "TPU v4": _SMALL,
     "TPU v5 lite": _SMALL,

@@ -15,8 +15,8 @@ from flax.core import meta
 from qk_jax.errors import InputError
 
 LOGICAL_AXES = frozenset({
-    "embed", "mlp", "heads", "kv_heads", "vocab", "modulation", "adapter", "layers", "queries",
-    "conv_in", "conv_out", "patch", "norm",
+    "embed", "mlp", "mlp_in", "heads", "heads_in", "kv_heads", "vocab", "modulation", "adapter",
+    "layers", "queries", "conv_in", "conv_out", "patch", "norm",
 })  # fmt: skip
 
 Axes = tuple[str | None, ...]

@@ -197,7 +197,7 @@ class FeedForward(nn.Module):
         x = layers.Dense(4 * width, ("embed", "mlp"), dtype=self.dtype, name="net_0_proj")(x)
         x = checkpoint_name(constrain(x, self.places, "batch", "sequence", "mlp"), "mlp")
         x = layers.gelu_tanh(x)
-        x = layers.Dense(width, ("mlp", "embed"), dtype=self.dtype, name="net_2")(x)
+        x = layers.Dense(width, ("mlp_in", None), dtype=self.dtype, name="net_2")(x)
         return checkpoint_name(x, "out")
 
 
@@ -250,7 +250,7 @@ class JointAttention(nn.Module):
         text, image = jnp.split(out, [text.shape[1]], axis=1)
 
         def merged(x, name):
-            axes = ("heads", "embed")
+            axes = ("heads_in", None)
             dense = layers.Dense(
                 self.config.width, axes, dtype=self.dtype, from_heads=True, name=name
             )

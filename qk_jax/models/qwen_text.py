@@ -71,7 +71,7 @@ class SelfAttention(nn.Module):
         k_proj = projection(cfg.num_key_value_heads, "kv_heads", "k_proj")
         v_proj = projection(cfg.num_key_value_heads, "kv_heads", "v_proj")
         o_proj = Dense(
-            width, ("heads", "embed"), use_bias=False, dtype=self.dtype, from_heads=True,
+            width, ("heads_in", None), use_bias=False, dtype=self.dtype, from_heads=True,
             name="o_proj",
         )  # fmt: skip
         keys, values, out = [], [], []
@@ -102,7 +102,8 @@ class DecoderLayer(nn.Module):
         attend = SelfAttention(cfg, dtype, places, name="self_attn")
         attended = attend(tuple(map(norm, segments)), tables, present)
         norm = RMSNorm(cfg.rms_norm_eps, dtype, name="post_attention_layernorm")
-        mlp = GatedMLP(cfg.intermediate_size, False, dtype, places, name="mlp")
+        down = ("mlp_in", None)
+        mlp = GatedMLP(cfg.intermediate_size, False, dtype, places, down, name="mlp")
         mixed = [x + y for x, y in zip(segments, attended, strict=True)]
         return tuple(x + mlp(norm(x)) for x in mixed), None
 

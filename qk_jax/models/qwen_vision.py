@@ -139,12 +139,13 @@ class VisionAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(silu(gate(x)) * up(x)); `down` are the axes of the last kernel."""
 
     hidden: int
     use_bias: bool
     dtype: Any = jnp.float32
     places: Activations | None = None
+    down: tuple[str | None, str | None] = ("mlp", "embed")  # 3420 hidden features divide by little
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -158,7 +159,7 @@ class GatedMLP(nn.Module):
             return checkpoint_name(constrain(y, self.places, "batch", "sequence", "mlp"), "mlp")
 
         mixed = jax.nn.silu(hidden("gate_proj")) * hidden("up_proj")
-        return checkpoint_name(dense(x.shape[-1], ("mlp", "embed"), "down_proj")(mixed), "out")
+        return checkpoint_name(dense(x.shape[-1], self.down, "down_proj")(mixed), "out")
 
 
 class VisionBlock(nn.Module):

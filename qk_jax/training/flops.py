@@ -4,7 +4,8 @@ A compiler's own count misses custom kernels and counts the body of a loop once.
 products and convolutions of a jaxpr are summed from their shapes (2 per multiply-add), loop bodies
 times their length; everything else is left out, as in every MFU. Traced without rematerialisation,
 the gradient of a loss holds just the products that training needs: no backward pass of what is
-frozen and off the gradient's path. Masked attention is counted as if it were full.
+frozen and off the gradient's path. Masked attention is counted as if it were full. A product with a
+matrix that is part of the program, such as a permutation, is no work of the model.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.extend import core
 
 # bfloat16 peak of one JAX device in TFLOP/s by device_kind (vendors' published figures; a TPU7x
 # chip is two devices).
@@ -36,7 +38,7 @@ PEAK_TFLOPS = {
 # Towers by the scope in which their products are traced, which starts with the module's class; the
 # first that is found decides, 'other' is what stands in none.
 TOWERS = {
-    "vision": r"QwenVL(\.pool|[^/]*/visual\b)",
+    "vision": r"QwenVL[^/]*/visual\b",
     "text": r"QwenVL",
     "connector": r"Connector",
     "mmdit": r"MMDiT",
@@ -61,29 +63,43 @@ def of_jaxpr(jaxpr: Any) -> int:
     return sum(by_tower(jaxpr).values())
 
 
-def by_tower(jaxpr: Any, scope: str = "") -> Counter[str]:
+def by_tower(jaxpr: Any, scope: str = "", fixed: Iterable[Any] = ()) -> Counter[str]:
     """FLOPs of a jaxpr by the tower of `TOWERS` in whose module each product is traced.
 
     Args:
       jaxpr: with the jaxprs inside it; of a branch, the dearest counts.
       scope: names under which all of it was traced.
+      fixed: variables of it that hold a matrix of the program, which no argument changes.
     """
     total: Counter[str] = Counter()
+    fixed = {*fixed, *(x for x in jaxpr.constvars if x.aval.ndim > 1)}
     for eqn in jaxpr.eqns:
-        here = f"{scope}/{eqn.source_info.name_stack}"
-        name = eqn.primitive.name
-        if name == "dot_general":
-            total[tower(here)] += _dot(eqn)
-        elif name == "conv_general_dilated":
-            total[tower(here)] += _convolution(eqn)
-        elif name == "cond":
-            branches = [by_tower(branch.jaxpr, here) for branch in eqn.params["branches"]]
-            total.update(max(branches, key=Counter.total))
-        else:
-            times = eqn.params["length"] if name == "scan" else 1
-            for inner in _inner(eqn.params):
-                for part, work in by_tower(inner, here).items():
-                    total[part] += times * work
+        known = [not isinstance(x, core.Literal) and x in fixed for x in eqn.invars]
+        if any(known) and all(known[i] or x.aval.ndim == 0 for i, x in enumerate(eqn.invars)):
+            fixed.update(eqn.outvars)
+        total.update(_by_tower(eqn, f"{scope}/{eqn.source_info.name_stack}", known))
+    return total
+
+
+def _by_tower(eqn: Any, scope: str, known: list[bool]) -> dict[str, int]:
+    """FLOPs of one equation traced under `scope`; `known` says which operands are fixed."""
+
+    def within(jaxpr: Any, known: list[bool]) -> Counter[str]:
+        pairs = zip(jaxpr.invars, known, strict=False)
+        return by_tower(jaxpr, scope, [x for x, same in pairs if same])
+
+    name = eqn.primitive.name
+    if name in PRODUCTS:
+        return {} if any(known) else {tower(scope): PRODUCTS[name](eqn)}
+    if name == "cond":
+        branches = [within(branch.jaxpr, known[1:]) for branch in eqn.params["branches"]]
+        return max(branches, key=Counter.total)
+    times = 1
+    if name == "scan":
+        times, known = eqn.params["length"], known[: eqn.params["num_consts"]]
+    total: Counter[str] = Counter()
+    for inner in _inner(eqn.params):
+        total.update({part: times * work for part, work in within(inner, known).items()})
     return total
 
 
@@ -121,3 +137,6 @@ def _convolution(eqn: Any) -> int:
     channels = kernel[numbers.rhs_spec[1]]
     outputs = int(np.prod(eqn.outvars[0].aval.shape))
     return 2 * outputs * taps * channels // math.prod(eqn.params["lhs_dilation"])
+
+
+PRODUCTS = {"dot_general": _dot, "conv_general_dilated": _convolution}

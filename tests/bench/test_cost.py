@@ -10,8 +10,11 @@ from qk_jax import sharding
 from qk_jax.bench import __main__ as bench
 from qk_jax.bench import cost
 from qk_jax.data import prompts
+from qk_jax.data.tasks import TASKS
 from qk_jax.training import config as config_lib
+from qk_jax.training import flops, stages
 from qk_jax.training import state as state_lib
+from qk_jax.training import step as step_lib
 
 NANO = "tests/training/nano.py:stage3"
 
@@ -56,6 +59,44 @@ def test_flops_grow_with_pictures_and_rows_do_not_matter():
     many = cost.flops_per_row(config, layout, cost.batch_shapes(config, (64, 64), (), 4))
     assert 0 < few < more
     assert many == few
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "stage3", "highres"])
+def test_flops_of_towers_are_those_of_the_whole_step(stage):
+    """The step as it is trained, counted as one, and each tower by what the stage does with it."""
+    config = config_lib.load(
+        f"tests/training/nano.py:{stage}", {"alignment.weight": "0.5" if stage == "stage1" else "0"}
+    )
+    mesh = sharding.build_mesh(config.mesh)
+    model = state_lib.build_model(config)
+    layout = state_lib.Layout(model, config, mesh)
+    adam = state_lib.build_optimizer(config, layout)
+    rows = 8
+    shapes = cost.batch_shapes(config, (64, 64), ((64, 64),), rows)
+    towers = cost.flops_by_tower(config, layout, shapes)
+    step = step_lib.make_train_step(model, config, layout, adam)
+    with jax.set_mesh(mesh):
+        traced = step.trace(layout.state(config, adam.tx), layout.frozen, shapes)
+    whole = flops.of_jaxpr(traced.jaxpr.jaxpr)
+    other = towers.pop("other", 0)  # the alignment term's projection of the kontext
+    summaries = 2 * rows * (len(TASKS) + config.log.t_bins)  # of the losses, for the log
+    assert rows * (sum(towers.values()) + other) + summaries == whole
+    assert (other > 0) == (stage == "stage1") and other < 1e-3 * whole
+
+    rng = jax.random.key(0)
+    loss = step_lib.loss_fn(model, config)
+    forward = jax.make_jaxpr(lambda p, f, b: loss(stages.join(p, f), b, rng)[0])
+    once = flops.by_tower(forward(layout.params, layout.frozen, shapes).jaxpr)
+    passes = {tower: rows * work / once[tower] for tower, work in towers.items()}
+    assert passes["vision"] == passes["vae"] == 1  # frozen, without a gradient
+    assert passes["connector"] == 3  # trained, behind trained queries
+    if stage == "stage2":
+        assert 2.9 < passes["mmdit"] <= 3  # the first layers need no gradient of what comes in
+        assert 1 < passes["text"] < 2  # runs backward through the queries alone
+    if stage in ("stage3", "highres"):
+        assert 2 < passes["mmdit"] < 3  # frozen, with an adapter
+    if stage == "stage1":
+        assert 2 < passes["text"] < 3
 
 
 def test_command_measures_on_the_devices_at_hand(capsys):
