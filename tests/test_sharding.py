@@ -167,7 +167,7 @@ def test_a_config_names_a_row_and_changes_a_cell():
          "sharding.text.params.embed": "fsdp,tensor"},
     )  # fmt: skip
     table = sharding.tables(config.sharding)
-    changed = sharding.Activations(heads=())
+    changed = dataclasses.replace(sharding.ROWS["zero2"].activations, heads=())
     assert table["mmdit"] == dataclasses.replace(sharding.ROWS["zero2"], activations=changed)
     assert table["text"].params.embed == ("fsdp", "tensor")
     assert table["text"].optimizer == RULES
