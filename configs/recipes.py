@@ -60,8 +60,8 @@ class Recipe:
 
 KEEP_ALL = "qkv+attention+out+mlp"  # nothing is multiplied twice
 
-# Collectives beside matrix products instead of between them; without the last two, reductions are
-# bundled, and a bundle is not asynchronous.
+# Collectives beside matrix products instead of between them. Only small reductions are bundled: a
+# bundle is not asynchronous, and a small one alone costs its latency.
 OVERLAP = (
     "xla_enable_async_all_gather=true",
     "xla_enable_async_all_reduce=true",
@@ -69,8 +69,7 @@ OVERLAP = (
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true",
     "xla_tpu_enable_async_collective_fusion_multiple_steps=true",
-    "xla_jf_crs_combiner_threshold_in_bytes=0",
-    "xla_jf_crs_combiner_threshold_count=1",
+    "xla_jf_crs_combiner_threshold_in_bytes=4194304",
 )
 # On a 2-D torus products are not cut into steps of a ring, which costs small ones their speed.
 RING = (*OVERLAP, "xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000")
