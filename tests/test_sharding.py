@@ -131,7 +131,7 @@ def test_specs_follow_the_tower_of_the_parameter():
     got = sharding.specs(tree, TABLES | {"mmdit": whole}, mesh(fsdp=4, tensor=2))
     assert got["vlm"]["language_model"]["q_proj"]["kernel"] == P(None, "fsdp", "tensor")
     assert got["mmdit"]["to_q"]["kernel"] == P(None, ("fsdp", "tensor"))
-    assert got["lora"]["mmdit"]["to_q"]["lora_b"] == P(None, ("tensor", "fsdp"))
+    assert got["lora"]["mmdit"]["to_q"]["lora_b"] == P(None, "fsdp")
 
 
 def test_a_spec_names_only_axes_with_several_devices():

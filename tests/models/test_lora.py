@@ -222,7 +222,7 @@ def test_logical_axes_follow_the_kernel():
     assert axes["attn"]["to_q"]["lora_a"] == ("layers", "embed", None)
     assert axes["attn"]["to_q"]["lora_b"] == ("layers", None, "adapter")
     assert axes["img_mlp"]["net_2"]["lora_a"] == ("layers", "adapter", None)
-    assert axes["img_mlp"]["net_2"]["lora_b"] == ("layers", None, "embed")
+    assert axes["img_mlp"]["net_2"]["lora_b"] == ("layers", None, "adapter")
 
 
 @pytest.mark.parametrize(
