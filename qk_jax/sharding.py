@@ -72,8 +72,8 @@ class Rules:
     kv_heads: tuple[str, ...] = ("tensor",)
     vocab: tuple[str, ...] = ("tensor",)
     modulation: tuple[str, ...] = ("tensor", "fsdp", "context")
-    # LoRA factors without 'embed'. Not over 'tensor' too: on data x fsdp x tensor the partitioner of
-    # jax 0.10.2 then gives wrong gradients (tests/training/test_sharded_step.py).
+    # LoRA factors without "embed"; not over "tensor" too: on data, fsdp and tensor the partitioner
+    # of jax 0.10.2 then gives wrong gradients (tests/training/test_sharded_step.py).
     adapter: tuple[str, ...] = ("fsdp", "context")
     layers: tuple[str, ...] = ()
     queries: tuple[str, ...] = ()
