@@ -79,8 +79,9 @@ def attention(
       [B, T, H, D] in query's dtype.
     """
     name = choice(query, key)
+    compute = _KERNELS[name]
     if places is None or sharding.single():
-        return checkpoint_name(_local(name, query, key, value, segments, causal), NAME)
+        return checkpoint_name(compute(query, key, value, segments, causal), NAME)
     batch, heads = _split(places, query.shape[0], query.shape[2])
     key, value = (_spread(x, query.shape[2], heads) for x in (key, value))
     tokens, rows = PartitionSpec(batch, None, heads, None), PartitionSpec(batch, None)
@@ -88,13 +89,13 @@ def attention(
         query, key, value = (
             jax.lax.with_sharding_constraint(x, tokens) for x in (query, key, value)
         )
-        out = _local(name, query, key, value, segments, causal)
+        out = compute(query, key, value, segments, causal)
         out = jax.lax.with_sharding_constraint(out, tokens)
     else:
         given = () if segments is None else (segments,)
 
         def local(query: jax.Array, key: jax.Array, value: jax.Array, *segments):
-            return _local(name, query, key, value, *(segments or (None,)), causal)
+            return compute(query, key, value, *(segments or (None,)), causal)
 
         out = jax.shard_map(
             local,
@@ -123,19 +124,6 @@ def _spread(x: jax.Array, heads: int, axes: tuple[str, ...]) -> jax.Array:
     raise AssertionError("heads divide, so keys repeated once per query head do")
 
 
-def _local(
-    name: str,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segments: tuple[jax.Array, jax.Array] | None,
-    causal: bool,
-) -> jax.Array:
-    """Attention by the kernel `name` on what one device holds."""
-    kernels = {"xla": _xla, "splash": flash.splash, "cudnn": flash.cudnn}
-    return kernels[name](query, key, value, segments, causal)
-
-
 def _xla(
     query: jax.Array,
     key: jax.Array,
@@ -155,3 +143,7 @@ def _xla(
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
     out = jnp.einsum("bkgts,bskd->btkgd", weights, value)
     return out.reshape(batch, length, heads, dim)
+
+
+# What one device computes, by name.
+_KERNELS = {"xla": _xla, "splash": flash.splash, "cudnn": flash.cudnn}

@@ -178,5 +178,7 @@ def apply_interleaved(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array
     # (a, b) -> (-b, a) as a product with a constant, which is exact: apart, the two halves of a
     # pair would cost a TPU a copy of x in an order that nothing else wants.
     turn = np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [-1, 0]]).astype(np.float32)
-    turned = jnp.matmul(x, turn.astype(x.dtype), preferred_element_type=jnp.float32)
+    turned = jnp.matmul(  # at full precision, or float32 would be cut to bfloat16 on the way
+        x, turn.astype(x.dtype), precision="highest", preferred_element_type=jnp.float32
+    )
     return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)

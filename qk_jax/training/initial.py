@@ -333,14 +333,6 @@ def _fresh(
     return jax.jit(make, out_shardings={name: absent[name] for name in born})()
 
 
-def random_parameters(
-    model: QueryKontext, config: Mapping[str, Any], layout: state_lib.Layout, rng: jax.Array
-) -> Tree:
-    """Fresh parameters of every part, also of those that training takes from elsewhere: for
-    measuring speed, which does not depend on their values."""
-    return _placed(_fresh(model, config, layout, rng, set()), layout)
-
-
 def _placed(flat: dict[str, Any], layout: state_lib.Layout) -> Tree:
     """Casts and places every leaf as the layout has it.
 

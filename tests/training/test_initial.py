@@ -28,11 +28,11 @@ def stage(name, mesh=None, **init):
 
 def random_parts(folder):
     """Folders of a random nano VLM and VAE; their parameters."""
-    model, config, layout = stage("stage1")
-    params = initial.random_parameters(model, config, layout, jax.random.key(0))
+    model, _, _ = stage("stage1")
+    params = model.init(jax.random.key(0), ("vlm", "vae"))
     torch_export.export_vlm(params["vlm"], model.config.vlm, folder / "vlm")
     torch_export.export_vae(params["vae"], model.config.vae, folder / "vae")
-    return {part: params[part] for part in ("vlm", "vae")}
+    return params
 
 
 def same(tree, other):
