@@ -130,7 +130,7 @@ def test_fsdp_gathers_weights_and_reduces_their_gradients():
     assert sum(one.count for one in gathers) == 2 * layers  # forward, and again for the backward
     (reduced,) = [one for one in found.collectives if "reduce" in one.kind]
     assert (reduced.axes, reduced.nbytes, reduced.count) == (("fsdp",), whole, layers)
-    assert all(one.source.startswith("test_hlo.py:") for one in found.collectives)
+    assert all(one.source.startswith("test_hlo_compiled.py:") for one in found.collectives)
 
 
 @libtpu
