@@ -132,6 +132,7 @@ def _xla(
     causal: bool,
 ) -> jax.Array:
     """The definition, with the softmax in float32."""
+    query, key, value = flash.named(query, key, value)
     batch, length, heads, dim = query.shape
     span, groups = key.shape[1:3]
     query = query.reshape(batch, length, groups, heads // groups, dim)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from qk_jax import sharding
@@ -37,7 +38,7 @@ class Blocks(NamedTuple):
 
 # By JAX's device_kind. v5e, v5p and v4 lend 16 MiB by default, v6e and TPU7x 32 MiB.
 # The backward pass writes queries' gradients once for each block of keys, so these are large.
-_SMALL = Blocks(1024, 1024, 512, (1024, 2048, 512))
+_SMALL = Blocks(1024, 1024, 512, (512, 3584, 512))
 _LARGE = Blocks(2048, 2048, 1024, (1024, 4096, 1024))
 BLOCKS = {
     "TPU v4": _SMALL,
@@ -136,13 +137,18 @@ def splash(
             jnp.pad(ids, ((0, 0), (0, count - ids.shape[1])), constant_values=PADDED)
             for ids, count in zip(segments, counts, strict=True)
         ))  # fmt: skip
-    out = jax.vmap(kernel)(
+    taken = named(
         heads_first(query * dim**-0.5, padded),
         heads_first(key, span_padded),
         heads_first(value, span_padded),
-        segments,
     )
+    out = jax.vmap(kernel)(*taken, segments)
     return jnp.swapaxes(out, 1, 2)[:, :length].astype(query.dtype)
+
+
+def named(*taken: jax.Array) -> tuple[jax.Array, ...]:
+    """What attention takes, by the name that rematerialisation policies know it by."""
+    return tuple(checkpoint_name(x, "joint") for x in taken)
 
 
 def cudnn_takes(query: jax.Array) -> bool:
@@ -154,6 +160,7 @@ def cudnn(
     query: jax.Array, key: jax.Array, value: jax.Array, segments: Segments, causal: bool
 ) -> jax.Array:
     """cuDNN's flash attention; shapes as `attention.attention`."""
+    query, key, value = named(query, key, value)
     hidden = mask(segments, query.shape[1], key.shape[1], causal)
     return jax.nn.dot_product_attention(query, key, value, mask=hidden, implementation="cudnn")
 

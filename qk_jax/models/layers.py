@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
+from jax.ad_checkpoint import checkpoint_name
 
 from qk_jax.errors import InputError
 
@@ -73,6 +74,7 @@ class Dense(nn.Module):
             a = self.get_variable("lora", "lora_a").astype(self.dtype)
             b = self.get_variable("lora", "lora_b").astype(self.dtype)
             low = jnp.tensordot(x, a.reshape(*entering, -1), len(entering))
+            low = checkpoint_name(low, "lora")
             y = y + jnp.tensordot(low, b.reshape(-1, *leaving), 1)
         if self.use_bias:
             bias = self.param("bias", boxed(self.bias_init, self.axes[1:]), shape[1:], jnp.float32)
@@ -142,9 +144,10 @@ def _gelu_tanh_jvp(primals, tangents):
 
 
 # What a block may keep for its backward pass, by the name that its tensors carry: projections of
-# queries, keys and values before their norms; the result of attention (and, of splash attention,
-# the sums of its rows); what each residual branch adds; the MLP before its activation.
-REMAT_NAMES = ("qkv", "attention", "out", "mlp")
+# queries, keys and values before their norms; the same as attention takes them, after norms and
+# rotary turn; the result of attention (and, of splash attention, the sums of its rows); what each
+# residual branch adds; the MLP before its activation; adapters' inputs at their low rank.
+REMAT_NAMES = ("qkv", "joint", "attention", "out", "mlp", "lora")
 ON_HOST = "host:"
 
 

@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 
 from qk_jax.errors import InputError
-from qk_jax.models import layers, mmdit, qwen_text
+from qk_jax.models import layers, lora, mmdit, qwen_text
 
 BLOCKS = 6
 POLICIES = {
     # by the memory that they cost, the least first
-    "mmdit": ("full", "attention", "qkv", "attention+qkv+out", "attention+qkv+out+mlp"),
-    "text": ("full", "attention", "qkv", "attention+qkv+out", "attention+qkv+out+mlp"),
-}
+    tower: (
+        "full", "attention", "qkv", "attention+qkv+out", "attention+qkv+joint+out",
+        "attention+qkv+joint+out+mlp",
+    )
+    for tower in ("mmdit", "text")
+}  # fmt: skip
 
 
 def build(tower, policy):
@@ -39,8 +42,9 @@ def build(tower, policy):
         positions = jnp.broadcast_to(jnp.arange(256), (2, 3, 256))
         args = (jnp.ones((2, 256, 64)), positions, jnp.ones((2, 256), bool))
 
-    def loss(params):
-        return jnp.mean(jnp.sin(module.apply({"params": params}, *args)))
+    def loss(params, adapter=None):
+        variables = {"params": params} | ({"lora": adapter} if adapter else {})
+        return jnp.mean(jnp.sin(module.apply(variables, *args)))
 
     return loss, layers.abstract_params(module, *args)
 
@@ -69,6 +73,19 @@ def test_each_policy_changes_memory_and_no_gradient(tower):
     assert sizes[0] < 0.7 * most
 
 
+def test_an_adapters_input_is_kept_at_its_low_rank():
+    """Without the name the backward pass multiplies by every A anew."""
+    loss, shapes = build("mmdit", "mlp")
+    tower = layers.meta.unbox(shapes)
+    adapter = jax.eval_shape(lambda: lora.init(jax.random.key(0), tower, lora.MMDIT_TARGETS, 2))
+
+    def products(policy):
+        grad = jax.grad(build("mmdit", policy)[0], argnums=1)
+        return str(jax.make_jaxpr(grad)(tower, adapter)).count("dot_general")
+
+    assert products("mlp") - products("mlp+lora") == len(lora.targets(tower, lora.MMDIT_TARGETS))
+
+
 def test_what_is_kept_may_lie_in_the_hosts_memory():
     """The block's own name moves there; without the name in a block nothing would."""
     loss, shapes = build("mmdit", "attention+host:mlp")
@@ -82,5 +99,5 @@ def test_what_is_kept_may_lie_in_the_hosts_memory():
 def test_names_of_jax_are_taken_and_others_are_named():
     assert layers.remat_policy("full") is None
     assert layers.remat_policy("dots_saveable") is jax.checkpoint_policies.dots_saveable
-    with pytest.raises(InputError, match="'atention' unknown; give 'full', some of qkv, attention"):
+    with pytest.raises(InputError, match="'atention' unknown; give 'full', some of qkv, joint"):
         layers.remat_policy("qkv+atention")
