@@ -21,7 +21,7 @@ Segments = tuple[jax.Array, jax.Array] | None
 
 
 class Blocks(NamedTuple):
-    """Most tokens of a block, by how much of its VMEM a TensorCore lends to a kernel.
+    """Most tokens of a block for heads of 128, by how much VMEM a TensorCore lends to a kernel.
 
     Attributes:
       query: rows of scores at a time.
@@ -35,13 +35,20 @@ class Blocks(NamedTuple):
     compute: int
     backward: tuple[int, int, int]
 
+    def of(self, dim: int) -> Blocks:
+        """Those for heads of `dim` channels: wider ones, as the autoencoder's, take more VMEM."""
+        parts = -(-dim // LANES)
+        sizes = (*self[:3], *self.backward)
+        most = [max(LANES, size // parts // LANES * LANES) for size in sizes]
+        return Blocks(*most[:3], tuple(most[3:]))
+
 
 # By JAX's device_kind. v5e, v5p and v4 lend 16 MiB by default, v6e and TPU7x 32 MiB.
 # The backward pass writes queries' gradients once for each block of keys, so these are large.
 _SMALL = Blocks(1024, 1024, 512, (512, 3584, 512))
 _LARGE = Blocks(2048, 2048, 1024, (1024, 4096, 1024))
 BLOCKS = {
-    "TPU v4": _SMALL,
+    "TPU v4": _SMALL._replace(backward=(512, 2048, 512)),  # has no more than the 16 MiB in all
     "TPU v5 lite": _SMALL,
     "TPU v5e": _SMALL,
     "TPU v5": _SMALL,
@@ -79,18 +86,21 @@ def _padded(length: int, size: int) -> int:
     return -(-length // size) * size
 
 
-def _kernel(heads: int, length: int, span: int, causal: bool, kind: str, interpret: bool):
-    """(the kernel, its padded numbers of queries and of keys)."""
-    table = BLOCKS.get(kind, _SMALL)
-    query, key = block(length, table.query), block(span, table.key)
-    length_padded, span_padded = _padded(length, query), _padded(span, key)
+def _kernel(query: jax.Array, key: jax.Array, causal: bool):
+    """(the kernel for shapes [B, T, H, D] and [B, S, K, D], its padded numbers of either)."""
+    platform, kind = sharding.target()
+    _, length, heads, dim = query.shape
+    span = key.shape[1]
+    table = BLOCKS.get(kind, _SMALL).of(dim)
+    rows, columns = block(length, table.query), block(span, table.key)
+    length_padded, span_padded = _padded(length, rows), _padded(span, columns)
     # Blocks of the backward pass divide what the forward pass padded.
     back_query = _part(length_padded, table.backward[0])
     back_key = _part(span_padded, table.backward[1])
     sizes = splash_attention.BlockSizes(
-        block_q=query,
-        block_kv=key,
-        block_kv_compute=_part(key, table.compute),
+        block_q=rows,
+        block_kv=columns,
+        block_kv_compute=_part(columns, table.compute),
         block_q_dkv=back_query,
         block_kv_dkv=back_key,
         block_kv_dkv_compute=_part(back_key, table.backward[2]),
@@ -108,7 +118,7 @@ def _kernel(heads: int, length: int, span: int, causal: bool, kind: str, interpr
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name="attention",
-        interpret=interpret,
+        interpret=platform != "tpu",
     )
     return kernel, length_padded, span_padded
 
@@ -120,10 +130,9 @@ def splash(
 
     Outside a TPU it is interpreted.
     """
-    platform, kind = sharding.target()
-    rows, length, heads, dim = query.shape
+    rows, length, _, dim = query.shape
     span = key.shape[1]
-    kernel, padded, span_padded = _kernel(heads, length, span, causal, kind, platform != "tpu")
+    kernel, padded, span_padded = _kernel(query, key, causal)
     if segments is None and (padded, span_padded) != (length, span):
         segments = (jnp.zeros((rows, length), jnp.int32), jnp.zeros((rows, span), jnp.int32))
 

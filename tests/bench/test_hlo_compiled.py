@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qk_jax import sharding
 from qk_jax.bench import hlo, topologies
+from qk_jax.models.attention import attention
 
 libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -131,6 +132,21 @@ def test_fsdp_gathers_weights_and_reduces_their_gradients():
     (reduced,) = [one for one in found.collectives if "reduce" in one.kind]
     assert (reduced.axes, reduced.nbytes, reduced.count) == (("fsdp",), whole, layers)
     assert all(one.source.startswith("test_hlo_compiled.py:") for one in found.collectives)
+
+
+@libtpu
+@pytest.mark.parametrize("name", GENERATIONS)
+@pytest.mark.parametrize("shape", [(2, 3584, 2, 128), (8, 4096, 1, 384)])
+def test_attention_of_the_real_sizes_fits_into_vmem(name, shape):
+    """Of stage 3's generator, and of the autoencoder with its one wide head."""
+    where, mesh = setup = mesh_of(name)
+
+    def loss(*taken):
+        return jnp.sum(attention(*taken, places=sharding.row("fsdp").activations), dtype="float32")
+
+    x = shaped(mesh, (mesh.size * shape[0], *shape[1:]), ("data", "fsdp"))
+    found = compiled(setup, jax.grad(loss, argnums=(0, 1, 2)), x, x, x)
+    assert found.attention_s > 0
 
 
 @libtpu

@@ -132,6 +132,18 @@ def test_the_device_decides(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", flash.BLOCKS)
+def test_wider_heads_have_smaller_blocks(kind):
+    blocks = flash.BLOCKS[kind]
+    assert blocks.of(80) == blocks.of(128) == blocks
+    for dim in (384, 2048):
+        found = blocks.of(dim)
+        for size, most in zip(
+            (*found[:3], *found.backward), (*blocks[:3], *blocks.backward), strict=True
+        ):
+            assert size % 128 == 0 and 128 <= size <= max(128, most * 128 / dim)
+
+
+@pytest.mark.parametrize("kind", flash.BLOCKS)
 def test_blocks_fill_the_length_up(kind):
     most = flash.BLOCKS[kind].query
     for length in (1, 128, 129, 922, 1024, 1664, 2048, 3712, 8832):
