@@ -85,8 +85,8 @@ PAPER = Recipe(
 
 
 def _fsdp(
-    name: str, devices: int, per_chip_batch: int, flags: tuple[str, ...], remat: str = KEEP_ALL, *,
-    figures: Figures | None = None,
+    name: str, devices: int, per_chip_batch: int, flags: tuple[str, ...], *,
+    remat: str = KEEP_ALL, figures: Figures | None = None,
 ) -> Recipe:  # fmt: skip
     """ZeRO-3 over the whole slice with gradients in bfloat16."""
     return Recipe(
