@@ -133,7 +133,12 @@ def base(stage: str, size: str) -> ConfigDict:
         # text tokens of a row by its number of condition pictures, the last for more; longer
         # instructions are cut. () is model.max_text for all
         "text_tokens": (24, 32, 40) if tiny else (),
-        "dropout": {"text": 0.1, "pictures": 0.1, "both": 0.1},
+        # A dropped picture leaves a row without an answer: short runs can afford few of them.
+        "dropout": {
+            "text": pick(size, 0.05, 0.05, 0.05, 0.1),
+            "pictures": pick(size, 0.02, 0.02, 0.02, 0.1),
+            "both": pick(size, 0.05, 0.05, 0.05, 0.1),
+        },
         # shapes of one task (each is compiled); rarer ones are merged into the nearest
         "max_groups": pick(size, tiny=2, tiny_long=4, smoke=1, full=8),
         "max_pixels": 64_000_000,  # a larger picture is a bad record

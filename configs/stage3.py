@@ -19,11 +19,11 @@ def get_config(size: str = "tiny"):
     config.steps = common.pick(size, tiny=800, tiny_long=9000, smoke=6, full=30_000)
     config.data.batch = common.pick(size, tiny=16, tiny_long=16, smoke=8, full=512)
     config.data.tasks.text_to_image = 0.1
-    config.data.tasks.reconstruction = 0.1
-    config.data.tasks.transformation = 0.15
-    config.data.tasks.editing = 0.3
-    config.data.tasks.customization = 0.15
-    config.data.tasks.composition = 0.2
+    config.data.tasks.reconstruction = 0.05
+    config.data.tasks.transformation = 0.25
+    config.data.tasks.editing = 0.35
+    config.data.tasks.customization = 0.1
+    config.data.tasks.composition = 0.15
     config.model.condition_latents = True
     config.lora.pattern = lora.MMDIT_TARGETS
     config.lora.rank = 64 if tiny else 256

@@ -1,10 +1,13 @@
 """Pretrains the tiny text-to-image diffusion transformer on the embedded pictures.
 
-    python launch/assets/pretrain_mmdit.py --minutes 30 [--steps N --batch N --out DIR --vlm --vae]
+    python launch/assets/pretrain_mmdit.py --minutes 30 [--start DIR --steps N --batch N --out DIR]
 
 This is the "large pretrained generator" that stage 2 starts from: flow matching on latents of the
 tiny VAE, conditioned on the frozen tiny VLM's last states at the words of a prompt. Latents and
-text states are computed once, so that a step is the transformer alone. Only the corpus's training
+text states are computed once, so that a step is the transformer alone. A part of the steps shows
+the picture itself as a source, as Qwen-Image's editing weights were pretrained on reconstruction
+beside text-to-image (arXiv 2508.02324). The shipped weights are those of --minutes 46 --shown 0,
+on one core, and --minutes 10 --start from them, on two. Only the corpus's training
 side is learnt; the validation side gives the held-out figures. Writes a diffusers folder with
 float16 weights (the moving average), metrics.json, a model card, and a sheet to look at.
 """
@@ -37,7 +40,7 @@ from qk_jax.models import layers, mmdit, qwen_vl, rotary, vae
 TINY = pathlib.Path(__file__).resolve().parents[2] / "qk_jax" / "assets" / "tiny"
 CONFIG = mmdit.PRESETS["tiny"]
 MODEL = mmdit.MMDiT(CONFIG)
-LAW = rotary.PositionLaw("shifted")
+LAW = rotary.PositionLaw("shifted", source_mode="translate")  # as configs/common.py has it
 TIME_LAW = flow.TimeLaw()
 SCHEDULE = sampler.ScheduleConfig()
 SIZES = ((64, 64), (48, 80), (80, 48))  # (height, width) of the targets
@@ -99,12 +102,16 @@ def grid_of(size: tuple[int, int]) -> tuple[int, int]:
 
 @functools.cache
 def places() -> tuple[np.ndarray, np.ndarray]:
-    """Positions int32 [sizes, TOKENS, 3] and which tokens are real, bool [sizes, TOKENS]."""
+    """Positions of a picture and of itself as a source, int32 [sizes, 2 TOKENS, 3], and which of a
+    picture's tokens are real, bool [sizes, TOKENS]."""
     positions, real = [], []
+    roles = jnp.full((1, 1), rotary.SOURCE)
     for size in SIZES:
-        at = rotary.image_positions(LAW, grid_of(size), (), jnp.zeros((1, 0), jnp.int32))[0]
-        positions.append(np.pad(at, ((0, TOKENS - len(at)), (0, 0))))
-        real.append(np.arange(TOKENS) < len(at))
+        grid = grid_of(size)
+        at = np.split(np.asarray(rotary.image_positions(LAW, grid, (grid,), roles)[0]), 2)
+        rest = ((0, TOKENS - len(at[0])), (0, 0))
+        positions.append(np.concatenate([np.pad(part, rest) for part in at]))
+        real.append(np.arange(TOKENS) < len(at[0]))
     return np.stack(positions), np.stack(real)
 
 
@@ -209,19 +216,34 @@ def by_length(data: Examples) -> list[Examples]:
     return [data.take(rows) for rows in np.array_split(order, GROUPS)]
 
 
-def velocity(params: Params, x: jax.Array, t: jax.Array, rows: dict[str, jax.Array]) -> jax.Array:
-    """The transformer's velocity [B, TOKENS, 64] for rows of the three sizes at once."""
+def velocity(
+    params: Params, x: jax.Array, t: jax.Array, rows: dict[str, jax.Array], shown: bool = False
+) -> jax.Array:
+    """The transformer's velocity [B, TOKENS, 64] for rows of the three sizes at once.
+
+    With `shown` the picture itself, without noise, follows the tokens x as a source.
+    """
     positions, real = places()
     at, mask = jnp.asarray(positions)[rows["size"]], jnp.asarray(real)[rows["size"]]
+    if shown:
+        x, mask = jnp.concatenate([x, rows["mean"]], 1), jnp.concatenate([mask, mask], 1)
     words = rotary.text_positions(LAW, rows["text"].shape[1], grid_of(SIZES[0]), ())
-    return MODEL.apply({"params": params}, x, rows["text"], rows["mask"], t, at, words, mask)
+    at = at[:, : x.shape[1]]
+    given = (rows["text"], rows["mask"], t, at, words, mask, TOKENS)
+    return MODEL.apply({"params": params}, x, *given)[:, :TOKENS]
 
 
-def losses(params: Params, rows: dict[str, jax.Array], t: jax.Array, key: jax.Array) -> jax.Array:
+def losses(
+    params: Params,
+    rows: dict[str, jax.Array],
+    t: jax.Array,
+    key: jax.Array,
+    shown: bool = False,
+) -> jax.Array:
     """Flow-matching loss [B] of latents drawn from their posterior, over the real tokens."""
     posterior, noise = jax.random.normal(key, (2, *rows["mean"].shape))
     x0 = rows["mean"] + rows["std"] * posterior
-    predicted = velocity(params, flow.interpolate(x0, noise, t), t, rows)
+    predicted = velocity(params, flow.interpolate(x0, noise, t), t, rows, shown)
     real = jnp.asarray(places()[1])[rows["size"]]
     return flow.loss(predicted, flow.velocity_target(x0, noise), real)
 
@@ -239,11 +261,14 @@ def optimizer() -> optax.GradientTransformation:
     )
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=5)
 def train_step(
-    state: tuple, data: dict[str, jax.Array], rows, rate, key
+    state: tuple, data: dict[str, jax.Array], rows, rate, key, shown: bool = False
 ) -> tuple[tuple, jax.Array]:
-    """One step on the examples `rows` of `data`: ((params, average, optimizer state), loss)."""
+    """One step on the examples `rows` of `data`: ((params, average, optimizer state), loss).
+
+    With `shown` every picture is its own source.
+    """
     params, average, moments = state
     batch = {name: array[rows] for name, array in data.items()}
     time_key, drop_key, noise_key = jax.random.split(key, 3)
@@ -252,7 +277,7 @@ def train_step(
     batch["mask"] = batch["mask"] & kept[:, None]
 
     def mean_loss(params):
-        return jnp.mean(losses(params, batch, t, noise_key))
+        return jnp.mean(losses(params, batch, t, noise_key, shown))
 
     loss, grads = jax.value_and_grad(mean_loss)(params)
     updates, moments = optimizer().update(grads, moments, params)
@@ -277,7 +302,8 @@ def fresh() -> Params:
     at, real = places()
     x, t = jnp.zeros((1, TOKENS, CONFIG.in_channels)), jnp.zeros(1)
     words = jnp.zeros((2, 3), jnp.int32)
-    args = (x, one["text"], one["mask"], t, jnp.asarray(at[:1]), words, jnp.asarray(real[:1]))
+    at, real = jnp.asarray(at[:1, :TOKENS]), jnp.asarray(real[:1])
+    args = (x, one["text"], one["mask"], t, at, words, real)
     return layers.init_params(MODEL, jax.random.key(0), *args)
 
 
@@ -287,20 +313,21 @@ def device_rows(data: Examples) -> dict[str, jax.Array]:
     return {name: jnp.asarray(getattr(data, name)) for name in names}
 
 
-@jax.jit
-def probe_losses(params: Params, rows: dict[str, jax.Array]) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=2)
+def probe_losses(params: Params, rows: dict[str, jax.Array], shown: bool = False) -> jax.Array:
     """Loss [B] averaged over a fixed ladder of times, with fixed noise for each."""
     ladder = jnp.linspace(0.1, 0.95, 8)
 
     def one(index):
         t = jnp.full(len(rows["size"]), ladder[index])
-        return losses(params, rows, t, jax.random.fold_in(jax.random.key(1), index))
+        return losses(params, rows, t, jax.random.fold_in(jax.random.key(1), index), shown)
 
     return jax.lax.map(one, jnp.arange(len(ladder))).mean(0)
 
 
 def caption_figures(params: Params, data: Examples) -> dict[str, float]:
-    """Loss with the right words, with another example's, and with none; paired standard error."""
+    """Loss with the right words, with another example's, with none, and with the picture itself
+    as a source; paired standard error of the words' margin."""
     rows = device_rows(data)
     other = np.roll(np.arange(len(data)), len(data) // 2 + 1)
     given = {
@@ -310,6 +337,7 @@ def caption_figures(params: Params, data: Examples) -> dict[str, float]:
     }
     found = {name: np.asarray(probe_losses(params, rows)) for name, rows in given.items()}
     figures = {f"loss_{name}": float(loss.mean()) for name, loss in found.items()}
+    figures["loss_source"] = float(np.asarray(probe_losses(params, rows, True)).mean())
     margin = found["shuffled"] - found["right"]
     figures["margin"] = float(margin.mean())
     figures["margin_standard_error"] = float(margin.std() / math.sqrt(len(margin)))
@@ -412,13 +440,14 @@ QwenImageTransformer2DModel, {parameters:,} parameters, float16: {layers} blocks
 - **Condition**: last hidden states of the tiny Qwen2.5-VL at the words (frozen).
 - **Latents**: of the tiny VAE (frozen), drawn from the posterior.
 - **Training**: flow matching, logit-normal t with resolution shift, {steps:,} steps of {batch} in
-  {minutes:.0f} minutes on one CPU core, AdamW, moving average; {dropped:.0%} of the rows without
-  words.
+  {minutes:.0f} minutes on a CPU, AdamW, moving average; {dropped:.0%} of the rows without words.
+  {shown:.0%} of the steps show the picture itself as a source, as pretraining for editing
+  does.{before}
 - **Positions**: the shifted law, text at zero. diffusers' pipelines place tokens by another law, so
   there it needs these positions.
 
-| loss | right words | another's words | no words | margin | standard error |
-| --- | --- | --- | --- | --- | --- |
+| loss | right words | another's words | no words | itself as source | margin | standard error |
+| --- | --- | --- | --- | --- | --- | --- |
 | training pictures | {train} |
 | held-out subjects | {held_out} |
 
@@ -442,8 +471,15 @@ def card(metrics: dict[str, Any]) -> str:
     for name in ("retrieval_train", "retrieval_held_out"):
         found = metrics[name]
         rows[name] = f"{found['top1']:.0%} | {found['top5']:.0%} | {found['candidates']}"
+    before = ""
+    if "before" in metrics:
+        known = metrics["before"]
+        before = (
+            f"\n  It went on from weights of {known['steps']:,} steps of {known['batch']} in "
+            f"{known['seconds'] / 60:.0f} minutes, {known['shown']:.0%} of them so."
+        )
     return CARD.format(
-        **metrics | rows,
+        **metrics | rows | {"before": before},
         layers=CONFIG.num_layers,
         heads=CONFIG.num_attention_heads,
         channels=CONFIG.attention_head_dim,
@@ -457,7 +493,11 @@ def card(metrics: dict[str, Any]) -> str:
 def train(
     args: argparse.Namespace, encoder: Encoder, data: Examples, probes: dict[str, Examples]
 ) -> None:
-    """Trains for the given minutes or steps, measures, and writes the folder."""
+    """Trains for the given minutes or steps, measures, and writes the folder.
+
+    Raises:
+      InputError: the weights of `--start` are of another architecture.
+    """
     groups = [device_rows(group) for group in by_length(data)]
     sizes = np.array([len(group["size"]) for group in groups])
     params = fresh()
@@ -465,7 +505,15 @@ def train(
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "examples": len(data),
         "batch": args.batch,
+        "shown": args.shown,
     }
+    if args.start:
+        config, params = torch_import.import_mmdit(args.start, jnp.float32)
+        if config != CONFIG:
+            raise InputError(f"{args.start} is of another architecture; give a tiny transformer")
+        known = json.loads((args.start / "metrics.json").read_text())
+        names = ("steps", "batch", "seconds", "shown")
+        metrics["before"] = {name: known[name] for name in names}
     state = (params, jax.tree.map(jnp.copy, params), optimizer().init(params))
     rng, start = np.random.default_rng(0), time.monotonic()
     saved, recent, step, progress = start, [], 0, 0.0
@@ -474,7 +522,8 @@ def train(
         rows = rng.choice(sizes[group], args.batch)
         key = jax.random.fold_in(jax.random.key(5), step)
         rate = learning_rate(step, progress)
-        state, loss = train_step(state, groups[group], rows, rate, key)
+        shown = bool(rng.random() < args.shown)
+        state, loss = train_step(state, groups[group], rows, rate, key, shown)
         recent.append(float(loss))
         step += 1
         now = time.monotonic()
@@ -498,6 +547,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30, help="length of the training")
     parser.add_argument("--steps", type=int, help="length in steps, instead of minutes")
+    parser.add_argument(
+        "--shown", type=float, default=0.3, help="part of the steps that show the picture as source"
+    )
+    parser.add_argument("--start", type=pathlib.Path, help="folder of weights to go on from")
     parser.add_argument("--batch", type=int, default=32, help="pictures per step")
     parser.add_argument("--save-minutes", type=float, default=5, help="between two savings")
     parser.add_argument("--out", type=pathlib.Path, default=TINY / "mmdit", help="folder to write")
@@ -509,6 +562,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.batch < 1 or (args.steps is not None and args.steps < 1) or args.minutes <= 0:
         raise InputError("--batch, --steps and --minutes must be positive")
+    if not 0 <= args.shown <= 1:
+        raise InputError("--shown is a part of the steps; give 0 to 1")
     encoder = Encoder(args.vlm, args.tokenizer, args.vae)
     data = encode(encoder, source_examples("train", VARIANTS, args.limit))
     spread = np.random.default_rng(6).permutation(len(data))

@@ -65,6 +65,26 @@ def test_tokens_beyond_a_small_picture_count_for_nothing(params):
     assert loss[1] == changed[1]  # fifteen and one of padding
 
 
+def test_a_source_lies_beside_the_target_and_is_seen(params):
+    positions, _ = mmdit_recipe.places()
+    rows, columns = mmdit_recipe.grid_of(mmdit_recipe.SIZES[1])
+    target, source = np.split(positions[1], 2)
+    real = rows * columns
+    np.testing.assert_array_equal(source[:real], target[:real] - [0, rows, columns])
+    data = mmdit_recipe.device_rows(made([4], [1]))
+    x, t = jnp.zeros((1, mmdit_recipe.TOKENS, 64)), jnp.asarray([0.5])
+    other = dict(data, mean=data["mean"] + 1.0)
+    hidden = dict(data, mean=data["mean"].at[:, real:].add(1.0))  # padding of a small picture
+
+    def velocity(rows, shown):
+        return np.asarray(mmdit_recipe.velocity(params, x, t, rows, shown))
+
+    shown = velocity(data, True)
+    assert np.abs(shown - velocity(other, True)).max() > 1e-3
+    np.testing.assert_array_equal(shown, velocity(hidden, True))
+    np.testing.assert_array_equal(velocity(data, False), velocity(other, False))
+
+
 def test_a_step_learns_and_the_average_follows(params):
     data = made([4] * 8, [0, 1, 2, 0, 1, 2, 0, 1])
     rows = mmdit_recipe.device_rows(data)
@@ -99,12 +119,12 @@ def test_the_learning_rate_warms_up_and_ends_at_zero():
 
 
 def test_the_folder_has_weights_figures_and_card(params, tmp_path):
-    loss = dict(
-        loss_right=1.0, loss_shuffled=1.2, loss_none=1.1, margin=0.2, margin_standard_error=0.01
-    )
+    loss = dict(loss_right=1.0, loss_shuffled=1.2, loss_none=1.1, loss_source=0.1)
+    loss |= dict(margin=0.2, margin_standard_error=0.01)
     found = dict(candidates=100, top1=0.5, top5=0.7, chance_top1=0.01, chance_top5=0.05)
     metrics = dict(parameters=1, examples=2, batch=3, steps=4, seconds=60, train=loss)
     metrics |= dict(held_out=loss, retrieval_train=found, retrieval_held_out=found)
+    metrics |= dict(shown=0.3, before=dict(steps=1000, batch=3, seconds=120, shown=0.0))
     mmdit_recipe.write(tmp_path, params, metrics)
     config, read = torch_import.import_mmdit(tmp_path)
     assert config == mmdit_recipe.CONFIG
@@ -112,7 +132,8 @@ def test_the_folder_has_weights_figures_and_card(params, tmp_path):
         np.testing.assert_array_equal(np.float32(a), np.float32(np.float16(b)))
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     card = (tmp_path / "README.md").read_text()
-    assert "1.0000 | 1.2000 | 1.1000 | 0.2000 | 0.0100" in card and "50% | 70% | 100" in card
+    assert "1.0000 | 1.2000 | 1.1000 | 0.1000 | 0.2000 | 0.0100" in card
+    assert "50% | 70% | 100" in card and "1,000 steps of 3 in 2 minutes, 0% of them so" in card
 
 
 def test_a_wrong_number_is_refused_before_anything_is_read(monkeypatch, capsys):
