@@ -81,7 +81,7 @@ def test_a_source_lies_beside_the_target_and_is_seen(params):
 
     shown = velocity(data, True)
     assert np.abs(shown - velocity(other, True)).max() > 1e-3
-    np.testing.assert_array_equal(shown, velocity(hidden, True))
+    np.testing.assert_array_equal(shown[:, :real], velocity(hidden, True)[:, :real])
     np.testing.assert_array_equal(velocity(data, False), velocity(other, False))
 
 
