@@ -105,10 +105,11 @@ def places() -> tuple[np.ndarray, np.ndarray]:
     """Positions of a picture and of itself as a source, int32 [sizes, 2 TOKENS, 3], and which of a
     picture's tokens are real, bool [sizes, TOKENS]."""
     positions, real = [], []
-    roles = jnp.full((1, 1), rotary.SOURCE)
+    roles = np.full((1, 1), rotary.SOURCE)
     for size in SIZES:
         grid = grid_of(size)
-        at = np.split(np.asarray(rotary.image_positions(LAW, grid, (grid,), roles)[0]), 2)
+        with jax.ensure_compile_time_eval():  # the first call may come while a step is traced
+            at = np.split(np.asarray(rotary.image_positions(LAW, grid, (grid,), roles)[0]), 2)
         rest = ((0, TOKENS - len(at[0])), (0, 0))
         positions.append(np.concatenate([np.pad(part, rest) for part in at]))
         real.append(np.arange(TOKENS) < len(at[0]))
@@ -490,6 +491,21 @@ def card(metrics: dict[str, Any]) -> str:
     )
 
 
+def go_on_from(folder: pathlib.Path) -> tuple[Params, dict[str, Any]]:
+    """Parameters of an earlier run, and its length as `before` for metrics.json.
+
+    Raises:
+      InputError: the weights are of another architecture.
+    """
+    config, params = torch_import.import_mmdit(folder, jnp.float32)
+    if config != CONFIG:
+        raise InputError(f"{folder} is of another architecture; give a tiny transformer")
+    known = json.loads((folder / "metrics.json").read_text())
+    return params, {
+        "before": {name: known[name] for name in ("steps", "batch", "seconds", "shown")}
+    }
+
+
 def train(
     args: argparse.Namespace, encoder: Encoder, data: Examples, probes: dict[str, Examples]
 ) -> None:
@@ -500,20 +516,14 @@ def train(
     """
     groups = [device_rows(group) for group in by_length(data)]
     sizes = np.array([len(group["size"]) for group in groups])
-    params = fresh()
+    params, before = go_on_from(args.start) if args.start else (fresh(), {})
     metrics = {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "examples": len(data),
         "batch": args.batch,
         "shown": args.shown,
+        **before,
     }
-    if args.start:
-        config, params = torch_import.import_mmdit(args.start, jnp.float32)
-        if config != CONFIG:
-            raise InputError(f"{args.start} is of another architecture; give a tiny transformer")
-        known = json.loads((args.start / "metrics.json").read_text())
-        names = ("steps", "batch", "seconds", "shown")
-        metrics["before"] = {name: known[name] for name in names}
     state = (params, jax.tree.map(jnp.copy, params), optimizer().init(params))
     rng, start = np.random.default_rng(0), time.monotonic()
     saved, recent, step, progress = start, [], 0, 0.0
