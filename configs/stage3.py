@@ -16,19 +16,19 @@ def get_config(size: str = "tiny"):
     size, place = recipes.split(size)
     config = common.base("stage3", size)
     tiny = common.towers(size) == "tiny"
-    config.steps = common.pick(size, tiny=800, tiny_long=9000, smoke=6, full=30_000)
+    config.steps = common.pick(size, tiny=800, tiny_long=4000, smoke=6, full=30_000)
     config.data.batch = common.pick(size, tiny=16, tiny_long=16, smoke=8, full=512)
     config.data.tasks.text_to_image = 0.1
     config.data.tasks.reconstruction = 0.05
-    config.data.tasks.transformation = 0.25
-    config.data.tasks.editing = 0.35
-    config.data.tasks.customization = 0.1
-    config.data.tasks.composition = 0.15
+    config.data.tasks.transformation = 0.2
+    config.data.tasks.editing = 0.3
+    config.data.tasks.customization = 0.15
+    config.data.tasks.composition = 0.2
     config.model.condition_latents = True
     config.lora.pattern = lora.MMDIT_TARGETS
     config.lora.rank = 64 if tiny else 256
     config.lora.alpha = 64.0 if tiny else 256.0
-    config.optimizer.lr = common.pick(size, tiny=4e-3, tiny_long=3e-3, smoke=4e-3, full=1e-4)
+    config.optimizer.lr = 2e-3 if tiny else 1e-4
     config.optimizer.warmup = common.pick(size, tiny=20, tiny_long=100, smoke=2, full=500)
     config.optimizer.ema = 0.99 if tiny else 0.9999
     if tiny:  # the rate is the fresh adapter's

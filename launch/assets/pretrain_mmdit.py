@@ -5,13 +5,13 @@
 This is the "large pretrained generator" that stage 2 starts from: flow matching on latents of the
 tiny VAE, conditioned on the frozen tiny VLM's last states at the words of a prompt. A part of the
 steps is text-to-image; the others give a picture as a source and ask for it again, for a
-transformation or for an edit, as Qwen-Image's pretraining mixes text-to-image, image-to-image
-reconstruction and instructed editing (arXiv 2508.02324, section 4). References, kontext and queries
-are left to the three stages. The shipped weights are those of three runs, each from the one before:
---minutes 46 of text-to-image alone, on one core; --minutes 10 with reconstruction, on two; and
---minutes MINUTES as the recipe stands. Only the corpus's training side is learnt; the validation
-side gives the held-out figures. Writes a diffusers folder with float16 weights (the moving
-average), metrics.json, a model card, and a sheet to look at.
+transformation or for an edit, as Qwen-Image's multi-task training mixes text-to-image, instructed
+editing and reconstruction (arXiv 2508.02324). References, kontext and queries are left to the three
+stages. The shipped weights are those of three runs, each from the one before: 46 minutes of
+text-to-image alone (--shown 0), on one core; 10 minutes with reconstruction beside it, by an
+earlier form of this recipe, on two; and --minutes 68 as it stands, on two. Only the corpus's
+training side is learnt; the validation side gives the held-out figures. Writes a diffusers folder
+with float16 weights (the moving average), metrics.json, a model card, and a sheet to look at.
 """
 
 from __future__ import annotations
