@@ -1,21 +1,16 @@
 """The estimate of programs that libtpu compiles, against what is known of them."""
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from marks import needs_libtpu
 
 from qk_jax import sharding
 from qk_jax.bench import hlo, topologies
 from qk_jax.models.attention import attention
-
-libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed; pip install 'qk_jax[bench]'",
-)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,7 +54,7 @@ def compiled(setup, function, *args):
 GENERATIONS = ["v4-8", "v5e-1", "v5p-8", "v6e-1", "tpu7x-2"]
 
 
-@libtpu
+@needs_libtpu
 @pytest.mark.parametrize("name", GENERATIONS)
 def test_large_matmul_against_the_roofline(name):
     where, mesh = mesh_of(name)
@@ -68,7 +63,7 @@ def test_large_matmul_against_the_roofline(name):
     assert found.ops[0].kind == "convolution fusion" and found.ops[0].count == 1
 
 
-@libtpu
+@needs_libtpu
 @pytest.mark.parametrize("name", GENERATIONS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_elementwise_op_against_the_bandwidth(name, dtype):
@@ -89,7 +84,7 @@ def block(x, weights):
     return x + jax.nn.gelu(x @ up) @ down
 
 
-@libtpu
+@needs_libtpu
 def test_scan_of_blocks_is_so_many_blocks_and_no_faster_than_the_roofline():
     where, mesh = setup = mesh_of("v5e-1")
     d, tokens, layers = 1536, 1536, 8
@@ -111,7 +106,7 @@ def test_scan_of_blocks_is_so_many_blocks_and_no_faster_than_the_roofline():
     assert layers * ideal < sum(products) < 1.6 * layers * ideal
 
 
-@libtpu
+@needs_libtpu
 def test_fsdp_gathers_weights_and_reduces_their_gradients():
     where, mesh = setup = mesh_of("v5p-8", "fsdp=4")
     layers, d = 4, 512
@@ -134,7 +129,7 @@ def test_fsdp_gathers_weights_and_reduces_their_gradients():
     assert all(one.source.startswith("test_hlo_compiled.py:") for one in found.collectives)
 
 
-@libtpu
+@needs_libtpu
 @pytest.mark.parametrize("name", GENERATIONS)
 @pytest.mark.parametrize("shape", [(2, 3584, 2, 128), (8, 4096, 1, 384)])
 def test_attention_of_the_real_sizes_fits_into_vmem(name, shape):
@@ -149,7 +144,7 @@ def test_attention_of_the_real_sizes_fits_into_vmem(name, shape):
     assert found.attention_s > 0
 
 
-@libtpu
+@needs_libtpu
 def test_gathers_along_either_axis_of_a_transposed_mesh():
     where, mesh = setup = mesh_of("v5p-128", "data=4,fsdp=16")
 
@@ -168,7 +163,7 @@ def test_gathers_along_either_axis_of_a_transposed_mesh():
     }
 
 
-@libtpu
+@needs_libtpu
 def test_tensor_parallel_mlp_sums_over_its_axis():
     where, mesh = setup = mesh_of("v5e-16", "fsdp=4,tensor=4")
 
@@ -187,7 +182,7 @@ def test_tensor_parallel_mlp_sums_over_its_axis():
     assert (one.nbytes, one.count) == (1024 * 512 * 2, 1)
 
 
-@libtpu
+@needs_libtpu
 def test_all_to_all_and_permute():
     where, mesh = setup = mesh_of("v5e-16", "fsdp=4,tensor=4")
 
@@ -204,7 +199,7 @@ def test_all_to_all_and_permute():
     }
 
 
-@libtpu
+@needs_libtpu
 def test_two_slices_reduce_over_dcn():
     where, mesh = setup = mesh_of("2x v5e-16", "fsdp=16", 2)
 
@@ -221,7 +216,7 @@ def test_two_slices_reduce_over_dcn():
     assert one.nbytes == 1024 * 1024 * 2
 
 
-@libtpu
+@needs_libtpu
 @pytest.mark.parametrize(
     "fused,products", [(True, 2 / 0.55 + 5 / 0.45), (False, 2 / 0.55 + 7 / 0.45)]
 )

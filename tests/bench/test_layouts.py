@@ -8,6 +8,7 @@ import time
 
 import jax
 import pytest
+from marks import needs_libtpu
 
 from configs import recipes
 from qk_jax.bench import __main__ as bench
@@ -17,10 +18,6 @@ from qk_jax.errors import InputError
 from qk_jax.training import config as config_lib
 
 NANO = "tests/training/nano.py"
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="nothing compiles for a TPU slice without libtpu; pip install 'qk_jax[bench]'",
-)
 # Every stage, every generation and two slices, on the smallest meshes that show the axis; a stage
 # is on the generation that compiles it soonest.
 CASES = {
