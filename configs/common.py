@@ -135,9 +135,9 @@ def base(stage: str, size: str) -> ConfigDict:
         "text_tokens": (24, 32, 40) if tiny else (),
         # A dropped picture leaves a row without an answer: short runs can afford few of them.
         "dropout": {
-            "text": pick(size, 0.05, 0.05, 0.05, 0.1),
-            "pictures": pick(size, 0.02, 0.02, 0.02, 0.1),
-            "both": pick(size, 0.05, 0.05, 0.05, 0.1),
+            "text": 0.05 if tiny else 0.1,
+            "pictures": 0.02 if tiny else 0.1,
+            "both": 0.05 if tiny else 0.1,
         },
         # shapes of one task (each is compiled); rarer ones are merged into the nearest
         "max_groups": pick(size, tiny=2, tiny_long=4, smoke=1, full=8),

@@ -30,7 +30,7 @@ TEXT_STEP = 8  # a group's text is as long as a multiple of it
 VLM_PIXELS = 112 * 112
 CHUNK = 4096  # examples that are held as pictures at a time
 VARIANTS = 4  # text-to-image examples of each cut-out, with their own wording and background
-# Examples of the tasks with one picture. The same as the stages of the quickstart make.
+# Examples of the tasks with one picture, by chance from all that the training side makes.
 PICTURES = {"reconstruction": 6_000, "transformation": 24_000, "editing": 36_000}
 
 

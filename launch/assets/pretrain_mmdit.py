@@ -266,7 +266,7 @@ QwenImageTransformer2DModel, {parameters:,} parameters, float16: {layers} blocks
   the source; the source's latents.
 - **Latents**: of the tiny VAE (frozen), drawn from the posterior.
 - **Training**: flow matching, logit-normal t with resolution shift, AdamW, moving average, on a
-  CPU; {dropped:.0%} of the rows without words. Steps of {batch}, one run from the other's weights:
+  CPU; {dropped:.0%} of the rows without words. Steps, one run from the other's weights:
 {runs}
 - **Positions**: the shifted law, text at zero. diffusers' pipelines place tokens by another law, so
   there it needs these positions.
@@ -301,7 +301,7 @@ def card(metrics: dict[str, Any]) -> str:
         rows[name] = f"{found['top1']:.0%} | {found['top5']:.0%} | {found['candidates']}"
     rows["runs"] = "\n".join(
         f"  - {run['steps']:,} in {run['seconds'] / 60:.0f} minutes, {run['shown']:.0%} with a "
-        f"source: {', '.join(run['tasks'])}"
+        f"source: {', '.join(run['tasks'])} ({run['batch']} pictures a step)"
         for run in metrics["runs"]
     )
     pictures = (f"{count:,} of {task}" for task, count in metrics["pictures"].items())
@@ -375,7 +375,7 @@ def train(args: argparse.Namespace, params: Params, feed: Feed) -> tuple[Params,
         if now - saved > 60 * args.save_minutes:
             torch_export.export_mmdit(state[1], CONFIG, args.out, jnp.float16)
             saved = now
-    tasks = ["text_to_image", *mmdit_examples.PICTURES] if args.shown else ["text_to_image"]
+    tasks = ["text_to_image"] * (args.shown < 1) + [*mmdit_examples.PICTURES] * (args.shown > 0)
     run = {"steps": step, "batch": args.batch, "seconds": round(time.monotonic() - start)}
     return state[1], run | {"shown": args.shown, "tasks": tasks}
 
@@ -436,7 +436,6 @@ def main() -> None:
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(shipped)),
         "examples": len(captioned),
         "pictures": counts,
-        "batch": args.batch,
         "runs": [*runs, run],
     }
     write(args.out, shipped, metrics | evaluate(shipped, probes))
