@@ -170,6 +170,7 @@ def base(stage: str, size: str) -> ConfigDict:
     config.compiler = ConfigDict({
         "cpu": ("xla_cpu_use_fusion_emitters=false", "xla_backend_optimization_level=1"),
         "gpu": (), "tpu": (),
+        "tpu_step": (),  # besides, for the train step alone, which has no convolutions
     })  # fmt: skip
 
     config.checkpoint = ConfigDict({

@@ -44,6 +44,7 @@ class Recipe:
       remat: config.model.remat.
       gradients: config.dtype.gradients.
       flags: config.compiler.tpu.
+      step_flags: config.compiler.tpu_step.
       figures: compile-time estimates; None for a row that has not been compiled.
     """
 
@@ -55,6 +56,7 @@ class Recipe:
     remat: str = "full"
     gradients: str = "float32"
     flags: tuple[str, ...] = ()
+    step_flags: tuple[str, ...] = ()
     figures: Figures | None = None
 
 
@@ -159,4 +161,5 @@ def apply(config: ConfigDict, name: str) -> ConfigDict:
     config.model.remat = recipe.remat
     config.dtype.gradients = recipe.gradients
     config.compiler.tpu = recipe.flags
+    config.compiler.tpu_step = recipe.step_flags
     return config

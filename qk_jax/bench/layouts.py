@@ -41,7 +41,7 @@ MOST = 24  # layouts of a search per slice
 # What a row depends on besides its definition.
 SOURCES = (
     "models", "diffusion", "training", "sharding.py", "bench/row.py", "bench/cost.py",
-    "bench/hlo.py", "bench/hlo_text.py", "bench/topologies.py",
+    "bench/estimates.py", "bench/hlo.py", "bench/hlo_text.py", "bench/topologies.py",
 )  # fmt: skip
 # Fields of every row, in the order in which they are written; those of `Row` among them.
 FIELDS = (
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--size", metavar="HxW", help="a target size of the config (the first)")
     add("--pictures", type=int, help="condition pictures (2 where the generator sees them, else 1)")
-    add("--flags", **many, default=[], metavar="NAME=VALUE", help="TPU compiler options")
+    add("--flags", **many, default=[], metavar="NAME=VALUE", help="TPU options of the train step")
     add("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="rows compiled at once")
     add("--timeout", type=float, default=30, metavar="MINUTES", help="for one row (30)")
     add(
@@ -118,7 +118,7 @@ def command(args: argparse.Namespace, overrides: Mapping[str, str]) -> None:
     for name in args.remat or ():
         if name != row.NO_REMAT:
             layers.remat_policy(name)
-    places = find_places(args, [*config.compiler.tpu, *flags])
+    places = find_places(args, [*config.compiler.tpu, *config.compiler.tpu_step, *flags])
     given = Row(
         args.config, dict(overrides), "", bool(args.measure), "", "", 0.0, size, pictures, flags,
         args.measure,

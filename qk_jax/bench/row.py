@@ -25,7 +25,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from qk_jax import sharding
-from qk_jax.bench import cost, hlo, topologies
+from qk_jax.bench import cost, estimates, hlo, topologies
 from qk_jax.errors import InputError, exits
 from qk_jax.training import checkpoint, flops
 from qk_jax.training import config as config_lib
@@ -102,7 +102,7 @@ class Row:
       per_chip_batch: rows of a micro-batch over devices.
       size: (H, W) of the target.
       pictures: condition pictures of every row.
-      flags: compiler options, besides the config's.
+      flags: compiler options of the train step, besides the config's.
       measure: steps to time on the devices at hand; 0 compiles only.
     """
 
@@ -210,7 +210,7 @@ def configured(row: Row, at: Place) -> ConfigDict:
     config = config_lib.load(row.config, row.overrides)
     lay_out(config, row.layout, at)
     config.model.remat = "" if row.remat == NO_REMAT else row.remat
-    config.compiler.tpu = (*config.compiler.tpu, *row.flags)
+    config.compiler.tpu_step = (*config.compiler.tpu_step, *row.flags)
     micro = micro_batch(at, row.per_chip_batch)
     config.optimizer.accumulation = max(1, config.data.batch // micro)
     config.data.batch = config.optimizer.accumulation * micro
@@ -233,14 +233,23 @@ def micro_batch(at: Place, per_chip_batch: float) -> int:
 
 
 class Program(NamedTuple):
-    """One train step over a mesh, before it is compiled; all trees are abstract."""
+    """One train step over a mesh, the encoder of its pictures apart, before they are compiled; all
+    trees are abstract."""
 
     model: Any
     config: ConfigDict
     layout: state_lib.Layout
     adam: Any
+    encode: Any
     step: Any
     batch: dict[str, Any]
+
+
+class Executables(NamedTuple):
+    """The two compiled programs of a train step, which run one after the other."""
+
+    encode: Any
+    step: Any
 
 
 def program(config: ConfigDict, mesh: jax.sharding.Mesh, batch: dict[str, Any]) -> Program:
@@ -254,15 +263,18 @@ def program(config: ConfigDict, mesh: jax.sharding.Mesh, batch: dict[str, Any]) 
     model = state_lib.build_model(config)
     layout = state_lib.Layout(model, config, mesh)
     adam = state_lib.build_optimizer(config, layout)
+    encode = step_lib.make_encoder(model, config, layout)
     step = step_lib.make_train_step(model, config, layout, adam)
-    return Program(model, config, layout, adam, step, batch)
+    return Program(model, config, layout, adam, encode, step, batch)
 
 
-def compiled(given: Program) -> Any:
-    """The executable of a program."""
-    state = given.layout.state(given.config, given.adam.tx)
+def compiled(given: Program) -> Executables:
+    """The executables of a program."""
+    state, frozen = given.layout.state(given.config, given.adam.tx), given.layout.frozen
     with jax.set_mesh(given.layout.mesh):
-        return given.step.trace(state, given.layout.frozen, given.batch).lower().compile()
+        encode = given.encode.trace(frozen, given.batch)
+        step = given.step.trace(state, frozen, given.batch | encode.out_info)
+        return Executables(encode.lower().compile(), step.lower().compile())
 
 
 class Measured(NamedTuple):
@@ -274,7 +286,7 @@ class Measured(NamedTuple):
     grad_norm: float
 
 
-def measure(given: Program, executable: Any, steps: int) -> Measured:
+def measure(given: Program, executables: Executables, steps: int) -> Measured:
     """Times `steps` steps after one that warms up, from random parameters and synthetic rows.
 
     Parameters and rows do not depend on the layout.
@@ -291,7 +303,8 @@ def measure(given: Program, executable: Any, steps: int) -> Measured:
         seconds, first = [], None
         for _ in range(steps + 1):
             start = time.perf_counter()
-            state, values = jax.block_until_ready(executable(state, frozen, batch))
+            whole = batch | executables.encode(frozen, batch)
+            state, values = jax.block_until_ready(executables.step(state, frozen, whole))
             seconds.append(time.perf_counter() - start)
             first = first or values
     return Measured(float(np.median(seconds[1:])), float(first["loss"]), float(first["grad_norm"]))
@@ -363,22 +376,24 @@ def answers(row: Row, text: pathlib.Path | None = None) -> Iterator[dict[str, An
     yield found
     start = time.perf_counter()
     try:
-        executable = compiled(given)
+        executables = compiled(given)
     except jax.errors.JaxRuntimeError as error:
         yield found | no_room(error) | {"compile_s": time.perf_counter() - start}
         return
-    found |= {"fits": True, "compile_s": time.perf_counter() - start}
-    found |= memory(executable.memory_analysis())
+    found |= {"compile_s": time.perf_counter() - start}
+    found |= memory(*(one.memory_analysis() for one in executables))
+    found["fits"] = at.hbm_bytes is None or found["hbm_peak_gib"] * GIB <= at.hbm_bytes
     yield found
     if where is not None or text is not None:
-        program_text = executable.as_text()
+        texts = [one.as_text() for one in executables]
         if text is not None:
-            text.write_text(program_text, encoding="utf-8")
+            text.write_text("\n\n".join(texts), encoding="utf-8")
         if where is not None:
-            found |= estimated(hlo.estimate(program_text, mesh, where), found, at)
+            parts = [hlo.estimate(one, mesh, where) for one in texts]
+            found |= estimated(estimates.together(parts), found, at)
             yield found
     if row.measure:
-        yield found | run_here(measure(given, executable, row.measure), found, at)
+        yield found | run_here(measure(given, executables, row.measure), found, at)
 
 
 def work(config: ConfigDict, given: Program) -> dict[str, Any]:
@@ -396,17 +411,25 @@ def work(config: ConfigDict, given: Program) -> dict[str, Any]:
     }
 
 
-def memory(found: Any) -> dict[str, Any]:
-    """HBM of one device, of a compiled program."""
-    arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes
-    outputs = found.output_size_in_bytes - found.alias_size_in_bytes
+def memory(encode: Any, step: Any) -> dict[str, Any]:
+    """HBM of one device while the two programs of a step run, each beside what the other takes.
+
+    The autoencoder is an argument of the first alone, everything else that lasts of the second.
+    """
+    both = (encode, step)
+    peaks = [
+        one.peak_memory_in_bytes + other.argument_size_in_bytes
+        for one, other in zip(both, both[::-1], strict=True)
+    ]
+    outputs = step.output_size_in_bytes - step.alias_size_in_bytes
+    hosts = [one.host_argument_size_in_bytes + one.host_temp_size_in_bytes for one in both]
     return {
-        "hbm_peak_gib": found.peak_memory_in_bytes / GIB,
-        "argument_gib": arguments / GIB,
-        "temp_gib": temporaries / GIB,
+        "hbm_peak_gib": max(peaks) / GIB,
+        "argument_gib": sum(one.argument_size_in_bytes for one in both) / GIB,
+        "temp_gib": max(one.temp_size_in_bytes for one in both) / GIB,
         "output_gib": outputs / GIB,
-        "code_gib": found.generated_code_size_in_bytes / GIB,
-        "host_gib": (found.host_argument_size_in_bytes + found.host_temp_size_in_bytes) / GIB,
+        "code_gib": sum(one.generated_code_size_in_bytes for one in both) / GIB,
+        "host_gib": max(hosts) / GIB,
     }
 
 
@@ -435,7 +458,7 @@ def no_room(error: jax.errors.JaxRuntimeError) -> dict[str, Any]:
     raise error
 
 
-def estimated(guess: hlo.Estimate, found: dict[str, Any], at: Place) -> dict[str, Any]:
+def estimated(guess: estimates.Estimate, found: dict[str, Any], at: Place) -> dict[str, Any]:
     """The estimate's fields; `found` has rows and model_tflops_per_step."""
     seconds = guess.step_time_s
     dearest = sorted(guess.ops, key=lambda op: op.seconds, reverse=True)[:DEAREST]

@@ -169,18 +169,27 @@ class QueryKontext:
         """The generator's context [B, T + K, J] and its mask [B, T + K] for a batch."""
         return self.connect(params, *self.states(params, batch), batch["text_mask"])
 
-    def encode_pictures(
-        self, params: Params, pictures: jax.Array, rng: jax.Array | None = None
-    ) -> jax.Array:
-        """uint8 pictures [B, H, W, 3] -> normalised latents [B, H/8, W/8, C] in float32.
-
-        With `rng` the posterior is sampled (targets in training); without, its mode is taken
-        (condition pictures, as diffusers' pipelines do).
-        """
+    def posterior(self, params: Params, pictures: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """uint8 pictures [B, H, W, 3] -> mean and log variance of latents [B, H/8, W/8, C]."""
         x = pictures.astype(jnp.float32) / 127.5 - 1.0
-        mean, logvar = self.vae.apply({"params": params["vae"]}, x, method="encode")
-        z = mean if rng is None else vae.sample(mean, logvar, rng)
-        return vae.normalize(z, self.config.vae)
+        return self.vae.apply({"params": params["vae"]}, x, method="encode")
+
+    def encode_pictures(self, params: Params, pictures: jax.Array) -> jax.Array:
+        """uint8 pictures [B, H, W, 3] -> normalised latents [B, H/8, W/8, C] in float32: the mode
+        of their posterior, as diffusers' pipelines take it for condition pictures."""
+        return vae.normalize(self.posterior(params, pictures)[0], self.config.vae)
+
+    def encode(self, params: Params, batch: dict[str, Any]) -> dict[str, Any]:
+        """What the autoencoder makes of a batch, all that `loss` needs of its pixels.
+
+        Returns:
+          `posterior`, (mean, log variance) of the target [B, H/8, W/8, C], not yet normalised, and
+          `latents` of the condition pictures.
+        """
+        return {
+            "posterior": self.posterior(params, batch["target"]),
+            "latents": self.condition_latents(params, batch),
+        }
 
     def decode(self, params: Params, latents: jax.Array) -> jax.Array:
         """Normalised latents [B, h, w, C] -> pictures [B, 8 h, 8 w, 3] in [-1, 1], float32."""
@@ -247,10 +256,13 @@ class QueryKontext:
         """Flow-matching loss per row [B] in float32, and what the caller may log.
 
         x_t = (1 - t) x0 + t eps, target eps - x0, on target tokens only. aux holds `t` [B] and the
-        VLM states of the queries, `kontext` [B, K, D].
+        VLM states of the queries, `kontext` [B, K, D]. A batch that holds what `encode` returns is
+        not encoded again, and of its pictures only the sizes are read.
         """
+        encoded = batch if "posterior" in batch else self.encode(params, batch)
         posterior_key, time_key, noise_key = jax.random.split(rng, 3)
-        x0 = mmdit.pack(self.encode_pictures(params, batch["target"], posterior_key))
+        z = vae.sample(*encoded["posterior"], posterior_key)
+        x0 = mmdit.pack(vae.normalize(z, self.config.vae))
         height, width = batch["target"].shape[1:3]
         grid = (height // PACKED, width // PACKED)
         t = flow.sample_timesteps(time_key, (x0.shape[0],), time_law, x0.shape[1])
@@ -258,9 +270,9 @@ class QueryKontext:
         x_t = flow.interpolate(x0, noise, t)
         text, kontext = self.states(params, batch)
         context, mask = self.connect(params, text, kontext, batch["text_mask"])
-        latents = self.condition_latents(params, batch)
         prediction = self.velocity(
-            params, x_t, t, context, mask, grid, latents, batch["roles"], batch["condition_mask"]
-        )
+            params, x_t, t, context, mask, grid, encoded["latents"], batch["roles"],
+            batch["condition_mask"],
+        )  # fmt: skip
         loss = flow.loss(prediction, flow.velocity_target(x0, noise))
         return loss, {"t": t, "kontext": kontext}

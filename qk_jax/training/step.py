@@ -78,6 +78,11 @@ def micro_batches(batch: Batch, count: int) -> Batch:
     return jax.tree.map(part, batch)
 
 
+def one_batch(parts: Batch) -> Batch:
+    """Leaves [count, B / count, ...] -> [B, ...], what `micro_batches` took apart."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), parts)
+
+
 def gradients(
     loss: LossFn,
     params: Tree,
@@ -135,15 +140,24 @@ def summaries(rows: Batch, bins: int) -> dict[str, jax.Array]:
     return out
 
 
-def compiler_options(config: Mapping[str, Any], platform: str) -> dict[str, Any]:
+def compiler_options(
+    config: Mapping[str, Any], platform: str, *, step: bool = False
+) -> dict[str, Any]:
     """The config's options for the platform that compiles; of those for the platform at hand, what
     its compiler does not know is left out.
+
+    Args:
+      config: of the run.
+      platform: 'cpu', 'gpu' or 'tpu'.
+      step: whether it is the train step that is compiled, which has some of its own.
 
     Raises:
       InputError: an option is not of the form name=value.
     """
     options = {}
-    for text in config["compiler"].get(platform, ()):
+    table = config["compiler"]
+    own = table.get(f"{platform}_step", ()) if step else ()
+    for text in (*table.get(platform, ()), *own):
         name, equals, value = text.partition("=")
         if not equals:
             raise InputError(f"config.compiler: {text!r} must be NAME=VALUE")
@@ -188,6 +202,40 @@ def gatherer(layout: Layout, compute: Any, gradients: str) -> Callable[[Tree], T
     return lambda params: jax.tree.map(one, params, layout.params, layout.weights)
 
 
+def make_encoder(
+    model: QueryKontext, config: Mapping[str, Any], layout: Layout
+) -> Callable[[Tree, Batch], Batch]:
+    """The compiled (frozen, batch) -> what `QueryKontext.encode` makes of the pictures.
+
+    A program of its own beside the train step, which so has no convolutions: a TPU's compiler that
+    may use much VMEM for a large matrix product does not come to an end with those. As many rows
+    are encoded at a time as a micro-batch has.
+
+    Raises:
+      InputError: the autoencoder is trained.
+    """
+    if "vae" in layout.params:
+        raise InputError(
+            "config.rules train the autoencoder, whose latents the loss is made of; freeze vae/.*"
+        )
+    accumulation = config["optimizer"]["accumulation"]
+
+    def encode(frozen: Tree, batch: Batch) -> Batch:
+        if accumulation == 1:
+            return model.encode(frozen, batch)
+        pictures = {name: batch[name] for name in ("target", "conditions")}
+        parts = micro_batches(pictures, accumulation)
+        return one_batch(jax.lax.map(lambda part: model.encode(frozen, part), parts))
+
+    rows = sharding.batch_sharding(layout.mesh)
+    return jax.jit(
+        encode,
+        in_shardings=(places(layout.frozen), rows),
+        out_shardings=rows,
+        compiler_options=compiler_options(config, sharding.platform(layout.mesh)),
+    )
+
+
 def make_train_step(
     model: QueryKontext,
     config: Mapping[str, Any],
@@ -196,6 +244,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The compiled step (state, frozen, batch) -> (state, metrics); it consumes the state.
 
+    The batch may hold what `make_encoder` makes of its pictures, which are encoded here otherwise.
     Every random number comes from fold_in(key(seed), step), so the step number alone decides them.
     A batch of new shapes compiles anew. Metrics are device arrays; reading them waits.
     """
@@ -238,12 +287,12 @@ def make_train_step(
         in_shardings=(state_places, frozen_places, sharding.batch_sharding(layout.mesh)),
         out_shardings=(state_places, sharding.replicated(layout.mesh)),
         donate_argnums=0,
-        compiler_options=compiler_options(config, sharding.platform(layout.mesh)),
+        compiler_options=compiler_options(config, sharding.platform(layout.mesh), step=True),
     )
 
 
 class Compiled:
-    """The train step, compiled once per batch shape, with the model FLOPs of each shape."""
+    """Encoder and train step, compiled once per batch shape, with the model FLOPs of each shape."""
 
     def __init__(
         self,
@@ -252,23 +301,29 @@ class Compiled:
         layout: Layout,
         adam: optimizer.Optimizer,
     ):
+        self._encode = make_encoder(model, config, layout)
         self._step = make_train_step(model, config, layout, adam)
         # Recomputation is no work of the model, and kernels do not show theirs.
         self._plain = make_train_step(build_model(config, remat=False), config, layout, adam)
-        self._known: dict[Any, tuple[Any, int]] = {}
+        self._known: dict[Any, tuple[Any, Any, int]] = {}
 
     def __call__(self, state: TrainState, frozen: Tree, batch: Batch):
         """(state, metrics, FLOPs of this step, whether it had to compile)."""
         key = tuple((name, x.shape) for name, x in checkpoint.named(batch).items())
         new = key not in self._known
         if new:
-            with attention.kernel("xla"):
-                plain = self._plain.trace(state, frozen, batch)
-            compiled = self._step.lower(state, frozen, batch).compile()
-            self._known[key] = compiled, flops.of_jaxpr(plain.jaxpr.jaxpr)
-        compiled, work = self._known[key]
-        state, values = compiled(state, frozen, batch)
+            self._known[key] = self._compiled(state, frozen, batch)
+        encode, step, work = self._known[key]
+        state, values = step(state, frozen, batch | encode(frozen, batch))
         return state, values, work, new
+
+    def _compiled(self, state: TrainState, frozen: Tree, batch: Batch) -> tuple[Any, Any, int]:
+        """Encoder, step and FLOPs for batches of these shapes."""
+        with attention.kernel("xla"):
+            plain = self._plain.trace(state, frozen, batch)
+        encode = self._encode.trace(frozen, batch)
+        step = self._step.lower(state, frozen, batch | encode.out_info)
+        return encode.lower().compile(), step.compile(), flops.of_jaxpr(plain.jaxpr.jaxpr)
 
 
 def make_eval_step(

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from marks import needs_libtpu
 
 from qk_jax import sharding
-from qk_jax.bench import hlo, topologies
+from qk_jax.bench import estimates, hlo, topologies
 from qk_jax.models.attention import attention
 
 
@@ -249,4 +249,4 @@ def test_splash_attention_forward_and_backward(fused, products):
     found = compiled(setup, jax.grad(loss, (0, 1, 2)), heads_of, heads_of, heads_of, ids)
     product = 2 * 2 * heads * length * length * 128
     assert found.attention_s == pytest.approx(products * product / where.spec.peak_flops, rel=1e-6)
-    assert sum(op.count for op in found.ops if op.kind == hlo.PALLAS) == (2 if fused else 3)
+    assert sum(op.count for op in found.ops if op.kind == estimates.PALLAS) == (2 if fused else 3)
