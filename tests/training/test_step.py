@@ -1,0 +1,72 @@
+"""The two programs of a train step: pictures are encoded apart, and nothing else changes."""
+
+import pathlib
+
+import batches
+import jax
+import numpy as np
+import pytest
+
+from qk_jax import sharding
+from qk_jax.errors import InputError
+from qk_jax.training import config as config_lib
+from qk_jax.training import stages
+from qk_jax.training import state as state_lib
+from qk_jax.training import step as step_lib
+
+NANO = pathlib.Path(__file__).parent / "nano.py"
+
+
+def config_of(stage, **changes):
+    overrides = {key.replace("__", "."): str(value) for key, value in changes.items()}
+    return config_lib.load(f"{NANO}:{stage}", overrides)
+
+
+def built(config):
+    """(model, layout) over one device."""
+    model = state_lib.build_model(config)
+    mesh = sharding.build_mesh({}, jax.devices()[:1])
+    return model, state_lib.Layout(model, config, mesh)
+
+
+def random_like(tree):
+    """Not fresh parameters: a fresh generator paints nothing, whatever comes in."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: (0.1 * rng.normal(size=x.shape)).astype(x.dtype), tree)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_batch_encoded_apart_has_the_same_loss(accumulation):
+    """Target and condition pictures, row by row, in whatever micro-batches they are encoded."""
+    config = config_of("stage3", optimizer__accumulation=accumulation)
+    model, layout = built(config)
+    frozen = random_like(layout.frozen)
+    tree = stages.join(random_like(layout.params), frozen)
+    batch = batches.batch(config, 0, pictures=2)
+    with jax.set_mesh(layout.mesh):
+        encoded = step_lib.make_encoder(model, config, layout)(frozen, batch)
+        direct = jax.jit(model.encode)(frozen, batch)
+        lost = jax.jit(step_lib.loss_fn(model, config))
+        wanted, _ = lost(tree, batch, jax.random.key(1))
+        found, _ = lost(tree, batch | encoded, jax.random.key(1))
+    assert len(encoded["latents"]) == 2
+    for one, other in zip(*map(jax.tree.leaves, (encoded, direct)), strict=True):
+        scale = np.max(np.abs(other))
+        np.testing.assert_allclose(one, other, atol=1e-5 * scale)
+        assert np.max(np.abs(other - other[::-1])) > 1e-2 * scale  # rows are not alike
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_a_trained_autoencoder_is_refused():
+    config = config_of("stage2")
+    config.rules = (("vae/.*", "train"), *config.rules)
+    model, layout = built(config)
+    with pytest.raises(InputError, match=r"freeze vae/"):
+        step_lib.make_encoder(model, config, layout)
+
+
+def test_options_of_the_step_reach_no_other_program():
+    config = {"compiler": {"tpu": ("a=1",), "tpu_step": ("b=true",)}}
+    assert step_lib.compiler_options(config, "tpu") == {"a": 1}
+    assert step_lib.compiler_options(config, "tpu", step=True) == {"a": 1, "b": True}
+    assert step_lib.compiler_options(config, "gpu", step=True) == {}
