@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pictures", type=int, help="condition pictures (2 where the generator sees them, else 1)")
     add("--flags", **many, default=[], metavar="NAME=VALUE", help="TPU options of the train step")
     add("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="rows compiled at once")
-    add("--timeout", type=float, default=30, metavar="MINUTES", help="for one row (30)")
+    add("--timeout", type=float, default=60, metavar="MINUTES", help="for one row (60)")
     add(
         "--measure", type=int, nargs="?", const=5, default=0, metavar="STEPS",
         help="time so many steps (5) on the devices at hand",
