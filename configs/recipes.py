@@ -113,7 +113,7 @@ RECIPES = {
         "v6e-64", 64, 8, RING, figures=Figures(mfu=0.321, step_time_s=0.772, hbm_gib=28.21)
     ),
     ("stage2", "20b", "v5p-128"): _fsdp(
-        "v5p-128", 64, 8, OVERLAP, figures=Figures(mfu=0.692, step_time_s=4.155, hbm_gib=71.58)
+        "v5p-128", 64, 8, OVERLAP, figures=Figures(mfu=0.692, step_time_s=4.159, hbm_gib=71.59)
     ),
     ("stage2", "20b", "v6e-256"): _fsdp(
         "v6e-256", 256, 4, RING, remat="attention+out+mlp",

@@ -274,8 +274,8 @@ def compiled(given: Program) -> Executables:
     with jax.set_mesh(given.layout.mesh):
         encode = given.encode.trace(frozen, given.batch)
         step = given.step.trace(state, frozen, given.batch | encode.out_info)
-        compiled = step.lower().compile()  # first: it is what may not fit
-        return Executables(encode.lower().compile(), compiled)
+        large = step.lower().compile()  # first: it is what may not fit
+        return Executables(encode.lower().compile(), large)
 
 
 class Measured(NamedTuple):

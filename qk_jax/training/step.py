@@ -207,9 +207,9 @@ def make_encoder(
 ) -> Callable[[Tree, Batch], Batch]:
     """The compiled (frozen, batch) -> what `QueryKontext.encode` makes of the pictures.
 
-    A program of its own beside the train step, which so has no convolutions: a TPU's compiler that
-    may use much VMEM for a large matrix product does not come to an end with those. As many rows
-    are encoded at a time as a micro-batch has.
+    A program of its own beside the train step, which so has no convolutions: the compiler for v6e,
+    when it may use the VMEM that makes large matrix products fast, does not come to an end with
+    those. As many rows are encoded at a time as a micro-batch has.
 
     Raises:
       InputError: the autoencoder is trained.

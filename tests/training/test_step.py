@@ -17,11 +17,6 @@ from qk_jax.training import step as step_lib
 NANO = pathlib.Path(__file__).parent / "nano.py"
 
 
-def config_of(stage, **changes):
-    overrides = {key.replace("__", "."): str(value) for key, value in changes.items()}
-    return config_lib.load(f"{NANO}:{stage}", overrides)
-
-
 def built(config):
     """(model, layout) over one device."""
     model = state_lib.build_model(config)
@@ -38,7 +33,7 @@ def random_like(tree):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_batch_encoded_apart_has_the_same_loss(accumulation):
     """Target and condition pictures, row by row, in whatever micro-batches they are encoded."""
-    config = config_of("stage3", optimizer__accumulation=accumulation)
+    config = config_lib.load(f"{NANO}:stage3", {"optimizer.accumulation": str(accumulation)})
     model, layout = built(config)
     frozen = random_like(layout.frozen)
     tree = stages.join(random_like(layout.params), frozen)
@@ -58,7 +53,7 @@ def test_a_batch_encoded_apart_has_the_same_loss(accumulation):
 
 
 def test_a_trained_autoencoder_is_refused():
-    config = config_of("stage2")
+    config = config_lib.load(f"{NANO}:stage2", {})
     config.rules = (("vae/.*", "train"), *config.rules)
     model, layout = built(config)
     with pytest.raises(InputError, match=r"freeze vae/"):
