@@ -50,7 +50,7 @@ setup(
         "console_scripts": [
             "qk-train = qk_jax.train:run",
             "qk-sample = qk_jax.sample:run",
-            "qk-convert = qk_jax.convert.__main__:run",
+            "qk-convert = qk_jax.convert:run",
             "qk-bench = qk_jax.bench.__main__:run",
         ]
     },

@@ -12,12 +12,12 @@ from ml_collections import ConfigDict
 
 import qk_jax
 from qk_jax import sharding
-from qk_jax.convert.safetensors_io import read_json
+from qk_jax.base.errors import InputError
+from qk_jax.base.files import read_json
 from qk_jax.data import buckets
 from qk_jax.diffusion import flow
-from qk_jax.errors import InputError
+from qk_jax.experiment.stages import STAGES
 from qk_jax.models import mmdit, qwen_vl, rotary, vae
-from qk_jax.training.stages import STAGES
 
 ASSETS = Path(qk_jax.__file__).parent / "assets"
 
@@ -178,15 +178,18 @@ def base(stage: str, size: str) -> ConfigDict:
         "keep": 2,
         "keep_every": 0,  # steps divisible by it stay for good; 0 for none
     })  # fmt: skip
-    config.validation = ConfigDict({
-        "every": pick(size, 0, 1000, 6, 2000),  # 0 is off
+    # Evaluation during training: `type` is one of training.evals.EVALUATORS, `every` 0 is off
+    config.evals = ConfigDict({
+        "loss": {"type": "loss", "every": pick(size, 0, 1000, 6, 2000)},
+        # sheets of painted pictures of so many validation records per task
+        "sheets": {
+            "type": "sheets", "every": 0, "records": 4,
+            "steps": 20, "guidance": 4.0, "image_guidance": 1.5, "seed": 0,
+        },
+    })  # fmt: skip
+    config.validation = ConfigDict({  # the fixed held-out batches
         "batches": pick(size, 4, 4, 1, 4),
         "batch": pick(size, 32, 32, 8, 32), "seed": 17,
-    })  # fmt: skip
-    config.samples = ConfigDict({
-        "every": 0,  # steps between sheets of painted pictures; 0 for none
-        "records": 4,  # validation records per task
-        "steps": 20, "guidance": 4.0, "image_guidance": 1.5, "seed": 0,
     })  # fmt: skip
     config.log = ConfigDict({"every": pick(size, 10, 50, 2, 50), "t_bins": 5})
     config.wandb = ConfigDict({"project": "", "name": ""})

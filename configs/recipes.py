@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from qk_jax import sharding
-from qk_jax.errors import InputError
+from qk_jax.base.errors import InputError
 
 
 class Figures(NamedTuple):

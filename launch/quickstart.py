@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import os
 import pathlib
 import resource
 import shutil
@@ -24,16 +23,19 @@ from typing import Any
 import absl.logging
 import report  # beside this file
 
-from qk_jax import errors, evaluation, painting, sheets
-from qk_jax.errors import InputError
-from qk_jax.training import config as config_lib
+from qk_jax import evaluation, painting
+from qk_jax.base import files
+from qk_jax.base.errors import InputError, exits
+from qk_jax.experiment import config as config_lib
+from qk_jax.painting import sheets
+from qk_jax.training import start
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 IS_MAC = sys.platform == "darwin"  # counts memory in bytes, where Linux counts KiB
 STAGES = ("stage1", "stage2", "stage3")
 PHASES = ("untrained", *STAGES)
 MODES = {
-    "quick": ("tiny", evaluation.Plan()),
+    "quick": ("tiny", evaluation.Extent()),
     "smoke": ("smoke", evaluation.SMOKE),
     "long": ("tiny_long", evaluation.LONG),
 }
@@ -44,10 +46,10 @@ class Quickstart:
 
     def __init__(self, out: pathlib.Path, mode: str):
         self.out, self.mode = out, mode
-        self.size, self.plan = MODES[mode]
+        self.size, self.extent = MODES[mode]
         self.specs = {stage: f"{ROOT}/configs/{stage}.py:{self.size}" for stage in STAGES}
         configs = [config_lib.to_json(config_lib.load(spec)) for spec in self.specs.values()]
-        text = json.dumps([configs, repr(self.plan)])
+        text = json.dumps([configs, repr(self.extent)])
         self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.state = {"mode": mode, "digest": self.digest, "parts": {}}
 
@@ -60,14 +62,7 @@ class Quickstart:
         marker = self.out / "state.json"
         if fresh and marker.is_file():
             shutil.rmtree(self.out)
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            probe = self.out / f".write-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            reason = error.strerror
-            raise InputError(f"{self.out} cannot be written: {reason}; give --out") from None
+        files.writable_folder(self.out, "the folder")
         if marker.is_file():
             try:
                 found = json.loads(marker.read_text())
@@ -85,7 +80,7 @@ class Quickstart:
 
     def write_state(self) -> None:
         """Notes which parts are done."""
-        write_text(self.out / "state.json", json.dumps(self.state, indent=1))
+        files.write_text(self.out / "state.json", json.dumps(self.state, indent=1))
 
     def part(self, name: str, title: str, work: Callable[[], None]) -> None:
         """Does `work` unless it was done before; notes its time."""
@@ -134,7 +129,7 @@ class Quickstart:
 
     def compare(self) -> None:
         """The same weights, states and pictures from the same noise, in JAX and in PyTorch."""
-        from qk_jax.convert import verify
+        from qk_jax.export import verify
 
         painter = painting.load(self.out / "stage3", batch=1)
         pipe = verify.load_pipeline(self.out / "pytorch")
@@ -143,7 +138,7 @@ class Quickstart:
             for line in lines:
                 print(f"    {line.name}: {line.difference:.3g} (at most {line.tolerance:g})")
                 rows.append(line._asdict() | {"is_good": line.is_good})
-        write_text(self.out / "comparison.json", json.dumps(rows, indent=1))
+        files.write_text(self.out / "comparison.json", json.dumps(rows, indent=1))
 
     def command(self, *words: Any) -> None:
         """Runs Python in a process of its own; leaves with its status when it fails."""
@@ -155,25 +150,26 @@ class Quickstart:
     def measure(self, phase: str) -> None:
         """Figures and sheets of one phase."""
         if phase == "untrained":
-            painter = evaluation.untrained(config_lib.load(self.specs["stage1"]), self.plan.batch)
+            loaded = start.untrained(config_lib.load(self.specs["stage1"]))
+            painter = painting.of_loaded(loaded, batch=self.extent.batch)
         else:
-            painter = painting.load(self.out / phase, batch=self.plan.batch)
+            painter = painting.load(self.out / phase, batch=self.extent.batch)
         config = config_lib.load(self.specs["stage3"])
-        held_out = evaluation.held_out(config, self.plan.records)
-        captions = evaluation.captions(config, self.plan.captions)
+        held_out = evaluation.held_out_examples(config, self.extent.records)
+        captions = evaluation.captions(config, self.extent.captions)
         figures, painted = evaluation.evaluate(
-            painter, self.plan, held_out, captions, lambda line: print(f"    {line}", flush=True)
+            painter, self.extent, held_out, captions, lambda line: print(f"    {line}", flush=True)
         )
         for task, pictures in painted.items():
-            shown = held_out[task][: self.plan.sheet]
+            shown = held_out[task][: self.extent.sheet]
             sheet = sheets.of_requests(
                 f"{task.replace('_', ' ')}, {phase}: held-out subjects",
                 [example.request for example in shown],
-                pictures[: self.plan.sheet],
+                pictures[: self.extent.sheet],
                 [example.truth for example in shown],
             )
             sheets.save(sheet, self.out / "samples" / f"{task}_{phase}.png")
-        write_text(self.out / "evaluation" / f"{phase}.json", json.dumps(figures, indent=1))
+        files.write_text(self.out / "evaluation" / f"{phase}.json", json.dumps(figures, indent=1))
 
     def report(self, missing: Sequence[str]) -> None:
         """report.json, report.md, and where things are.
@@ -187,14 +183,14 @@ class Quickstart:
         }
         comparison = self.out / "comparison.json"
         compared = json.loads(comparison.read_text()) if comparison.is_file() else None
-        words, pictures = self.plan.words, self.plan.pictures
-        plan = dataclasses.asdict(self.plan) | {
+        words, pictures = self.extent.words, self.extent.pictures
+        plan = dataclasses.asdict(self.extent) | {
             "painting": f"{words.steps} {words.solver} steps, guidance {words.guidance:g} from "
             f"words alone and {pictures.guidance:g} from pictures"
         }
         whole = report.collect(self.state, plan, found, compared)
-        write_text(self.out / "report.json", json.dumps(whole, indent=1))
-        write_text(self.out / "report.md", report.markdown(whole))
+        files.write_text(self.out / "report.json", json.dumps(whole, indent=1))
+        files.write_text(self.out / "report.md", report.markdown(whole))
         print(report.ending(self.out, whole))
         if missing:
             print(
@@ -213,14 +209,6 @@ def processor_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file that appears under its name only when complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     out = argparse.ArgumentParser(prog="launch/quickstart.sh", description=__doc__)
@@ -233,7 +221,7 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
-@errors.exits
+@exits
 def main(argv: Sequence[str]) -> None:
     """The command."""
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of what we ask for

@@ -4,17 +4,21 @@
 one of them is first asked for: `import qk_jax` alone imports neither JAX nor transformers.
 """
 
+import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-_API = ("load", "load_mmdit", "load_vae", "load_vlm")
+_API = {
+    "load": "qk_jax.api.trained",
+    "load_mmdit": "qk_jax.api.published",
+    "load_vae": "qk_jax.api.published",
+    "load_vlm": "qk_jax.api.published",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _API:
-        from qk_jax import api
-
-        return getattr(api, name)
+        return getattr(importlib.import_module(_API[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -21,21 +21,23 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 
 from qk_jax import sharding
-from qk_jax.bench import cost, layouts, peer, row, shardings
-from qk_jax.errors import InputError, exits
-from qk_jax.training import config as config_lib
+from qk_jax.base import cli
+from qk_jax.base.errors import InputError, exits
+from qk_jax.bench import cost, layouts, peer, shardings
+from qk_jax.bench.compile import compiled
+from qk_jax.bench.measure import measure
+from qk_jax.experiment import config as config_lib
+from qk_jax.experiment.plan import Plan
 from qk_jax.training import flops
-from qk_jax.training import state as state_lib
 
 
 def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
     """The verb's options, and the overrides --config.FIELD=VALUE of the verb `layouts`."""
-    parser = argparse.ArgumentParser(prog="qk-bench", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m qk_jax.bench", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     price = verbs.add_parser("cost", help="parameters, bytes, FLOPs; measured steps")
     price.add_argument("--pictures", type=int, default=2, help="most condition pictures (2)")
@@ -49,15 +51,15 @@ def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str,
     layouts.add_arguments(table)
     for verb in (price, places, table):
         verb.add_argument("--config", required=True, help="FILE.py:SIZE")
-    args, rest = parser.parse_known_args(argv)
-    if args.verb != "layouts" and rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return args, layouts.overrides(rest)
+    args, overrides = cli.parse_with_overrides(parser, argv)
+    if args.verb == "peer" and overrides:
+        parser.error("peer has no config")
+    return args, overrides
 
 
-def print_parts(layout: state_lib.Layout, config: Mapping[str, Any]) -> None:
+def print_parts(plan: Plan) -> None:
     """The table of parameters and of what is held between steps."""
-    parts = cost.parts(layout, config)
+    parts = cost.parts(plan)
     print(f"{'part':<12}{'trained':>16}{'frozen':>16}{'held, GiB':>12}")
     for part in [*parts, cost.Part("all", *(sum(p[i] for p in parts) for i in (1, 2, 3)))]:
         gib = part.state_bytes / 2**30
@@ -68,32 +70,32 @@ def print_parts(layout: state_lib.Layout, config: Mapping[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     args, overrides = arguments(argv)
-    if args.verb == "layouts":
-        layouts.command(args, overrides)
+    if args.verb == "peer":
+        peer.command(args)
     else:
-        {"cost": print_cost, "shardings": print_shardings, "peer": peer.command}[args.verb](args)
+        verbs = {"layouts": layouts.command, "cost": print_cost, "shardings": print_shardings}
+        verbs[args.verb](args, overrides)
 
 
-def print_shardings(args: argparse.Namespace) -> None:
+def print_shardings(args: argparse.Namespace, overrides: Mapping[str, str]) -> None:
     """The table of parameters over the mesh."""
-    config = config_lib.load(args.config)
+    config = config_lib.load(args.config, overrides)
     shape = sharding.parse(args.mesh) if args.mesh else config.mesh.to_dict()
     mesh = sharding.abstract_mesh(shape)
     for line in shardings.table(shardings.rows(config, mesh)):
         print(line)
 
 
-def print_cost(args: argparse.Namespace) -> None:
+def print_cost(args: argparse.Namespace, overrides: Mapping[str, str]) -> None:
     """Parameters and the costs of each shape, measured where that is asked for."""
     if args.pictures < 0 or args.sizes < 1 or args.rows < 0 or args.measure < 0:
         raise InputError("--pictures, --rows and --measure are at least 0, --sizes at least 1")
-    config = config_lib.load(args.config)
-    rows = args.rows or config.data.batch
-    mesh = sharding.build_mesh(config.mesh, slices=config.slices)
-    with jax.set_mesh(mesh):
-        layout = state_lib.Layout(state_lib.build_model(config), config, mesh)
+    config = config_lib.load(args.config, overrides)
+    rows = config.data.batch = args.rows or config.data.batch
+    plan = Plan.build(config, check=bool(args.measure))
+    with jax.set_mesh(plan.mesh):
         print(f"{args.config} on {jax.device_count()} x {jax.devices()[0].device_kind}\n")
-        print_parts(layout, config)
+        print_parts(plan)
         print(f"\n{'target':<10}{'pictures':>9}{'TFLOP/row':>12}{'TFLOP/step':>12}", end="")
         print(f"{'s/step':>9}{'pictures/s':>12}{'TFLOP/s':>10}{'MFU':>7}" if args.measure else "")
         peak = flops.peak(jax.devices()[0])
@@ -101,15 +103,15 @@ def print_cost(args: argparse.Namespace) -> None:
             for count in range(args.pictures + 1):
                 square = (config.data.reference_size,) * 2
                 shapes = cost.batch_shapes(config, tuple(size), [square] * count, rows)
-                per_row = cost.flops_per_row(config, layout, shapes)
+                per_row = flops.of_step(plan, shapes) / rows
                 name = f"{size[0]}x{size[1]}"
                 print(
                     f"{name:<10}{count:>9}{per_row / 1e12:>12.4f}{rows * per_row / 1e12:>12.2f}",
                     end="", flush=True,
                 )  # fmt: skip
                 if args.measure:
-                    given = row.program(config, mesh, shapes)
-                    seconds = row.measure(given, row.compiled(given), args.measure).seconds
+                    executables = compiled(plan, shapes)
+                    seconds = measure(plan, shapes, executables, args.measure).seconds
                     rate = rows * per_row / seconds / jax.device_count()
                     mfu = f"{rate / peak:>7.1%}" if peak else f"{'-':>7}"
                     print(

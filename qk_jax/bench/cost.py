@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qk_jax.data import pipeline
-from qk_jax.models import attention, mrope
-from qk_jax.training import checkpoint, flops, stages
-from qk_jax.training import state as state_lib
-from qk_jax.training import step as step_lib
+from qk_jax.base import trees
+from qk_jax.data import prompts
+from qk_jax.experiment.plan import Plan
+from qk_jax.pictures.grids import PATCH_DIM, grid_of, vision_size
 
 # Tokens around pictures and text in a row: system turn and the opening of the user's, with Qwen's
 # tokenizer and the default system prompt; and the words around one picture.
@@ -32,23 +31,23 @@ class Part(NamedTuple):
     state_bytes: int
 
 
-def copies(config: Mapping[str, Any]) -> int:
+def copies(plan: Plan) -> int:
     """What is held of a trained parameter: itself, two moments and, where it is on, the average."""
-    return 3 + bool(config["optimizer"]["ema"])
+    return 3 + bool(plan.config.optimizer.ema)
 
 
-def parts(layout: state_lib.Layout, config: Mapping[str, Any]) -> list[Part]:
+def parts(plan: Plan) -> list[Part]:
     """Parameters of each part, and the bytes held for it between steps.
 
     A trained parameter is held in float32, in `copies`; a frozen one in its own dtype, once.
     """
     rows: dict[str, list[int]] = {}
-    for tree, trained in ((layout.params, True), (layout.frozen, False)):
-        for name, leaf in checkpoint.named(tree).items():
+    for tree, trained in ((plan.params, True), (plan.frozen, False)):
+        for name, leaf in trees.named(tree).items():
             words = name.split("/")
             row = rows.setdefault("/".join(words[: 2 if words[0] == "lora" else 1]), [0, 0, 0])
             row[0 if trained else 1] += leaf.size
-            row[2] += leaf.size * leaf.dtype.itemsize * (copies(config) if trained else 1)
+            row[2] += leaf.size * leaf.dtype.itemsize * (copies(plan) if trained else 1)
     return [Part(name, *row) for name, row in sorted(rows.items())]
 
 
@@ -57,10 +56,10 @@ def batch_shapes(
 ) -> dict[str, Any]:
     """Abstract batch of `rows` targets of `size` with condition pictures of these (H, W)."""
     model = config["model"]
-    shown = [mrope.vision_size(*picture, model["vlm_pixels"]) for picture in pictures]
-    patches = sum(h * w for h, w in (mrope.grid_of(*size) for size in shown))
+    shown = [vision_size(*picture, model["vlm_pixels"]) for picture in pictures]
+    patches = sum(h * w for h, w in (grid_of(*size) for size in shown))
     length = PREFIX_TOKENS + PICTURE_WORDS * len(pictures) + patches // 4
-    words = pipeline.text_tokens(config, len(pictures))
+    words = prompts.text_tokens(config, len(pictures))
     length += words + model["tail_tokens"] + model["num_queries"]
 
     def leaf(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -71,7 +70,7 @@ def batch_shapes(
         "attention_mask": leaf((length,), jnp.bool_),
         "position_ids": leaf((3, length), jnp.int32),
         "text_mask": leaf((words,), jnp.bool_),
-        "pixel_values": leaf((patches, mrope.PATCH_DIM), jnp.float32),
+        "pixel_values": leaf((patches, PATCH_DIM), jnp.float32),
         "target": leaf((*size, 3), jnp.uint8),
         "conditions": tuple(leaf((*picture, 3), jnp.uint8) for picture in pictures),
         "condition_mask": leaf((), jnp.bool_),
@@ -79,8 +78,8 @@ def batch_shapes(
         "task": leaf((), jnp.int32),
     }
     if config["alignment"]["weight"]:
-        h, w = mrope.grid_of(*mrope.vision_size(*size, model["vlm_pixels"]))
-        batch["target_pixel_values"] = leaf((h * w, mrope.PATCH_DIM), jnp.float32)
+        h, w = grid_of(*vision_size(*size, model["vlm_pixels"]))
+        batch["target_pixel_values"] = leaf((h * w, PATCH_DIM), jnp.float32)
     return batch
 
 
@@ -104,31 +103,3 @@ def synthetic_batch(shapes: dict[str, Any], image_token_id: int, seed: int = 0) 
     ).copy()
     batch["task"][:] = 0
     return batch
-
-
-def flops_by_tower(
-    config: Mapping[str, Any], layout: state_lib.Layout, shapes: Any
-) -> dict[str, float]:
-    """Model FLOPs of one training step by tower (`flops.TOWERS`), divided by its rows.
-
-    They are those of the program without rematerialisation and with plain attention, so that
-    neither recomputation nor a kernel changes the count.
-    """
-    model = state_lib.build_model(config, remat=False)
-    loss = step_lib.loss_fn(model, config)
-
-    def gradient(params: Any, frozen: Any, batch: Any) -> Any:
-        def mean_loss(trained: Any) -> jax.Array:
-            return jnp.mean(loss(stages.join(trained, frozen), batch, jax.random.key(0))[0])
-
-        return jax.grad(mean_loss)(params)
-
-    with attention.kernel("xla"):
-        traced = jax.make_jaxpr(gradient)(layout.params, layout.frozen, shapes)
-    rows = shapes["input_ids"].shape[0]
-    return {tower: work / rows for tower, work in flops.by_tower(traced.jaxpr).items()}
-
-
-def flops_per_row(config: Mapping[str, Any], layout: state_lib.Layout, shapes: Any) -> float:
-    """Model FLOPs of one training step, divided by its rows."""
-    return sum(flops_by_tower(config, layout, shapes).values())

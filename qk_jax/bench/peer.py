@@ -24,10 +24,10 @@ import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from qk_jax.base.errors import InputError
 from qk_jax.bench.peer_work import BATCH, MODEL, WHATS, WORK, Work, batch
-from qk_jax.convert import torch_export
-from qk_jax.errors import InputError
 from qk_jax.models import mmdit
+from qk_jax.weights.write import export_mmdit, mmdit_shapes
 
 SIZES = {
     "tiny": dict(blocks=2, heads=2, head_dim=32, context=24, side=4, text=8, batch=2),
@@ -156,11 +156,11 @@ def write(folder: pathlib.Path, work: Work) -> None:
             return noise * np.float32(shape[-2] ** -0.5)
         return np.float32(path.endswith("scale")) + np.float32(0.02) * noise
 
-    shapes = torch_export.mmdit_shapes(config)
+    shapes = mmdit_shapes(config)
     flat = {path: random(path, shape) for path, shape in shapes.items()}
     model = folder / MODEL
     model.mkdir()
-    torch_export.export_mmdit(unflatten_dict(flat, sep="/"), config, model, work.weights)
+    export_mmdit(unflatten_dict(flat, sep="/"), config, model, work.weights)
     np.savez(folder / BATCH, **batch(work, config.in_channels))
     (folder / WORK).write_text(json.dumps(dataclasses.asdict(work)))
 

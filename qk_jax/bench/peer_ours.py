@@ -13,9 +13,9 @@ import optax
 
 from qk_jax.bench import peer_work
 from qk_jax.bench.peer_work import ADAM, GUIDANCE, SIGMA_STEP
-from qk_jax.convert import torch_import
 from qk_jax.diffusion import flow
 from qk_jax.models import mmdit, rotary
+from qk_jax.weights.read import import_mmdit
 
 LAW = rotary.PositionLaw("qwen_image")
 Tree = dict[str, Any]
@@ -34,7 +34,7 @@ def build(folder: str) -> tuple[np.ndarray, Callable[[], float], Callable[[], in
         device = jax.devices(work.device)[0]
     except RuntimeError:
         raise peer_work.DeviceMissing(f"JAX finds no {work.device} device") from None
-    config, params = torch_import.import_mmdit(path, work.weights)
+    config, params = import_mmdit(path, work.weights)
     model = mmdit.MMDiT(dataclasses.replace(config, num_layers=work.blocks), work.dtype)
     params = jax.device_put(params, device)
     params["transformer_blocks"] = jax.tree.map(

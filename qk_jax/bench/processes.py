@@ -13,8 +13,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from qk_jax.bench import row, topologies
-from qk_jax.errors import InputError
+from qk_jax.base.errors import InputError
+from qk_jax.bench import row
+from qk_jax.bench.schedule import topologies
 
 MOST = 400  # characters of an error
 

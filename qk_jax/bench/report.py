@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qk_jax.bench import hlo
+from qk_jax.bench.schedule import walk
 
 PAGE, PICTURE = "layouts.md", "layouts.png"
 Found = Mapping[str, Any]  # one row of layouts.jsonl
@@ -27,8 +27,8 @@ slice's devices and links; their times add up. Whether they fit into HBM, each b
 other takes, is that compiler's own answer. Compute is the sum of its cycle estimates for every op
 that it scheduled, loop bodies as often as they run, at the clock of the generation. Attention
 kernels, for which it has no estimate, are priced from their FLOPs at
-{hlo.FORWARD_EFFICIENCY:.0%} (forward) and
-{hlo.BACKWARD_EFFICIENCY:.0%} (backward) of the peak that their heads can fill, or from their bytes.
+{walk.FORWARD_EFFICIENCY:.0%} (forward) and
+{walk.BACKWARD_EFFICIENCY:.0%} (backward) of the peak that their heads can fill, or from their bytes.
 A collective takes its bytes over the published bandwidth of the links that its group spans; what
 the schedule puts between its start and its end hides it, the rest is exposed.
 

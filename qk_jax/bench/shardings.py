@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from qk_jax import sharding
+from qk_jax.base import trees
 from qk_jax.bench import cost
-from qk_jax.training import checkpoint, state
+from qk_jax.experiment.plan import Plan
 
 
 class Row(NamedTuple):
@@ -40,16 +42,16 @@ class Row(NamedTuple):
     gradient: int
 
 
-def rows(config: Mapping[str, Any], mesh: AbstractMesh) -> list[Row]:
+def rows(config: ConfigDict, mesh: AbstractMesh) -> list[Row]:
     """Every parameter of the config's stage, by name.
 
     Raises:
       InputError: the tables do not fit the shapes (`sharding`), or leave too much unsharded.
     """
-    model = state.build_model(config)
-    layout = state.Layout(model, config, mesh)
-    weights, gradients = checkpoint.named(layout.weights), checkpoint.named(layout.gradients)
-    copies, compute = cost.copies(config), jnp.dtype(model.dtype).itemsize
+    plan = Plan.build(config, mesh, check=False)
+    _ = plan.replicated_share
+    weights, gradients = trees.flatten(plan.weights), trees.flatten(plan.gradients)
+    copies, compute = cost.copies(plan), jnp.dtype(plan.model.dtype).itemsize
 
     def trained(name: str, leaf: jax.ShapeDtypeStruct) -> Row:
         here, used = leaf.sharding, weights[name]
@@ -66,8 +68,8 @@ def rows(config: Mapping[str, Any], mesh: AbstractMesh) -> list[Row]:
         return Row(name, "freeze", leaf.shape, spec, spec, held, 0, 0)
 
     return sorted(
-        [trained(*item) for item in checkpoint.named(layout.params).items()]
-        + [frozen(*item) for item in checkpoint.named(layout.frozen).items()]
+        [trained(*item) for item in trees.flatten(plan.params).items()]
+        + [frozen(*item) for item in trees.flatten(plan.frozen).items()]
     )
 
 

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qk_jax.errors import InputError
-
-Size = tuple[int, int]
+from qk_jax.base.errors import InputError
+from qk_jax.pictures.fitting import Size
 
 # The paper's seven aspect ratios (section 4), short side to long side; mirrors are added.
 RATIOS = ((1, 1), (1, 2), (2, 3), (3, 4), (3, 5), (4, 5), (9, 16))

@@ -24,40 +24,17 @@ import grain
 import jax
 import numpy as np
 
-from qk_jax import hub
-from qk_jax.data import prompts, sources, tasks
-from qk_jax.data.corpus import BadRecord, Corpus
-from qk_jax.data.records import RecordFile
-from qk_jax.data.scenes import Size
-from qk_jax.data.tasks import TASKS, Example, Settings, hashed
-from qk_jax.errors import InputError
+from qk_jax.base.errors import BadRecord, InputError
+from qk_jax.data import prompts
+from qk_jax.data.example import TASKS, Example, hashed
+from qk_jax.data.importers.registry import make_sources
+from qk_jax.data.plan import MAX_GROUPS, Group, Shape, _Tag, groups_of
+from qk_jax.data.prompts import make_layout, text_tokens
 
 log = logging.getLogger(__name__)
-
-MAX_GROUPS = 8  # shapes of one task; rarer ones are merged into the nearest
 _FIRST_JUDGED = 1000  # records read before the share of bad ones is judged by itself
 _ATTEMPTS = 64  # records tried in place of one bad one
-
 Batch = dict[str, Any]
-
-
-class Group(NamedTuple):
-    """Records of one task and shape; `numbers` count in the task's source."""
-
-    task: str
-    size: Size
-    pictures: int
-    numbers: np.ndarray
-
-
-class Shape(NamedTuple):
-    """One compiled shape, as `Pipeline.shapes` lists it."""
-
-    task: str
-    size: Size
-    pictures: int
-    records: int
-    batches: int
 
 
 class Bad(NamedTuple):
@@ -66,76 +43,6 @@ class Bad(NamedTuple):
     source: str
     kind: str
     message: str
-
-
-def make_sources(
-    config: Mapping[str, Any], split: str, seed: int, names: Sequence[str]
-) -> dict[str, Any]:
-    """The sources of the tasks `names`, from config.data.
-
-    `records` '' makes the tasks from the cut-outs of `corpus` ('' is the embedded one); a folder
-    with train.array_record and validation.array_record gives ready examples; 'tfds:NAME' gives
-    captioned pictures of a TensorFlow data set.
-
-    Raises: InputError for files that are missing or damaged, or a task that they do not have.
-    """
-    data = config["data"]
-    settings = Settings(
-        sizes=tuple(tuple(size) for size in data["sizes"]),
-        reference_size=data["reference_size"],
-        seed=seed,
-    )
-    place, bound = data.get("records", ""), data["max_pixels"]
-    if place.startswith("tfds:"):
-        if set(names) != {"text_to_image"}:
-            raise InputError(f"{place} has text_to_image only; set other data.tasks to 0")
-        image, text = data.get("tfds_image", "image"), data.get("tfds_text", "text")
-        name = place.removeprefix("tfds:")
-        return {names[0]: sources.TfdsSource(name, split, settings, image, text, bound)}
-    if place:
-        file = RecordFile(f"{place}/{split}.array_record")
-        return {name: sources.RecordSource(file, name, settings, bound) for name in names}
-    corpus = Corpus(split, data["corpus"] or None, bound)
-    return {name: tasks.SOURCES[name](corpus, settings) for name in names}
-
-
-def groups_of(source: Any, sizes: Sequence[Size], batch: int, limit: int) -> list[Group]:
-    """Groups of one task with at least a batch each, at most `limit` of them.
-
-    While there are too many, or one is smaller than a batch, the rarest joins the group with the
-    same number of pictures whose size is nearest in aspect ratio; its records are then shown at
-    that size. Changes source.size_of.
-
-    Raises: InputError when no group has a batch of records.
-    """
-    logs = np.log([size[1] / size[0] for size in sizes])
-    while True:
-        keys, counts = np.unique(
-            np.stack([source.pictures_of, source.size_of]), axis=1, return_counts=True
-        )
-        rarest = int(counts.argmin())
-        pictures, size = keys[:, rarest]
-        others = [int(s) for p, s in keys.T if p == pictures and s != size]
-        if (len(counts) <= limit and counts[rarest] >= batch) or not others:
-            break
-        near = min(others, key=lambda other: (abs(logs[other] - logs[size]), other))
-        source.size_of[(source.pictures_of == pictures) & (source.size_of == size)] = near
-    out = []
-    for (pictures, size), count in zip(keys.T.tolist(), counts.tolist(), strict=True):
-        numbers = np.flatnonzero((source.pictures_of == pictures) & (source.size_of == size))
-        if count >= batch:
-            out.append(Group(source.task, sizes[size], pictures, numbers))
-        else:
-            log.warning(
-                "%s: %d records with %d pictures are less than a batch of %d and are left out",
-                source.task, count, pictures, batch,
-            )  # fmt: skip
-    if not out:
-        raise InputError(
-            f"{source.task} has {len(source)} records, less than one batch of {batch}; "
-            "lower config.data.batch or set the task's weight to 0"
-        )
-    return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,16 +132,6 @@ def collate(
         seen = [prompts.pixel_values([example.target], layout.vlm_pixels) for example in examples]
         batch["target_pixel_values"] = np.stack(seen)
     return batch
-
-
-class _Tag:
-    """Batch of places -> (group, places), picklable."""
-
-    def __init__(self, group: int):
-        self.group = group
-
-    def __call__(self, places: np.ndarray) -> tuple[int, np.ndarray]:
-        return self.group, places
 
 
 class Pipeline:
@@ -372,36 +269,6 @@ class Pipeline:
                 f"config.data.max_bad_share={share}; such as: {'; '.join(self._examples)}"
             )
         return batch
-
-
-def text_tokens(config: Mapping[str, Any], pictures: int) -> int:
-    """T, the text tokens of a batch's rows with so many condition pictures.
-
-    Raises:
-      InputError: config.data.text_tokens asks for more than the model reads, or for none.
-    """
-    table, most = config["data"]["text_tokens"], config["model"]["max_text"]
-    if not table:
-        return most
-    count = table[min(pictures, len(table) - 1)]
-    if not 0 < count <= most:
-        raise InputError(
-            f"config.data.text_tokens has {count} for {pictures} pictures; give 1 to "
-            f"config.model.max_text = {most}"
-        )
-    return count
-
-
-def make_layout(config: Mapping[str, Any]) -> prompts.PromptLayout:
-    """The layout of token rows that a config asks for. Raises: InputError (no tokenizer)."""
-    model = config["model"]
-    place = config["data"]["tokenizer"] or config["init"]["vlm"]
-    if not place:
-        raise InputError("no tokenizer; give its folder as config.data.tokenizer")
-    tokenizer = prompts.load_tokenizer(hub.component_folder(place, "tokenizer"))
-    return prompts.PromptLayout(
-        tokenizer, model["max_text"], model["num_queries"], model["vlm_pixels"]
-    )
 
 
 def _parse_no_flags() -> None:

@@ -16,16 +16,25 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tokenizers
 from PIL import Image
 
-from qk_jax.errors import InputError
-from qk_jax.models import mrope
-from qk_jax.models.mrope import MERGE, PATCH, PATCH_DIM
+from qk_jax.base import hub
+from qk_jax.base.errors import InputError
+from qk_jax.pictures.grids import (
+    MERGE,
+    PATCH,
+    PATCH_DIM,
+    Grids,
+    grid_of,
+    mrope_positions,
+    picture_tokens,
+    vision_size,
+)
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -111,7 +120,7 @@ def patches(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
         raise InputError(f"a picture is {image.dtype}{list(image.shape)}; give uint8 [H, W, 3]")
-    rows, columns = mrope.grid_of(*size)
+    rows, columns = grid_of(*size)
     if image.shape[:2] != tuple(size):
         resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC)
         image = np.asarray(resized)
@@ -123,7 +132,7 @@ def patches(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def pixel_values(pictures: Sequence[np.ndarray], vlm_pixels: int) -> np.ndarray:
     """Pictures uint8 [h, w, 3], one after another at their vision size: float32 [P, 1176]."""
-    shown = [patches(x, mrope.vision_size(*x.shape[:2], vlm_pixels)) for x in pictures]
+    shown = [patches(x, vision_size(*x.shape[:2], vlm_pixels)) for x in pictures]
     return np.concatenate([np.zeros((0, PATCH_DIM), np.float32), *shown])
 
 
@@ -135,7 +144,7 @@ class PromptLayout:
       tokenizer: of `load_tokenizer`.
       max_text: T, at most so many tokens of the user's text.
       queries: K, slots at the end of the row.
-      vlm_pixels: area at which the VLM sees a picture (`mrope.vision_size`).
+      vlm_pixels: area at which the VLM sees a picture (`pictures.grids.vision_size`).
       system: the system prompt.
     """
 
@@ -178,22 +187,22 @@ class PromptLayout:
         """Ids of our own text, in which special tokens count."""
         return np.asarray(self.tokenizer.encode(template, add_special_tokens=False), np.int32)
 
-    def grids(self, picture_sizes: Sequence[tuple[int, int]]) -> mrope.Grids:
+    def grids(self, picture_sizes: Sequence[tuple[int, int]]) -> Grids:
         """Patches (rows, columns) of pictures of (H, W) pixels as the VLM sees them."""
-        shown = (mrope.vision_size(*size, self.vlm_pixels) for size in picture_sizes)
-        return tuple(mrope.grid_of(*size) for size in shown)
+        shown = (vision_size(*size, self.vlm_pixels) for size in picture_sizes)
+        return tuple(grid_of(*size) for size in shown)
 
     def length(self, picture_sizes: Sequence[tuple[int, int]]) -> int:
         """S, the length of every row with pictures of these (H, W)."""
         fixed = len(self._prefix) + self.tail_tokens + self.queries
         return fixed + len(self._pictures(self.grids(picture_sizes))) + self.max_text
 
-    def _pictures(self, grids: mrope.Grids) -> np.ndarray:
+    def _pictures(self, grids: Grids) -> np.ndarray:
         parts = [np.zeros(0, np.int32)]
         for number, grid in enumerate(grids, start=1):
             shown = self._encode(f"Picture {number}: <|vision_start|><|image_pad|><|vision_end|>")
             where = int(np.flatnonzero(shown == self.image_token_id)[0])
-            slots = np.full(mrope.picture_tokens((grid,)), self.image_token_id, np.int32)
+            slots = np.full(picture_tokens((grid,)), self.image_token_id, np.int32)
             parts += [shown[:where], slots, shown[where + 1 :]]
         return np.concatenate(parts)
 
@@ -249,7 +258,7 @@ class PromptLayout:
         input_ids = np.full(whole, self.pad_id, np.int32)
         input_ids[whole - len(row) :] = row
         mask = np.arange(whole) >= whole - len(row)
-        positions = mrope.mrope_positions(input_ids[None], mask[None], grids, self)[0]
+        positions = mrope_positions(input_ids[None], mask[None], grids, self)[0]
         text_mask = np.arange(self.max_text) >= self.max_text - len(words)
         return {
             "input_ids": input_ids,
@@ -257,3 +266,31 @@ class PromptLayout:
             "position_ids": positions,
             "text_mask": text_mask,
         }
+
+
+def text_tokens(config: Mapping[str, Any], pictures: int) -> int:
+    """T, the text tokens of a batch's rows with so many condition pictures.
+
+    Raises:
+      InputError: config.data.text_tokens asks for more than the model reads, or for none.
+    """
+    table, most = config["data"]["text_tokens"], config["model"]["max_text"]
+    if not table:
+        return most
+    count = table[min(pictures, len(table) - 1)]
+    if not 0 < count <= most:
+        raise InputError(
+            f"config.data.text_tokens has {count} for {pictures} pictures; give 1 to "
+            f"config.model.max_text = {most}"
+        )
+    return count
+
+
+def make_layout(config: Mapping[str, Any]) -> PromptLayout:
+    """The layout of token rows that a config asks for. Raises: InputError (no tokenizer)."""
+    model = config["model"]
+    place = config["data"]["tokenizer"] or config["init"]["vlm"]
+    if not place:
+        raise InputError("no tokenizer; give its folder as config.data.tokenizer")
+    tokenizer = load_tokenizer(hub.component_folder(place, "tokenizer"))
+    return PromptLayout(tokenizer, model["max_text"], model["num_queries"], model["vlm_pixels"])

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from array_record.python import array_record_module
 
-from qk_jax.errors import InputError
+from qk_jax.base.errors import InputError
 
 INDEX_DTYPE = np.dtype(
     [

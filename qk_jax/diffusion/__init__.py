@@ -1,1 +1,1 @@
-"""Flow matching: the noise law, the loss and the samplers."""
+"""Flow matching and its sampler: time law, interpolation, schedule, solvers, guidance."""

@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from qk_jax.errors import InputError
+from qk_jax.base.errors import InputError
 
 DISTRIBUTIONS = ("logit_normal", "uniform")
 EDGE = 1e-6  # t stays this far inside (0, 1)

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qk_jax.base.errors import InputError
 from qk_jax.diffusion.flow import linear_shift
-from qk_jax.errors import InputError
 
 SOLVERS = ("euler", "heun")
 # (x, sigma scalar) -> velocity of x's shape

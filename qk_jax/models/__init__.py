@@ -1,1 +1,4 @@
-"""Neural networks: Qwen2.5-VL, connector, MMDiT, VAE, LoRA and their composition."""
+"""The towers and their composition, as pure functions of one parameter tree.
+
+Nothing here knows of stages, files or training.
+"""

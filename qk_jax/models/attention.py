@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from qk_jax import sharding
 from qk_jax.models import flash
-from qk_jax.sharding import Activations
+from qk_jax.sharding.rules import Activations
 
 NAME = "attention"  # of the result, for rematerialisation policies (`layers.remat_policy`)
 _forced: list[str] = []

@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
 
-from qk_jax.errors import InputError
+from qk_jax.base.errors import InputError
 
 LOGICAL_AXES = frozenset({
     "embed", "mlp", "mlp_in", "heads", "heads_in", "kv_heads", "vocab", "modulation", "adapter",

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from qk_jax.errors import InputError
+from qk_jax.base.errors import InputError
 
 Params = dict[str, Any]
 

@@ -17,10 +17,11 @@ from einops import rearrange
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from qk_jax.errors import InputError
+from qk_jax.base.errors import InputError
 from qk_jax.models import layers, rotary
 from qk_jax.models.attention import attention
-from qk_jax.sharding import Activations, constrain
+from qk_jax.sharding.rules import Activations
+from qk_jax.sharding.specs import constrain
 
 CLASS_NAME = "QwenImageTransformer2DModel"
 TIME_CHANNELS = 256

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qk_jax.diffusion import flow
-from qk_jax.models import layers, lora, mmdit, mrope, qwen_vl, rotary, vae
+from qk_jax.models import layers, lora, mmdit, qwen_vl, rotary, vae
 from qk_jax.models.connector import Connector, Queries
-from qk_jax.sharding import Activations
+from qk_jax.pictures.grids import PATCH_DIM, grid_of, vision_size
+from qk_jax.sharding.rules import Activations
 
 Params = dict[str, Any]
 PACKED = 16  # pixels along a side of one packed token: 8x VAE, 2x2 packing
@@ -77,7 +77,7 @@ class QueryKontext:
         """Per tower: module, example arguments and keywords that touch every parameter."""
         ids = jnp.zeros((1, 8), jnp.int32)
         positions = jnp.zeros((1, 3, 8), jnp.int32)
-        pixels = jnp.zeros((1, 16, mrope.PATCH_DIM))
+        pixels = jnp.zeros((1, 16, PATCH_DIM))
         cfg = self.config.mmdit
         context = jnp.zeros((1, 2, cfg.joint_attention_dim))
         tokens = jnp.zeros((1, 4, cfg.in_channels))
@@ -143,7 +143,7 @@ class QueryKontext:
         """
         cfg, words = self.config, batch["text_mask"].shape[1]
         sizes = [picture.shape[1:3] for picture in batch["conditions"]]
-        grids = tuple(mrope.grid_of(*mrope.vision_size(*size, cfg.vlm_pixels)) for size in sizes)
+        grids = tuple(grid_of(*vision_size(*size, cfg.vlm_pixels)) for size in sizes)
         hidden = self.vlm.apply(
             self._variables(params, "vlm"),
             batch["input_ids"],
@@ -249,30 +249,3 @@ class QueryKontext:
             x_t.shape[1],
         )
         return out[:, : x_t.shape[1]].astype(jnp.float32)
-
-    def loss(
-        self, params: Params, batch: dict[str, Any], rng: jax.Array, time_law: flow.TimeLaw
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Flow-matching loss per row [B] in float32, and what the caller may log.
-
-        x_t = (1 - t) x0 + t eps, target eps - x0, on target tokens only. aux holds `t` [B] and the
-        VLM states of the queries, `kontext` [B, K, D]. A batch that holds what `encode` returns is
-        not encoded again, and of its pictures only the sizes are read.
-        """
-        encoded = batch if "posterior" in batch else self.encode(params, batch)
-        posterior_key, time_key, noise_key = jax.random.split(rng, 3)
-        z = vae.sample(*encoded["posterior"], posterior_key)
-        x0 = mmdit.pack(vae.normalize(z, self.config.vae))
-        height, width = batch["target"].shape[1:3]
-        grid = (height // PACKED, width // PACKED)
-        t = flow.sample_timesteps(time_key, (x0.shape[0],), time_law, x0.shape[1])
-        noise = jax.random.normal(noise_key, x0.shape, jnp.float32)
-        x_t = flow.interpolate(x0, noise, t)
-        text, kontext = self.states(params, batch)
-        context, mask = self.connect(params, text, kontext, batch["text_mask"])
-        prediction = self.velocity(
-            params, x_t, t, context, mask, grid, encoded["latents"], batch["roles"],
-            batch["condition_mask"],
-        )  # fmt: skip
-        loss = flow.loss(prediction, flow.velocity_target(x0, noise))
-        return loss, {"t": t, "kontext": kontext}

@@ -14,7 +14,8 @@ from qk_jax.models import mrope
 from qk_jax.models.attention import attention
 from qk_jax.models.layers import Dense, Embed, RMSNorm, scan_blocks
 from qk_jax.models.qwen_vision import GatedMLP
-from qk_jax.sharding import Activations, constrain
+from qk_jax.sharding.rules import Activations
+from qk_jax.sharding.specs import constrain
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,9 @@ from jax.ad_checkpoint import checkpoint_name
 from qk_jax.models import mrope
 from qk_jax.models.attention import attention
 from qk_jax.models.layers import Dense, RMSNorm, scan_blocks
-from qk_jax.models.mrope import MERGE, PATCH, Grids
-from qk_jax.sharding import Activations, constrain
+from qk_jax.pictures.grids import MERGE, PATCH, Grids
+from qk_jax.sharding.rules import Activations
+from qk_jax.sharding.specs import constrain
 
 NORM_EPSILON = 1e-6
 

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from qk_jax.errors import InputError
+from qk_jax.base.errors import InputError
 from qk_jax.models.layers import Dense
-from qk_jax.models.mrope import MERGE, PATCH, PATCH_DIM, Grids, picture_tokens
 from qk_jax.models.qwen_text import TextConfig, TextModel
 from qk_jax.models.qwen_vision import VisionConfig, VisionTower
-from qk_jax.sharding import Activations
+from qk_jax.pictures.grids import MERGE, PATCH, PATCH_DIM, Grids, picture_tokens
+from qk_jax.sharding.rules import Activations
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SOURCE, REFERENCE = 0, 1
+from qk_jax.pictures.roles import REFERENCE
+
 Grid = tuple[int, int]
 
 

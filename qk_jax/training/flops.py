@@ -10,6 +10,7 @@ matrix that is part of the program, such as a permutation, is no work of the mod
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections import Counter
@@ -17,8 +18,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+
+from qk_jax.base import trees
+from qk_jax.base.types import Batch
+from qk_jax.experiment.plan import Plan
+from qk_jax.models import attention
+from qk_jax.models.query_kontext import QueryKontext
+from qk_jax.training.objectives.flow_matching import loss_fn
 
 # bfloat16 peak of one JAX device in TFLOP/s by device_kind (vendors' published figures; a TPU7x
 # chip is two devices).
@@ -51,6 +60,32 @@ def peak(device: Any) -> float | None:
     """bfloat16 FLOP/s of one device, or None when it is not known."""
     tera = PEAK_TFLOPS.get(device.device_kind)
     return tera * 1e12 if tera else None
+
+
+def of_step(plan: Plan, batch: Batch) -> int:
+    """Model FLOPs of one training step on a batch (arrays or shapes)."""
+    return sum(by_tower_of_step(plan, batch).values())
+
+
+def by_tower_of_step(plan: Plan, batch: Batch) -> Counter[str]:
+    """Model FLOPs of one training step by tower (`TOWERS`).
+
+    They are those of the loss without rematerialisation and with plain attention, so that neither
+    recomputation nor a kernel changes the count.
+    """
+    model = dataclasses.replace(plan.model.config, remat=None)
+    plain = dataclasses.replace(plan, model=QueryKontext(model, plan.model.dtype))
+    loss = loss_fn(plain)
+
+    def gradient(params: Any, frozen: Any, batch: Any) -> Any:
+        def mean_loss(trained: Any) -> jax.Array:
+            return jnp.mean(loss(trees.join(trained, frozen), batch, jax.random.key(0))[0])
+
+        return jax.grad(mean_loss)(params)
+
+    with attention.kernel("xla"):
+        traced = jax.make_jaxpr(gradient)(plan.params, plan.frozen, batch)
+    return by_tower(traced.jaxpr)
 
 
 def count(function: Callable[..., Any], *args: Any) -> int:

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from qk_jax.data.tasks import TASKS
-from qk_jax.errors import InputError
+from qk_jax.base.errors import InputError
+from qk_jax.data.example import TASKS
 
 
 class Window:

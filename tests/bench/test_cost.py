@@ -6,28 +6,26 @@ import jax
 import numpy as np
 import pytest
 
-from qk_jax import sharding
+from qk_jax.base import trees
 from qk_jax.bench import __main__ as bench
 from qk_jax.bench import cost
 from qk_jax.data import prompts
-from qk_jax.data.tasks import TASKS
-from qk_jax.training import config as config_lib
-from qk_jax.training import flops, stages
-from qk_jax.training import state as state_lib
+from qk_jax.data.example import TASKS
+from qk_jax.experiment import config as config_lib
+from qk_jax.experiment.plan import Plan
+from qk_jax.training import flops
 from qk_jax.training import step as step_lib
+from qk_jax.training.objectives.flow_matching import loss_fn
 
 NANO = "tests/training/nano.py:stage3"
 
 
-def layout_of(spec):
-    config = config_lib.load(spec)
-    mesh = sharding.build_mesh(config.mesh, slices=config.slices)
-    return config, state_lib.Layout(state_lib.build_model(config), config, mesh)
+def plan_of(spec):
+    return Plan.build(config_lib.load(spec), check=False)
 
 
 def test_parts_of_the_real_size():
-    config, layout = layout_of("configs/stage2.py:20b")
-    parts = {part.name: part for part in cost.parts(layout, config)}
+    parts = {part.name: part for part in cost.parts(plan_of("configs/stage2.py:20b"))}
     assert parts["mmdit"].trained == 20_430_401_088
     assert parts["vlm"].frozen == 8_292_166_656
     assert parts["connector"].trained == pytest.approx(51.4e6, rel=1e-3)
@@ -53,12 +51,12 @@ def test_batch_shapes_are_those_of_the_prompt_layout():
 
 
 def test_flops_grow_with_pictures_and_rows_do_not_matter():
-    config, layout = layout_of(NANO)
-    few = cost.flops_per_row(config, layout, cost.batch_shapes(config, (64, 64), (), 2))
-    more = cost.flops_per_row(config, layout, cost.batch_shapes(config, (64, 64), ((64, 64),), 2))
-    many = cost.flops_per_row(config, layout, cost.batch_shapes(config, (64, 64), (), 4))
-    assert 0 < few < more
-    assert many == few
+    plan = plan_of(NANO)
+    count = lambda pictures, n: flops.of_step(  # noqa: E731
+        plan, cost.batch_shapes(plan.config, (64, 64), pictures, n)
+    )
+    assert 0 < count((), 2) < count(((64, 64),), 2)
+    assert count((), 4) == 2 * count((), 2)
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2", "stage3", "highres"])
@@ -67,27 +65,23 @@ def test_flops_of_towers_are_those_of_the_whole_step(stage):
     config = config_lib.load(
         f"tests/training/nano.py:{stage}", {"alignment.weight": "0.5" if stage == "stage1" else "0"}
     )
-    mesh = sharding.build_mesh(config.mesh)
-    model = state_lib.build_model(config)
-    layout = state_lib.Layout(model, config, mesh)
-    adam = state_lib.build_optimizer(config, layout)
-    rows = 8
+    plan, rows = Plan.build(config), 8
     shapes = cost.batch_shapes(config, (64, 64), ((64, 64),), rows)
-    towers = cost.flops_by_tower(config, layout, shapes)
-    step = step_lib.make_train_step(model, config, layout, adam)
-    with jax.set_mesh(mesh):
-        traced = step.trace(layout.state(config, adam.tx), layout.frozen, shapes)
+    towers = flops.by_tower_of_step(plan, shapes)
+    step = step_lib.make_train_step(plan)
+    with jax.set_mesh(plan.mesh):
+        traced = step.trace(plan.state, plan.frozen, shapes)
     whole = flops.of_jaxpr(traced.jaxpr.jaxpr)
     other = towers.pop("other", 0)  # the alignment term's projection of the kontext
     summaries = 2 * rows * (len(TASKS) + config.log.t_bins)  # of the losses, for the log
-    assert rows * (sum(towers.values()) + other) + summaries == whole
+    assert sum(towers.values()) + other + summaries == whole
     assert (other > 0) == (stage == "stage1") and other < 1e-3 * whole
 
     rng = jax.random.key(0)
-    loss = step_lib.loss_fn(model, config)
-    forward = jax.make_jaxpr(lambda p, f, b: loss(stages.join(p, f), b, rng)[0])
-    once = flops.by_tower(forward(layout.params, layout.frozen, shapes).jaxpr)
-    passes = {tower: rows * work / once[tower] for tower, work in towers.items()}
+    loss = loss_fn(plan)
+    forward = jax.make_jaxpr(lambda p, f, b: loss(trees.join(p, f), b, rng)[0])
+    once = flops.by_tower(forward(plan.params, plan.frozen, shapes).jaxpr)
+    passes = {tower: work / once[tower] for tower, work in towers.items()}
     assert passes["vision"] == passes["vae"] == 1  # frozen, without a gradient
     assert passes["connector"] == 3  # trained, behind trained queries
     if stage == "stage2":
@@ -116,8 +110,7 @@ def test_command_refuses_negative_counts(capsys):
 
 
 def test_synthetic_rows_show_every_picture():
-    config, _ = layout_of(NANO)
-    shapes = cost.batch_shapes(config, (64, 64), ((64, 64),), 3)
+    shapes = cost.batch_shapes(config_lib.load(NANO), (64, 64), ((64, 64),), 3)
     batch = cost.synthetic_batch(shapes, image_token_id=7)
     shown = (batch["input_ids"] == 7).sum(axis=1)
     assert np.array_equal(shown, [batch["pixel_values"].shape[1] // 4] * 3)

@@ -11,11 +11,12 @@ import pytest
 from marks import needs_libtpu
 
 from configs import recipes
+from qk_jax.base.errors import InputError
 from qk_jax.bench import __main__ as bench
-from qk_jax.bench import layouts, processes, report, row, topologies
-from qk_jax.bench.row import Place, Row
-from qk_jax.errors import InputError
-from qk_jax.training import config as config_lib
+from qk_jax.bench import processes, report, row, search, slices, table
+from qk_jax.bench.schedule import topologies
+from qk_jax.bench.slices import Place, Row
+from qk_jax.experiment import config as config_lib
 
 NANO = "tests/training/nano.py"
 # Every stage, every generation and two slices, on the smallest meshes that show the axis; a stage
@@ -37,7 +38,7 @@ def a_row(spec, place, layout, **changes):
 def jobs_of(rows):
     places = [Place.of(topologies.parse(one.slice)) for one in rows]
     return [
-        layouts.Job(one, at, str(i)) for i, (one, at) in enumerate(zip(rows, places, strict=True))
+        table.Job(one, at, str(i)) for i, (one, at) in enumerate(zip(rows, places, strict=True))
     ]
 
 
@@ -53,7 +54,7 @@ def compiled(tmp_path_factory):
     given = jobs_of(cases.values())
     out = tmp_path_factory.mktemp("layouts")
     args, _ = bench.arguments(["layouts", "--config", "f.py", "--hlo", "--out", str(out)])
-    by_key = {one["key"]: one for one in layouts.run(given, args, layouts.versions())}
+    by_key = {one["key"]: one for one in table.run(given, args, table.versions())}
     programs = {f"{one['key']}.hlo.txt" for one in by_key.values() if one["fits"]}
     assert {file.name for file in out.iterdir()} == programs  # and no logs
     return {name: by_key[job.key] for name, job in zip(cases, given, strict=True)}
@@ -63,7 +64,7 @@ def compiled(tmp_path_factory):
 @pytest.mark.parametrize("name", [*CASES, "slices"])
 def test_every_stage_compiles_for_every_generation(compiled, name):
     found = compiled[name]
-    assert tuple(found) == layouts.FIELDS and found["error"] is None and found["fits"] is True
+    assert tuple(found) == table.FIELDS and found["error"] is None and found["fits"] is True
     where = topologies.parse(found["slice"])
     assert (found["devices"], found["chips"]) == (where.total_devices, where.total_chips)
     assert 0 < found["hbm_peak_gib"] < found["hbm_limit_gib"] == where.spec.hbm_bytes / 2**30
@@ -216,30 +217,30 @@ def stand_in(monkeypatch):
     return StandIn
 
 
-def table(out, *words):
+def lines_of(out, *words):
     """Runs the command on a slice of four devices; the lines of its file."""
     bench.main(
         ["layouts", "--config", f"{NANO}:stage3", "--out", str(out), "--slice", "v5e-4",
          "--layout", "fsdp=4", "fsdp=2,tensor=2", "fsdp=2,context=2", *words]
     )  # fmt: skip
-    return (out / layouts.TABLE).read_text().splitlines()
+    return (out / table.TABLE).read_text().splitlines()
 
 
 def test_same_command_goes_on_where_it_stopped(tmp_path, capsys, stand_in):
     stand_in.fails = {"fsdp=2,context=2"}
-    lines = table(tmp_path)
+    lines = lines_of(tmp_path)
     assert stand_in.asked == ["fsdp=4", "fsdp=2,tensor=2", "fsdp=2,context=2"]
     assert [json.loads(line)["error"] for line in lines] == [None, None, "the compiler crashed"]
     # a row that failed is tried again, the others stay as they are
     stand_in.asked.clear(), stand_in.fails.clear()
-    assert table(tmp_path)[:3] == lines and stand_in.asked == ["fsdp=2,context=2"]
+    assert lines_of(tmp_path)[:3] == lines and stand_in.asked == ["fsdp=2,context=2"]
     assert "3 rows, 2 of them" in capsys.readouterr().out
     # an interruption in the middle of a line
-    file = tmp_path / layouts.TABLE
+    file = tmp_path / table.TABLE
     whole = file.read_text()
     file.write_text(whole[: len(lines[0]) + 40])
     stand_in.asked.clear()
-    found = [json.loads(line)["layout"] for line in table(tmp_path)]
+    found = [json.loads(line)["layout"] for line in lines_of(tmp_path)]
     assert found == ["fsdp=4", "fsdp=2,tensor=2", "fsdp=2,context=2"]
     assert stand_in.asked == found[1:]
     assert "torn line" in capsys.readouterr().err
@@ -253,37 +254,37 @@ def test_an_interruption_keeps_what_is_there(tmp_path, capsys, stand_in, monkeyp
 
     monkeypatch.setattr(processes, "Process", stops)
     with pytest.raises(SystemExit) as leaving:
-        table(tmp_path, "--jobs", "1")
+        lines_of(tmp_path, "--jobs", "1")
     assert leaving.value.code == 130 and "same command goes on" in capsys.readouterr().err
-    assert len(layouts.read(tmp_path / layouts.TABLE)) == 2
+    assert len(table.read(tmp_path / table.TABLE)) == 2
     assert (tmp_path / report.PAGE).read_text().count("## Row") == 2
 
 
 def test_a_recipe_is_its_own_layout_and_batch(tmp_path, stand_in):
     spec = "configs/stage2.py:20b@v5p-128"
     bench.main(["layouts", "--config", spec, "--slice", "v5p-128", "--out", str(tmp_path)])
-    (found,) = layouts.read(tmp_path / layouts.TABLE)
+    (found,) = table.read(tmp_path / table.TABLE)
     recipe = recipes.RECIPES["stage2", "20b", "v5p-128"]
     assert found["per_chip_batch"] == recipe.per_chip_batch
-    assert found["layout"].startswith(row.mesh_text(recipe.mesh))
+    assert found["layout"].startswith(slices.mesh_text(recipe.mesh))
     assert found["remat"] == recipe.remat
 
 
 def test_whatever_defines_a_row_makes_it_another(tmp_path, stand_in, monkeypatch):
-    table(tmp_path)
+    lines_of(tmp_path)
     stand_in.asked.clear()
     for words in (
         ["--remat", "full"], ["--per-chip-batch", "1"], ["--pictures", "0"], ["--size", "48x80"],
         ["--config.model.num_queries=8"],
     ):  # fmt: skip
-        table(tmp_path, *words)
+        lines_of(tmp_path, *words)
     assert len(stand_in.asked) == 15
     stand_in.asked.clear()
-    of = layouts.versions()
-    monkeypatch.setattr(layouts, "versions", lambda: of | {"libtpu": "9"})
-    assert len(table(tmp_path)) == 21 and len(stand_in.asked) == 3
+    of = table.versions()
+    monkeypatch.setattr(table, "versions", lambda: of | {"libtpu": "9"})
+    assert len(lines_of(tmp_path)) == 21 and len(stand_in.asked) == 3
     # the report is of the newer version of these three rows
-    assert len(layouts.latest(layouts.read(tmp_path / layouts.TABLE))) == 18
+    assert len(table.latest(table.read(tmp_path / table.TABLE))) == 18
 
 
 def test_layouts_of_one_slice_may_be_none_of_another(tmp_path, capsys, stand_in):
@@ -292,7 +293,7 @@ def test_layouts_of_one_slice_may_be_none_of_another(tmp_path, capsys, stand_in)
          "--slice", "v5e-8", "--layout", "fsdp=4", "fsdp=8"]
     )  # fmt: skip
     assert "left out: v5e-4 fsdp=8: the mesh fsdp=8 is 8 devices" in capsys.readouterr().out
-    found = layouts.read(tmp_path / layouts.TABLE)
+    found = table.read(tmp_path / table.TABLE)
     assert [(one["slice"], one["layout"]) for one in found] == [
         ("v5e-4", "fsdp=4"), ("v5e-8", "fsdp=8"),
     ]  # fmt: skip
@@ -303,8 +304,8 @@ def test_layouts_are_written_out_in_full():
 
     def told(layout, **changed):
         config = config_lib.load(f"{NANO}:stage3", changed)
-        row.lay_out(config, layout, at)
-        return row.describe(config), config
+        slices.lay_out(config, layout, at)
+        return slices.describe(config), config
 
     text, config = told("fsdp=-1,tensor=2/text=tensor,mmdit=zero2_flat")
     assert text == "fsdp=8,tensor=2/mmdit=zero2_flat,text=tensor"
@@ -312,14 +313,14 @@ def test_layouts_are_written_out_in_full():
     assert told("fsdp=16/zero2")[0] == "fsdp=16/zero2"
     assert told("")[0] == "data=16"
     changed = told("", **{"sharding.mmdit.params.embed": "tensor"})
-    assert changed[0] == f"data=16/mmdit={row.OWN}"
+    assert changed[0] == f"data=16/mmdit={slices.OWN}"
     assert told("fsdp=16", **{"slices.fsdp": "2"})[1].slices.to_dict() == {"data": 1, "fsdp": 2}
 
 
 def test_batch_grows_with_the_slice():
     def batch(place, per_chip, **changed):
         one = a_row(f"{NANO}:stage3", place, "fsdp=-1", per_chip_batch=per_chip, overrides=changed)
-        config = row.configured(one, Place.of(topologies.parse(place)))
+        config = slices.configured(one, Place.of(topologies.parse(place)))
         return config.data.batch, config.optimizer.accumulation
 
     assert batch("v5e-4", 1.0) == (8, 2)  # the config's own batch is 8
@@ -331,12 +332,12 @@ def test_batch_grows_with_the_slice():
 
 def test_search_knows_heads_and_memory(capsys):
     def found(place, spec="configs/stage2.py:20b"):
-        return layouts.search(a_row(spec, place, ""), Place.of(topologies.parse(place)))
+        return search.search(a_row(spec, place, ""), Place.of(topologies.parse(place)))
 
     meshes = found("v5p-128")
     assert meshes[0] == "fsdp=64" and "fsdp=16,tensor=4" in meshes
     assert not any("tensor=8" in mesh for mesh in meshes)  # the language model has 4 key heads
-    assert len(meshes) <= layouts.MOST
+    assert len(meshes) <= search.MOST
     assert f"search: v5p-128 {' '.join(meshes)}" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"no mesh of v5e-4 holds .* are 99\.\d GiB"):
         found("v5e-4")
@@ -347,7 +348,7 @@ def test_measured_layouts_compute_the_same(tmp_path, capsys):
         ["layouts", "--config", f"{NANO}:stage3", "--out", str(tmp_path), "--measure", "1",
          "--layout", "fsdp=8", "fsdp=4,tensor=2/mmdit=zero2", "--config.sharding_limit=1.0"]
     )  # fmt: skip
-    first, second = layouts.read(tmp_path / layouts.TABLE)
+    first, second = table.read(tmp_path / table.TABLE)
     for found in (first, second):
         assert found["error"] is None and found["slice"] == f"{jax.device_count()}x cpu"
         assert found["measured_step_s"] > 0 and found["measured_pictures_per_s"] > 0
@@ -359,7 +360,7 @@ def test_measured_layouts_compute_the_same(tmp_path, capsys):
 
 
 def test_a_fast_and_wrong_layout_shows():
-    right = dict.fromkeys(layouts.FIELDS) | ANSWER | {
+    right = dict.fromkeys(table.FIELDS) | ANSWER | {
         "layout": "fsdp=4", "remat": "full", "loss": 1.0, "grad_norm": 0.5,
     }  # fmt: skip
     close = right | {"layout": "tensor=4", "loss": 1.00001}
@@ -375,12 +376,12 @@ def test_a_fast_and_wrong_layout_shows():
 @pytest.mark.parametrize("count", [1, 30])
 def test_report_of_any_length(count, tmp_path):
     given = a_row("f.py:s", "v5e-4", "fsdp=4")
-    job = layouts.Job(given, Place.of(topologies.parse("v5e-4")), "k")
-    rows = [layouts.whole(job, ANSWER | {"step_time_s": 1.3 + i}, {}) for i in range(count)]
+    job = table.Job(given, Place.of(topologies.parse("v5e-4")), "k")
+    rows = [table.whole(job, ANSWER | {"step_time_s": 1.3 + i}, {}) for i in range(count)]
     rows[0] |= {"measured_step_s": 1.4, "measured_pictures_per_s": 2.9, "loss": 1.0,
                 "measured_mfu": 0.3, "grad_norm": 2.0}  # fmt: skip
-    rows.append(layouts.whole(job, {"error": "killed"}, {}))
-    rows.append(layouts.whole(job, {"fits": False, "hbm_peak_gib": 99.0, "rows": 4}, {}))
+    rows.append(table.whole(job, {"error": "killed"}, {}))
+    rows.append(table.whole(job, {"fits": False, "hbm_peak_gib": 99.0, "rows": 4}, {}))
     report.write(tmp_path, rows)
     page = (tmp_path / report.PAGE).read_text()
     assert page.count("## Row") == count + 2 and "Error: killed" in page

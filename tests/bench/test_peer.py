@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
+from qk_jax.base.errors import InputError
 from qk_jax.bench import __main__ as bench
 from qk_jax.bench import peer, peer_theirs
-from qk_jax.errors import InputError
 
 
 def test_both_sides_agree_and_are_timed(tmp_path, capsys):

@@ -9,8 +9,8 @@ import pytest
 from qk_jax import sharding
 from qk_jax.bench import __main__ as bench
 from qk_jax.bench import cost, shardings
-from qk_jax.training import config as config_lib
-from qk_jax.training import state as state_lib
+from qk_jax.experiment import config as config_lib
+from qk_jax.experiment.plan import Plan
 
 NANO = "tests/training/nano.py:stage3"
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -38,9 +38,8 @@ def test_bytes_are_those_of_the_arrays_on_each_device():
     """Sums of the table against what each of eight devices really holds."""
     config = config_lib.load(NANO, {"sharding.mmdit": "zero2", "sharding_limit": "1.0"})
     mesh = sharding.build_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    layout = state_lib.Layout(state_lib.build_model(config), config, mesh)
-    adam = state_lib.build_optimizer(config, layout)
-    target = layout.state(config, adam.tx)
+    plan = Plan.build(config, mesh, check=False)
+    target = plan.state
 
     def on_each(tree):
         leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim]  # without counters
@@ -49,7 +48,7 @@ def test_bytes_are_those_of_the_arrays_on_each_device():
 
     rows = shardings.rows(config, sharding.abstract_mesh(dict(mesh.shape)))
     held = sum(row.held for row in rows)
-    assert held == on_each((target.params, target.opt_state, target.ema, layout.frozen))
+    assert held == on_each((target.params, target.opt_state, target.ema, plan.frozen))
     # the adapter of a ZeRO-2 tower comes together; its gradient does not
     b = next(r for r in rows if r.name == "lora/mmdit/transformer_blocks/attn/to_q/lora_a")
     copy = math.prod(b.shape) * 4

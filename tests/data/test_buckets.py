@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from qk_jax.base.errors import InputError
 from qk_jax.data import buckets
-from qk_jax.errors import InputError
 
 # width x height for 1:1, 1:2, 2:3, 3:4, 3:5, 4:5, 9:16
 TABLE = {

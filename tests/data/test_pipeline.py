@@ -9,8 +9,12 @@ import pytest
 from PIL import Image
 
 from configs import stage3
-from qk_jax.data import corpus, pipeline, records, sources, tasks
-from qk_jax.errors import InputError
+from qk_jax.base.errors import InputError
+from qk_jax.data import pipeline, prompts, records
+from qk_jax.data.example import TASKS, TaskSettings
+from qk_jax.data.importers import record_files
+from qk_jax.data.synthesis import corpus, tasks
+from qk_jax.pictures.fitting import contain, cover
 
 TOKENIZER = corpus.EMBEDDED.parent / "tiny" / "tokenizer"
 SMALL = {"text_to_image": 0.5, "editing": 0.3, "composition": 0.2}
@@ -21,7 +25,7 @@ def config(weights=None, batch=8, **data):
     with out.unlocked():
         out.data.tokenizer = str(TOKENIZER)
         out.data.batch = batch
-        out.data.tasks = {name: (weights or SMALL).get(name, 0.0) for name in tasks.TASKS}
+        out.data.tasks = {name: (weights or SMALL).get(name, 0.0) for name in TASKS}
         out.validation.batch = 4
         out.validation.batches = 4
         out.data.update(data)
@@ -30,7 +34,7 @@ def config(weights=None, batch=8, **data):
 
 @pytest.fixture(scope="module")
 def layout():
-    return pipeline.make_layout(config())
+    return prompts.make_layout(config())
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +74,11 @@ def test_a_batch_has_the_stated_arrays(pipe):
     assert len(seen) > 4
 
 
-@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 def test_no_instruction_of_the_corpus_is_cut(task, layout):
     for example in tasks.examples("train", task, 120, seed=1):
         words = layout.encode_text(example.instruction, strict=True)
-        assert len(words) <= pipeline.text_tokens(config(), len(example.pictures))
+        assert len(words) <= prompts.text_tokens(config(), len(example.pictures))
 
 
 def test_a_row_cannot_have_more_text_than_the_model_reads(layout):
@@ -178,7 +182,7 @@ def test_validation_is_fixed_whole_and_of_every_task(layout):
     for a, b in zip(first, second, strict=True):
         same(a, b)
         assert a["condition_mask"].all() and a["text_mask"].any(1).all()
-    assert {tasks.TASKS[batch["task"][0]] for batch in first} == set(SMALL)
+    assert {TASKS[batch["task"][0]] for batch in first} == set(SMALL)
 
 
 def test_targets_are_shown_when_alignment_is_on(layout):
@@ -283,10 +287,10 @@ def test_written_examples_are_read_back(layout, tmp_path):
         for example in tasks.validation_examples(task, 12)
     ]
     path = tmp_path / "train.array_record"
-    assert sources.write_examples(path, given) == 36
+    assert record_files.write_examples(path, given) == 36
     file = records.RecordFile(path)
     for task in ("editing", "composition"):
-        source = sources.RecordSource(file, task, tasks.Settings(), 0)
+        source = record_files.RecordSource(file, task, TaskSettings(), 0)
         expected = [example for example in given if example.task == task]
         for number, example in enumerate(expected):
             got = source[number]
@@ -297,16 +301,16 @@ def test_written_examples_are_read_back(layout, tmp_path):
     pipe = pipeline.Pipeline(config(batch=2, records=str(tmp_path)), "train", 0, 1, layout)
     assert pipe.batch(0)["target"].shape[0] == 2
     with pytest.raises(InputError, match="1 pictures"):
-        sources.write_examples(tmp_path / "b", [given[12]._replace(roles=())])
+        record_files.write_examples(tmp_path / "b", [given[12]._replace(roles=())])
     assert not (tmp_path / "b").exists()
 
 
 def test_other_sizes_are_covered_and_references_fitted():
     wide = np.zeros((100, 300, 3), np.uint8)
     wide[:, 100:200] = 200
-    covered = sources.cover(wide, (64, 64))
+    covered = cover(wide, (64, 64))
     assert covered.shape == (64, 64, 3) and (covered[:, 4:-4] == 200).all()
-    fitted = sources.contain(wide, 60)
+    fitted = contain(wide, 60)
     assert (fitted[:20] == 255).all() and (fitted[30, 5] == 0).all()
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from transformers import Qwen2VLImageProcessorPil
 
+from qk_jax.base.errors import InputError
 from qk_jax.data import prompts
-from qk_jax.errors import InputError
-from qk_jax.models import mrope
 from qk_jax.models.qwen_vl import PRESETS
+from qk_jax.pictures.grids import grid_of, mrope_positions, smart_resize, vision_size
 
 FOLDER = pathlib.Path(prompts.__file__).parents[1] / "assets" / "tiny" / "tokenizer"
 SIZES = ((64, 64), (48, 80))
@@ -26,13 +26,13 @@ def layout():
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 80), (112, 84), (333, 500)])
 def test_patches_equal_the_image_processor(height, width):
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-    size = mrope.vision_size(height, width, 112 * 112)
+    size = vision_size(height, width, 112 * 112)
     area = size[0] * size[1]
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": area, "longest_edge": area})
     theirs = processor(picture, return_tensors="np")
-    grid = mrope.grid_of(*mrope.smart_resize(height, width, area, area))
+    grid = grid_of(*smart_resize(height, width, area, area))
     assert tuple(theirs["image_grid_thw"][0, 1:]) == grid
-    ours = prompts.patches(picture, mrope.smart_resize(height, width, area, area))
+    ours = prompts.patches(picture, smart_resize(height, width, area, area))
     assert ours.dtype == np.float32
     np.testing.assert_allclose(ours, theirs["pixel_values"], atol=1e-6)
 
@@ -81,7 +81,7 @@ def test_text_and_queries_stand_at_static_places(layout):
 
 def test_positions_are_those_of_mrope(layout):
     row = layout.build("a cat", SIZES)
-    again = mrope.mrope_positions(
+    again = mrope_positions(
         row["input_ids"][None], row["attention_mask"][None], layout.grids(SIZES), layout
     )
     np.testing.assert_array_equal(row["position_ids"], again[0])

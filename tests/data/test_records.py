@@ -6,8 +6,8 @@ import struct
 import numpy as np
 import pytest
 
+from qk_jax.base.errors import InputError
 from qk_jax.data import records
-from qk_jax.errors import InputError
 
 
 def write(path, count=40):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qk_jax.base.errors import InputError
 from qk_jax.diffusion import flow
-from qk_jax.errors import InputError
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 LOG3 = math.log(3.0)

@@ -10,8 +10,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
+from qk_jax.base.errors import InputError
 from qk_jax.diffusion import sampler
-from qk_jax.errors import InputError
 
 QWEN = sampler.ScheduleConfig()
 FLUX = dataclasses.replace(QWEN, max_shift=1.15, max_image_seq_len=4096, shift_terminal=None)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qk_jax.convert import torch_import
+from qk_jax.weights.read import import_mmdit
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "launch" / "assets"))
 
@@ -137,7 +137,7 @@ def test_the_folder_has_weights_figures_and_card(params, tmp_path):
     metrics |= dict.fromkeys(("train", "held_out", *mmdit_examples.PICTURES), loss)
     metrics |= dict(retrieval_train=found, retrieval_held_out=found)
     recipe.write(tmp_path, params, metrics)
-    config, read = torch_import.import_mmdit(tmp_path)
+    config, read = import_mmdit(tmp_path)
     assert config == recipe.CONFIG
     for a, b in zip(jax.tree.leaves(read), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(np.float32(a), np.float32(np.float16(b)))

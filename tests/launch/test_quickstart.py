@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from qk_jax.errors import InputError
+from qk_jax.base.errors import InputError
 
 LAUNCH = pathlib.Path(__file__).resolve().parents[2] / "launch"
 sys.path.insert(0, str(LAUNCH))

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qk_jax.data.corpus import Corpus
-from qk_jax.errors import InputError
+from qk_jax.base.errors import InputError
+from qk_jax.data.synthesis.corpus import Corpus
 from qk_jax.models import layers
 
 LAUNCH = pathlib.Path(__file__).parents[2] / "launch" / "assets"

@@ -10,7 +10,8 @@ import pytest
 from qk_jax import sharding
 from qk_jax.models import attention as attention_lib
 from qk_jax.models import flash
-from qk_jax.sharding import Activations
+from qk_jax.sharding import rules
+from qk_jax.sharding.rules import Activations
 
 CASES = {
     # T, S, H, K, D, causal, segments
@@ -116,7 +117,7 @@ def test_context_devices_exchange_tokens_for_heads():
 
 
 def test_the_device_decides(monkeypatch):
-    target = functools.partial(monkeypatch.setattr, sharding, "target")
+    target = functools.partial(monkeypatch.setattr, rules, "target")
     x = jnp.zeros((1, 512, 2, 128), jnp.bfloat16)
     for platform, kind, wanted in (
         ("tpu", "TPU v5", "splash"),

@@ -12,7 +12,7 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from flax.traverse_util import flatten_dict
 
-from qk_jax.errors import InputError
+from qk_jax.base.errors import InputError
 from qk_jax.models import layers, lora, mmdit, qwen_vl, rotary
 from tests.models import torch_copy
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 
-from qk_jax.errors import InputError
+from qk_jax.base.errors import InputError
 from qk_jax.models import layers, mmdit, rotary
 from tests.models import torch_copy
 

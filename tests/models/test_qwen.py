@@ -11,12 +11,13 @@ import transformers
 from flax import traverse_util
 from flax.core import meta
 
-from qk_jax.errors import InputError
+from qk_jax.base.errors import InputError
 from qk_jax.models import mrope
 from qk_jax.models.layers import abstract_params
 from qk_jax.models.qwen_text import TextConfig
 from qk_jax.models.qwen_vision import VisionConfig, windows_of
 from qk_jax.models.qwen_vl import PRESETS, QwenVL, VLMConfig
+from qk_jax.pictures.grids import grid_of, mrope_positions, vision_size
 from tests.models import torch_copy
 
 IMAGE = 90
@@ -133,14 +134,14 @@ def test_positions_equal_get_rope_index(padding):
         given["input_ids"], given["mm_token_type_ids"], given["image_grid_thw"],
         attention_mask=given["attention_mask"],
     )  # fmt: skip
-    ours = mrope.mrope_positions(ids, mask, GRIDS, CONFIG)
+    ours = mrope_positions(ids, mask, GRIDS, CONFIG)
     np.testing.assert_array_equal(ours, theirs.numpy().swapaxes(0, 1))
 
 
 def test_positions_refuse_pictures_of_another_size():
     ids, mask, _ = batch("left")
     with pytest.raises(InputError, match="row 0 has 22 picture tokens"):
-        mrope.mrope_positions(ids, mask, ((8, 8), (4, 10)), CONFIG)
+        mrope_positions(ids, mask, ((8, 8), (4, 10)), CONFIG)
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
@@ -149,7 +150,7 @@ def test_hidden_states_and_logits_equal_transformers(padding):
     ids, mask, pixels = batch(padding)
     with torch.no_grad():
         theirs = model(**torch_inputs(ids, mask, pixels), output_hidden_states=True)
-    positions = mrope.mrope_positions(ids, mask, GRIDS, CONFIG)
+    positions = mrope_positions(ids, mask, GRIDS, CONFIG)
     hidden = hidden_of(params, ids, positions, mask, pixels)
     close(np.asarray(hidden)[mask], theirs.hidden_states[-1][torch.from_numpy(mask)])
     logits = MODEL.apply({"params": params}, hidden, method="logits")
@@ -167,7 +168,7 @@ def test_gradients_equal_transformers():
     grads = {name: value.grad for name, value in model.model.named_parameters()}
     grads["lm_head.weight"] = model.lm_head.weight.grad
     theirs = torch_copy.copy(grads, shapes(CONFIG))
-    positions = mrope.mrope_positions(ids, mask, GRIDS, CONFIG)
+    positions = mrope_positions(ids, mask, GRIDS, CONFIG)
 
     @jax.jit
     def gradient(params):
@@ -188,7 +189,7 @@ def test_a_row_without_pictures_beside_one_with():
     ids, mask, pixels = (x.copy() for x in batch("left"))
     ids[1, -4:], mask[1] = [7, 8, 9, 10], False
     ids[1, :-4], mask[1, -4:] = 0, True
-    positions = mrope.mrope_positions(ids, mask, GRIDS, CONFIG)
+    positions = mrope_positions(ids, mask, GRIDS, CONFIG)
     np.testing.assert_array_equal(positions[1, :, -4:], np.tile(np.arange(4), (3, 1)))
     hidden = hidden_of(params, ids, positions, mask, pixels)
     with torch.no_grad():
@@ -199,7 +200,7 @@ def test_a_row_without_pictures_beside_one_with():
 def test_queries_take_the_last_places():
     model, params = reference()
     ids, mask, pixels = batch("left")
-    positions = mrope.mrope_positions(ids, mask, GRIDS, CONFIG)
+    positions = mrope_positions(ids, mask, GRIDS, CONFIG)
     queries = np.random.default_rng(2).standard_normal((3, 64)).astype(np.float32)
     ours = hidden_of(params, ids, positions, mask, pixels, queries)
     given = torch_inputs(ids, mask, pixels)
@@ -218,7 +219,7 @@ def test_queries_take_the_last_places():
 def test_rematerialisation_and_bfloat16_change_only_rounding():
     _, params = reference()
     ids, mask, pixels = batch("left")
-    positions = mrope.mrope_positions(ids, mask, GRIDS, CONFIG)
+    positions = mrope_positions(ids, mask, GRIDS, CONFIG)
     plain = hidden_of(params, ids, positions, mask, pixels)
 
     def run(model):
@@ -305,13 +306,13 @@ def test_picture_sizes():
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     for height, width in [(64, 64), (480, 640), (3000, 2000), (30, 1000), (17, 90)]:
-        assert mrope.smart_resize(height, width) == smart_resize(height, width)
-        shown = mrope.vision_size(height, width, 384 * 384)
-        assert mrope.smart_resize(*shown) == shown
-    assert mrope.vision_size(48, 80, 112 * 112) == (84, 140)
-    assert mrope.vision_size(64, 64, 384 * 384) == (392, 392)
-    assert mrope.grid_of(84, 140) == (6, 10)
+        assert smart_resize(height, width) == smart_resize(height, width)
+        shown = vision_size(height, width, 384 * 384)
+        assert smart_resize(*shown) == shown
+    assert vision_size(48, 80, 112 * 112) == (84, 140)
+    assert vision_size(64, 64, 384 * 384) == (392, 392)
+    assert grid_of(84, 140) == (6, 10)
     with pytest.raises(InputError):
-        mrope.smart_resize(1, 500)
+        smart_resize(1, 500)
     with pytest.raises(InputError):
-        mrope.grid_of(30, 28)
+        grid_of(30, 28)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qk_jax.errors import InputError
+from qk_jax.base.errors import InputError
 from qk_jax.models import layers, lora, mmdit, qwen_text
 
 BLOCKS = 6

@@ -12,6 +12,7 @@ from diffusers.models.transformers.transformer_qwenimage import (
 
 from qk_jax.models import rotary
 from qk_jax.models.rotary import PositionLaw
+from qk_jax.pictures.roles import SOURCE
 
 TARGET = (2, 3)
 
@@ -46,7 +47,7 @@ def test_target_is_row_and_column(base):
     ],
 )
 def test_source_modes(mode, expected):
-    _, source = positions(PositionLaw(source_mode=mode), [(4, 2)], [rotary.SOURCE])
+    _, source = positions(PositionLaw(source_mode=mode), [(4, 2)], [SOURCE])
     assert source == [expected(i, j) for i, j in cells((4, 2))]
 
 
@@ -54,7 +55,7 @@ def test_source_modes(mode, expected):
 @pytest.mark.parametrize("base", [0, 1])
 def test_source_shares_at_most_the_origin_with_the_target(mode, base):
     law = PositionLaw(source_mode=mode, index_base=base)
-    target, source = positions(law, [TARGET], [rotary.SOURCE])
+    target, source = positions(law, [TARGET], [SOURCE])
     shared = {(0, 0)} if (mode, base) == ("reflect", 0) else set()
     assert set(target) & set(source) == shared
 

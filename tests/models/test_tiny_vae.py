@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from qk_jax.convert import torch_import
 from qk_jax.data import records
 from qk_jax.models import vae
+from qk_jax.weights.read import import_vae
 
 ASSETS = pathlib.Path(vae.__file__).parents[1] / "assets"
 FOLDER = ASSETS / "tiny" / "vae"
@@ -33,7 +33,7 @@ def held_out(count):
 
 
 def test_keeps_held_out_pictures_and_equals_diffusers():
-    config, params = torch_import.import_vae(FOLDER, jnp.float32)
+    config, params = import_vae(FOLDER, jnp.float32)
     model = vae.VAE(config)
     x = held_out(16)
     encode = jax.jit(lambda x: model.apply({"params": params}, x, method="encode")[0])

@@ -12,7 +12,7 @@ import torch
 import torch_copy
 from flax.core import meta
 
-from qk_jax.errors import InputError
+from qk_jax.base.errors import InputError
 from qk_jax.models import layers, vae
 
 KL = vae.AutoencoderKLConfig(

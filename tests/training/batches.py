@@ -6,7 +6,7 @@ import numpy as np
 
 import qk_jax
 from qk_jax.data import prompts
-from qk_jax.data.tasks import TASKS
+from qk_jax.data.example import TASKS
 
 TOKENIZER = pathlib.Path(qk_jax.__file__).parent / "assets/tiny/tokenizer"
 SIZE = (32, 32)

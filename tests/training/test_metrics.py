@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from qk_jax.errors import InputError
+from qk_jax.base.errors import InputError
 from qk_jax.training import metrics
 
 CONFIG = ConfigDict({"wandb": {"project": "", "name": ""}})

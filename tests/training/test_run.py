@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qk_jax import sharding, train
-from qk_jax.data import prompts
-from qk_jax.errors import InputError
-from qk_jax.training import checkpoint, initial, stages
-from qk_jax.training import config as config_lib
-from qk_jax.training import state as state_lib
+from qk_jax.base import trees
+from qk_jax.base.errors import InputError
+from qk_jax.checkpoints import run_folder
+from qk_jax.checkpoints.store import Store
+from qk_jax.data import pipeline, prompts
+from qk_jax.experiment import config as config_lib
+from qk_jax.experiment.plan import Plan
+from qk_jax.training import evals, loop, start
 from qk_jax.training import step as step_lib
 
 NANO = pathlib.Path(__file__).parent / "nano.py"
@@ -41,14 +43,14 @@ class Reuse(step_lib.Compiled):
 
     programs: dict = {}
 
-    def __init__(self, model, config, layout, adam):
-        super().__init__(model, config, layout, adam)
-        self._known = self.programs.setdefault((config.stage, config.optimizer.lr), {})
+    def __init__(self, plan):
+        super().__init__(plan)
+        self._known = self.programs.setdefault((plan.stage.name, plan.config.optimizer.lr), {})
 
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    monkeypatch.setattr(train.pipeline, "Pipeline", Pipeline)
+    monkeypatch.setattr(pipeline, "Pipeline", Pipeline)
     monkeypatch.setattr(step_lib, "Compiled", Reuse)
 
 
@@ -57,10 +59,10 @@ def straight(tmp_path_factory):
     """A work directory in which all three stages ran without a break."""
     workdir = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.pipeline, "Pipeline", Pipeline)
+        patch.setattr(pipeline, "Pipeline", Pipeline)
         patch.setattr(step_lib, "Compiled", Reuse)
         for stage in STAGES:
-            train.train(config_of(stage), workdir)
+            loop.train(config_of(stage), workdir)
     yield workdir
     Reuse.programs.clear()
     jax.clear_caches()
@@ -75,18 +77,11 @@ def copied(straight, tmp_path, stage):
 
 def last(folder):
     """Everything in the newest step, as numpy by name."""
-    store = checkpoint.Store(folder / "checkpoints", write=False)
-
-    def everything(meta):
-        wanted = {}
-        for item in meta["leaves"]:
-            if item != "optimizer":
-                wanted[item] = checkpoint.abstract(meta, item, lambda _: None)
-        return wanted
-
-    got = store.restore(everything)
+    plan = Plan.build(config_of(folder.name))
+    items = {"params": plan.params, "ema": plan.params}
+    got = Store(folder / "checkpoints", write=False).restore(lambda meta: items)
     meta = got.meta["leaves"]["optimizer"]
-    return got.step, checkpoint.named(got.items), {n: leaf["digest"] for n, leaf in meta.items()}
+    return got.step, trees.named(got.items), {n: leaf["digest"] for n, leaf in meta.items()}
 
 
 def assert_same(a, b):
@@ -96,21 +91,24 @@ def assert_same(a, b):
         np.testing.assert_array_equal(leaf, other[name], err_msg=name)
 
 
-def interrupt(moment):
-    """A hook that sends SIGTERM after step 2."""
-    if moment.step == 2:
-        os.kill(os.getpid(), signal.SIGTERM)
+class Interrupt(evals.Evaluator):
+    """Sends SIGTERM after step 2."""
+
+    def run(self, step, params, frozen):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_stopped_and_resumed_equals_straight_bit_for_bit(stage, straight, tmp_path):
+def test_stopped_and_resumed_equals_straight_bit_for_bit(stage, straight, tmp_path, monkeypatch):
+    monkeypatch.setitem(evals.EVALUATORS, "sheets", Interrupt)
     workdir = copied(straight, tmp_path, stage)
-    config = config_of(stage, samples__every=2, checkpoint__every=100)
+    config = config_of(stage, evals__sheets__every=2, checkpoint__every=100)
     with pytest.raises(SystemExit) as stop:
-        train.train(config, workdir, [interrupt])
-    assert stop.value.code == train.PREEMPTED
-    assert checkpoint.Store(workdir / stage / "checkpoints", write=False).steps() == [3]
-    train.train(config_of(stage), workdir)
+        loop.train(config, workdir)
+    assert stop.value.code == loop.PREEMPTED
+    assert Store(workdir / stage / "checkpoints", write=False).steps() == [3]
+    loop.train(config_of(stage), workdir)
     assert_same(workdir / stage, straight / stage)
     lines = (workdir / stage / "metrics.jsonl").read_text().splitlines()
     wanted = (straight / stage / "metrics.jsonl").read_text().splitlines()
@@ -121,17 +119,15 @@ def test_stopped_and_resumed_equals_straight_bit_for_bit(stage, straight, tmp_pa
 @pytest.mark.parametrize("stage", STAGES)
 def test_frozen_leaves_keep_their_bits_and_trained_ones_move(stage, straight):
     config = config_of(stage)
-    mesh = sharding.build_mesh(config.mesh)
-    model = state_lib.build_model(config)
-    layout = state_lib.Layout(model, config, mesh)
-    before = checkpoint.named(initial.parameters(model, config, layout, straight))
-    loaded = initial.load(straight / stage, ema=False)
-    after = checkpoint.named(loaded.params)
+    plan = Plan.build(config)
+    before = trees.named(start.parameters(plan, straight))
+    loaded = run_folder.load(straight / stage, ema=False)
+    after = trees.named(loaded.params)
     assert before.keys() == after.keys() and loaded.step == 4
-    rules = state_lib.stage_rules(config)
+    rules = plan.stage.rules
     for name, leaf in after.items():
         same = np.array_equal(before[name], leaf)
-        frozen = rules[stages.first_match(name, rules)][1] == stages.FREEZE
+        frozen = rules[trees.first_match(name, rules)][1] == trees.FREEZE
         if frozen:
             assert same, f"{name} is frozen and moved"
         elif leaf.ndim > 1 and not any(part in name for part in ("to_add_out", "txt_mlp")):
@@ -143,29 +139,29 @@ def test_a_stage_folder_carries_its_tokenizer(straight, tmp_path):
     """A checkpoint that is moved, or whose tokenizer is gone from where it was, still paints."""
     moved = tmp_path / "elsewhere"
     shutil.copytree(straight / "stage2", moved)
-    found = initial.load(moved).config["data"]["tokenizer"]
+    found = run_folder.load(moved).plan.config.data.tokenizer
     assert found == str(moved / "tokenizer")
     config = config_of("stage3", data__tokenizer="")
-    ours = train.token_layout(config, straight).tokenizer.get_vocab()
+    start.inherit_tokenizer(config, straight)
+    ours = Plan.build(config).prompts.tokenizer.get_vocab()
     assert ours == prompts.load_tokenizer(found).get_vocab()
     assert config.data.tokenizer == str(straight / "stage2" / "tokenizer")
 
 
 def test_merging_the_adapter_at_the_border_changes_no_output(straight):
-    old = initial.load(straight / "stage1", ema=False)
+    old = run_folder.load(straight / "stage1", ema=False)
     config = config_of("stage2")
-    model = state_lib.build_model(config)
-    layout = state_lib.Layout(model, config, sharding.build_mesh(config.mesh))
-    new = initial.parameters(model, config, layout, straight)
-    moved = checkpoint.named(old.params["lora"]["vlm"])
+    plan, model = Plan.build(config), old.plan.model
+    new = start.parameters(plan, straight)
+    moved = trees.named(old.params["lora"]["vlm"])
     assert any(np.any(np.asarray(leaf)) for name, leaf in moved.items() if "lora_b" in name)
     assert "lora" not in new
     batch = batches.batch(config, 5, pictures=1)
-    want = jax.jit(old.model.context)(old.params, batch)
-    got = jax.jit(model.context)(new, batch)
+    want = jax.jit(model.context)(old.params, batch)
+    got = jax.jit(plan.model.context)(new, batch)
     np.testing.assert_allclose(got[0], want[0], atol=2e-5, rtol=1e-5)
     np.testing.assert_array_equal(got[1], want[1])
-    plain = jax.jit(old.model.context)({k: v for k, v in old.params.items() if k != "lora"}, batch)
+    plain = jax.jit(model.context)({k: v for k, v in old.params.items() if k != "lora"}, batch)
     assert float(jnp.max(jnp.abs(plain[0] - want[0]))) > 1e-3
 
 
@@ -176,14 +172,14 @@ def test_a_flipped_bit_in_the_newest_checkpoint_costs_only_its_steps(straight, t
         raw = bytearray(file.read_bytes())
         raw[len(raw) // 2] ^= 1
         file.write_bytes(raw)
-    train.train(config_of("stage1"), tmp_path)
+    loop.train(config_of("stage1"), tmp_path)
     assert (tmp_path / "stage1/checkpoints/damaged-4").is_dir()
     assert_same(tmp_path / "stage1", straight / "stage1")
 
 
 def test_the_same_command_on_a_finished_run_changes_nothing(straight):
     before = last(straight / "stage3")[0]
-    train.train(config_of("stage3"), straight)
+    loop.train(config_of("stage3"), straight)
     assert last(straight / "stage3")[0] == before
 
 
@@ -201,21 +197,21 @@ def test_the_same_command_on_a_finished_run_changes_nothing(straight):
 def test_a_checkpoint_of_another_size_and_other_misfits(stage, changes, words, straight, tmp_path):
     shutil.copytree(straight / "stage1", tmp_path / "stage1")
     with pytest.raises(InputError, match=words):
-        train.train(config_of(stage, **changes), tmp_path)
+        loop.train(config_of(stage, **changes), tmp_path)
 
 
 def test_a_checkpoint_of_another_stage_or_tower(straight, tmp_path):
     wrong = config_of("stage2", init__checkpoint=straight / "stage2")
     with pytest.raises(InputError, match="of stage 'stage2'; stage stage2 starts from stage1"):
-        train.train(wrong, tmp_path)
+        loop.train(wrong, tmp_path)
     other = config_of("stage2", model__vlm__text__num_hidden_layers=3)
     with pytest.raises(InputError, match="vlm of the stage before .size 'nano'."):
-        train.train(other, copied(straight, tmp_path, "stage2"))
+        loop.train(other, copied(straight, tmp_path, "stage2"))
     shutil.copytree(straight / "stage2", tmp_path / "odd/stage3")
     with pytest.raises(
         InputError, match="checkpoint of stage 'stage2', the config is of stage 'st"
     ):
-        train.train(config_of("stage3"), tmp_path / "odd")
+        loop.train(config_of("stage3"), tmp_path / "odd")
 
 
 def test_a_loss_that_is_no_number_stops_with_its_step(straight, tmp_path, monkeypatch):
@@ -226,44 +222,55 @@ def test_a_loss_that_is_no_number_stops_with_its_step(straight, tmp_path, monkey
                     batch["pixel_values"] = batch["pixel_values"] * np.float32(np.nan)
                 yield batch
 
-    monkeypatch.setattr(train.pipeline, "Pipeline", Poisoned)
+    monkeypatch.setattr(pipeline, "Pipeline", Poisoned)
     with pytest.raises(InputError, match="loss is nan at step 3 of stage1; the last.*of step 2"):
-        train.train(config_of("stage1"), tmp_path)
-    assert checkpoint.Store(tmp_path / "stage1/checkpoints", write=False).steps() == [2]
+        loop.train(config_of("stage1"), tmp_path)
+    assert Store(tmp_path / "stage1/checkpoints", write=False).steps() == [2]
 
 
 def test_what_a_run_leaves_behind(straight):
     folder = straight / "stage3"
     assert (folder / "config.json").is_file() and list(folder.glob("events*"))
-    loaded = initial.load(folder)
-    assert loaded.config["stage"] == "stage3" and loaded.model.config.condition_latents
-    averaged = checkpoint.named(loaded.params)
-    raw = checkpoint.named(initial.load(folder, ema=False).params)
+    loaded = run_folder.load(folder)
+    assert loaded.name == "stage3-nano-4" and loaded.plan.model.config.condition_latents
+    averaged = trees.named(loaded.params)
+    raw = trees.named(run_folder.load(folder, ema=False).params)
     assert any(not np.array_equal(averaged[name], leaf) for name, leaf in raw.items())
-    first = initial.load(folder, step=2)
+    first = run_folder.load(folder, step=2)
     assert first.step == 2
     with pytest.raises(InputError, match="no step 9"):
-        initial.load(folder, step=9)
+        run_folder.load(folder, step=9)
     with pytest.raises(InputError, match="give the folder of a stage"):
-        initial.load(straight)
+        run_folder.load(straight)
 
 
-def test_hooks_validation_and_alignment(straight, tmp_path):
-    seen = []
-    config = config_of("stage1", alignment__weight=0.5, validation__every=2, samples__every=4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Reuse, "programs", {})
-        train.train(config, tmp_path, [lambda moment: seen.append(moment)])
-    assert [moment.step for moment in seen] == [0, 4]
-    assert set(seen[0].params) == {
-        "vlm",
-        "vae",
-        "queries",
-        "connector",
-        "mmdit",
-        "lora",
-        "alignment",
-    }
+class Watch(evals.Evaluator):
+    """Keeps what an evaluator is given."""
+
+    seen: list = []
+
+    def run(self, step, params, frozen):
+        self.seen.append((step, trees.join(params, frozen)))
+
+
+def test_evaluators_and_alignment(tmp_path, monkeypatch):
+    monkeypatch.setitem(evals.EVALUATORS, "sheets", Watch)
+    monkeypatch.setattr(Watch, "seen", [])
+    monkeypatch.setattr(Reuse, "programs", {})
+    config = config_of(
+        "stage1", alignment__weight=0.5, evals__loss__every=2, evals__sheets__every=4
+    )
+    loop.train(config, tmp_path)
+    assert [step for step, _ in Watch.seen] == [0, 4]
+    parts = {"vlm", "vae", "queries", "connector", "mmdit", "lora", "alignment"}
+    assert set(Watch.seen[0][1]) == parts
     text = (tmp_path / "stage1/metrics.jsonl").read_text()
     assert text.count('"validation"') == 3 and text.count('"alignment"') == 7
-    assert initial.load(tmp_path / "stage1").params["alignment"]["proj"]["kernel"].shape == (32, 32)
+    kernel = run_folder.load(tmp_path / "stage1").params["alignment"]["proj"]["kernel"]
+    assert kernel.shape == (32, 32)
+
+
+def test_an_evaluator_of_an_unknown_type_is_refused(straight, tmp_path):
+    config = config_of("stage2", evals__loss__type="lose")
+    with pytest.raises(InputError, match="evals.loss.type is 'lose'; give one of loss, sheets"):
+        loop.train(config, copied(straight, tmp_path, "stage2"))

@@ -10,9 +10,10 @@ import pytest
 
 from configs import recipes
 from qk_jax import sharding
-from qk_jax.training import checkpoint
-from qk_jax.training import config as config_lib
-from qk_jax.training import state as state_lib
+from qk_jax.base import trees
+from qk_jax.checkpoints.store import Store
+from qk_jax.experiment import config as config_lib
+from qk_jax.experiment.plan import Plan
 from qk_jax.training import step as step_lib
 
 NANO = pathlib.Path(__file__).parent / "nano.py"
@@ -41,7 +42,7 @@ def config_of(stage, rows="fsdp", **changes):
 
 def values(tree):
     """Random values for every leaf by its name, in numpy, so that nothing is compiled."""
-    flat = checkpoint.named(tree)
+    flat = trees.named(tree)
     out = {}
     for name, leaf in flat.items():
         rng = np.random.default_rng(sum(name.encode()))
@@ -52,9 +53,8 @@ def values(tree):
 
 def prepared(config, mesh):
     """(step, its arguments) over `mesh`; the values depend on names and shapes alone."""
-    layout = state_lib.Layout(state_lib.build_model(config), config, mesh)
-    adam = state_lib.build_optimizer(config, layout)
-    target = layout.state(config, adam.tx)
+    plan = Plan.build(config, mesh)
+    target = plan.state
     params = values(target.params)
     state = target.replace(
         step=np.int32(0),
@@ -63,11 +63,11 @@ def prepared(config, mesh):
         ema=params,
     )
     arguments = (
-        jax.device_put(state, step_lib.places(target)),
-        jax.device_put(values(layout.frozen), step_lib.places(layout.frozen)),
-        jax.device_put(batches.batch(config, 0, pictures=1), sharding.batch_sharding(mesh)),
+        jax.device_put(state, trees.shardings(target)),
+        jax.device_put(values(plan.frozen), trees.shardings(plan.frozen)),
+        jax.device_put(batches.batch(config, 0, pictures=1), plan.batch_sharding),
     )
-    return step_lib.make_train_step(state_lib.build_model(config), config, layout, adam), arguments
+    return step_lib.make_train_step(plan), arguments
 
 
 def stepped(config, mesh):
@@ -77,7 +77,7 @@ def stepped(config, mesh):
         step, arguments = prepared(config, mesh)
         state, metrics = step(*arguments)
     (moments,) = (part.mu for part in state.opt_state if hasattr(part, "mu"))
-    return checkpoint.named(state.params), checkpoint.named(moments), metrics
+    return trees.named(state.params), trees.named(moments), metrics
 
 
 @functools.cache
@@ -141,23 +141,18 @@ def test_an_offloaded_state_takes_the_same_step():
 
 
 def test_a_checkpoint_of_one_mesh_goes_on_under_another(tmp_path):
-    """Written by fsdp=8, read by data=2,fsdp=2,tensor=2 with other rows: the same values, laid
-    over the new mesh."""
-
-    def target(config, mesh):
-        layout = state_lib.Layout(state_lib.build_model(config), config, mesh)
-        return layout.state(config, state_lib.build_optimizer(config, layout).tx)
-
+    """Written by fsdp=8, read by data=2,fsdp=2,tensor=2 with other table rows: the same values,
+    sharded over the new mesh."""
     one, many = sharding.build_mesh(MESHES["fsdp"]), sharding.build_mesh(MESHES["all"])
-    before = target(config_of("stage3"), one)
-    params = jax.device_put(values(before.params), step_lib.places(before.params))
-    store = checkpoint.Store(tmp_path)
+    before = Plan.build(config_of("stage3"), one)
+    params = jax.device_put(values(before.params), trees.shardings(before.params))
+    store = Store(tmp_path)
     store.save(3, {"params": params}, {})
     store.close()
-    after = target(config_of("stage3", "paper"), many)
-    got = checkpoint.Store(tmp_path, write=False).restore(lambda meta: {"params": after.params})
-    found = checkpoint.named(got.items["params"])
-    for name, leaf in checkpoint.named(params).items():
+    after = Plan.build(config_of("stage3", "paper"), many)
+    got = Store(tmp_path, write=False).restore(lambda meta: {"params": after.params})
+    found = trees.named(got.items["params"])
+    for name, leaf in trees.named(params).items():
         np.testing.assert_array_equal(found[name], leaf, err_msg=name)
-        wanted = checkpoint.named(after.params)[name].sharding
+        wanted = trees.named(after.params)[name].sharding
         assert found[name].sharding.is_equivalent_to(wanted, leaf.ndim), name

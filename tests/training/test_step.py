@@ -8,20 +8,19 @@ import numpy as np
 import pytest
 
 from qk_jax import sharding
-from qk_jax.errors import InputError
-from qk_jax.training import config as config_lib
-from qk_jax.training import stages
-from qk_jax.training import state as state_lib
+from qk_jax.base import runtime, trees
+from qk_jax.base.errors import InputError
+from qk_jax.experiment import config as config_lib
+from qk_jax.experiment.plan import Plan
 from qk_jax.training import step as step_lib
+from qk_jax.training.objectives.flow_matching import loss_fn
 
 NANO = pathlib.Path(__file__).parent / "nano.py"
 
 
-def built(config):
-    """(model, layout) over one device."""
-    model = state_lib.build_model(config)
-    mesh = sharding.build_mesh({}, jax.devices()[:1])
-    return model, state_lib.Layout(model, config, mesh)
+def planned(config):
+    """The plan over one device."""
+    return Plan.build(config, sharding.build_mesh({}, jax.devices()[:1]))
 
 
 def random_like(tree):
@@ -34,14 +33,14 @@ def random_like(tree):
 def test_a_batch_encoded_apart_has_the_same_loss(accumulation):
     """Target and condition pictures, row by row, in whatever micro-batches they are encoded."""
     config = config_lib.load(f"{NANO}:stage3", {"optimizer.accumulation": str(accumulation)})
-    model, layout = built(config)
-    frozen = random_like(layout.frozen)
-    tree = stages.join(random_like(layout.params), frozen)
+    plan = planned(config)
+    frozen = random_like(plan.frozen)
+    tree = trees.join(random_like(plan.params), frozen)
     batch = batches.batch(config, 0, pictures=2)
-    with jax.set_mesh(layout.mesh):
-        encoded = step_lib.make_encoder(model, config, layout)(frozen, batch)
-        direct = jax.jit(model.encode)(frozen, batch)
-        lost = jax.jit(step_lib.loss_fn(model, config))
+    with jax.set_mesh(plan.mesh):
+        encoded = step_lib.make_encoder(plan)(frozen, batch)
+        direct = jax.jit(plan.model.encode)(frozen, batch)
+        lost = jax.jit(loss_fn(plan))
         wanted, _ = lost(tree, batch, jax.random.key(1))
         found, _ = lost(tree, batch | encoded, jax.random.key(1))
     assert len(encoded["latents"]) == 2
@@ -55,13 +54,12 @@ def test_a_batch_encoded_apart_has_the_same_loss(accumulation):
 def test_a_trained_autoencoder_is_refused():
     config = config_lib.load(f"{NANO}:stage2", {})
     config.rules = (("vae/.*", "train"), *config.rules)
-    model, layout = built(config)
     with pytest.raises(InputError, match=r"freeze vae/"):
-        step_lib.make_encoder(model, config, layout)
+        step_lib.make_encoder(planned(config))
 
 
 def test_options_of_the_step_reach_no_other_program():
-    config = {"compiler": {"tpu": ("a=1",), "tpu_step": ("b=true",)}}
-    assert step_lib.compiler_options(config, "tpu") == {"a": 1}
-    assert step_lib.compiler_options(config, "tpu", step=True) == {"a": 1, "b": True}
-    assert step_lib.compiler_options(config, "gpu", step=True) == {}
+    table = {"tpu": ("a=1",), "tpu_step": ("b=true",)}
+    assert runtime.compiler_options(table, "tpu") == {"a": 1}
+    assert runtime.compiler_options(table, "tpu", step=True) == {"a": 1, "b": True}
+    assert runtime.compiler_options(table, "gpu", step=True) == {}

@@ -1,0 +1,130 @@
+"""A trained stage from Python: `load` and what it returns."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from qk_jax import painting
+from qk_jax.base.errors import InputError
+from qk_jax.pictures.fitting import on_white
+
+Picture = str | os.PathLike | Image.Image | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainedModel:
+    """A whole Query-Kontext model as a stage of the trainer left it.
+
+    Attributes:
+      painter: what paints; `python -m qk_jax.sample` uses the same.
+    """
+
+    painter: painting.Painter
+
+    def generate(
+        self,
+        prompt: str,
+        source: Picture | None = None,
+        references: Sequence[Picture] = (),
+        size: tuple[int, int] | None = (512, 512),
+        steps: int = 30,
+        guidance: float = 4.0,
+        seed: int = 0,
+        *,
+        image_guidance: float = 1.5,
+        solver: str = "euler",
+        num: int = 1,
+    ) -> list[np.ndarray]:
+        """Paints: uint8 [H, W, 3] pictures, the same bits as `python -m qk_jax.sample` writes.
+
+        A picture is given as a path, a PIL image or a uint8 array [h, w, 3] of any size.
+
+        Args:
+          prompt: what to paint, or what to do with the pictures.
+          source: the picture to edit.
+          references: pictures of subjects.
+          size: (height, width) in pixels, multiples of 16; None for the trained size that is
+            nearest to the source's shape, or the first without a source.
+          steps: of the sampler.
+          guidance: weight of the text; 1 is off.
+          seed: of the noise, 0 to 2^32 - 1.
+          image_guidance: weight of the pictures; 1 is off.
+          solver: 'euler' or 'heun'.
+          num: pictures to paint, each from noise of its own.
+
+        Raises:
+          InputError: no prompt, or something that this model cannot follow.
+        """
+        if size is not None:
+            size = _size(size)
+        if not 0 <= seed < painting.SEEDS:
+            raise InputError(f"seed is {seed}; give 0 to {painting.SEEDS - 1}")
+        if num < 1:
+            raise InputError(f"num is {num}; give at least 1")
+        if isinstance(references, str | os.PathLike | Image.Image):
+            raise InputError("references is one picture; give a list: references=[picture]")
+        settings = painting.Settings(steps, guidance, image_guidance, solver)
+        asked = painting.Request(prompt, size=size or self.painter.limits.sizes[0])
+        self.painter.check(asked)  # before the pictures are fitted to a size that cannot be
+        shown = None if source is None else self._picture("source", source)
+        subjects = [self._picture(f"references[{i}]", x) for i, x in enumerate(references)]
+        request = self.painter.fit(prompt, shown, subjects, size, seed)
+        requests = [dataclasses.replace(request, number=number) for number in range(num)]
+        return self.painter.paint(requests, settings)
+
+    def _picture(self, name: str, given: Picture) -> np.ndarray:
+        """A picture as uint8 RGB [h, w, 3].
+
+        Raises:
+          InputError: it cannot be read, or the array is none of a picture.
+        """
+        if isinstance(given, str | os.PathLike):
+            return self.painter.read(given)
+        if isinstance(given, Image.Image):
+            return on_white(given)
+        array = np.asarray(given)
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
+            raise InputError(
+                f"{name} is an array {array.dtype} {array.shape}; give uint8 [height, width, 3], a "
+                "PIL image or a path"
+            )
+        return array
+
+
+def _size(size: Any) -> tuple[int, int]:
+    """(height, width) as given. Raises InputError when it is no pair of whole numbers."""
+    try:
+        height, width = size
+    except (TypeError, ValueError):
+        height = width = None
+    if not all(isinstance(side, int | np.integer) for side in (height, width)):
+        raise InputError(f"size is {size!r}; give (height, width) in pixels, multiples of 16")
+    return int(height), int(width)
+
+
+def load(
+    checkpoint: str | os.PathLike,
+    *,
+    ema: bool = True,
+    step: int | None = None,
+    batch: int = 4,
+    mesh: Mesh | None = None,
+) -> TrainedModel:
+    """A model that the trainer wrote; arguments and errors as `painting.load`.
+
+    Args:
+      checkpoint: the folder of a stage, W/stage3.
+      ema: take the moving average of the weights where there is one.
+      step: default the newest that is whole.
+      batch: pictures painted at once; a picture has the same bits only for the same batch.
+      mesh: over which the parameters lie, by the tables of the training; None for one device.
+    """
+    painter = painting.load(checkpoint, ema=ema, step=step, batch=batch, mesh=mesh)
+    return TrainedModel(painter)

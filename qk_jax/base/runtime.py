@@ -1,0 +1,92 @@
+"""The process: its log, the revision of the program, and what the compiler at hand understands."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import pathlib
+import subprocess
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import absl.logging
+import jax
+
+from qk_jax.base.errors import InputError
+
+log = logging.getLogger("qk_jax")
+
+
+def start_logging() -> None:
+    """Logs our own lines to stderr with the time; from Orbax and the like only errors."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    log.handlers = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    absl.logging.set_verbosity(absl.logging.ERROR)
+
+
+@functools.cache
+def revision() -> str:
+    """The git revision of the program, or 'unknown' outside a repository."""
+    folder = pathlib.Path(__file__).parent
+    try:
+        out = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return out.stdout.strip() or "unknown"
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """(name, value) of a compiler option NAME=VALUE.
+
+    Raises:
+      InputError: it has no '='.
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"config.compiler: {text!r} must be NAME=VALUE")
+    try:
+        return name, json.loads(value)  # true, 3, 0.5
+    except ValueError:
+        return name, value
+
+
+def compiler_options(
+    table: Mapping[str, Iterable[str]], platform: str, *, step: bool = False
+) -> dict[str, Any]:
+    """The options that a program is compiled with on `platform`: every `jax.jit` takes its
+    `compiler_options` from here.
+
+    Options of the platform at hand that its compiler does not know, such as those of an older
+    XLA, are left out with a warning.
+
+    Args:
+      table: config.compiler, {platform: ('name=value', ...)}; PLATFORM_step is for the train step.
+      platform: 'cpu', 'gpu' or 'tpu'.
+      step: whether it is the train step that is compiled.
+
+    Raises:
+      InputError: an option is not of the form name=value.
+    """
+    own = table.get(f"{platform}_step", ()) if step else ()
+    options = dict(map(parse_option, (*table.get(platform, ()), *own)))
+    if platform != jax.default_backend():
+        return options
+    return {name: value for name, value in options.items() if _is_known(name, value)}
+
+
+@functools.cache
+def _is_known(name: str, value: Any) -> bool:
+    """Whether the compiler of the default backend takes an option."""
+    try:
+        jax.jit(lambda: 0).lower().compile(compiler_options={name: value})
+    except jax.errors.JaxRuntimeError as error:
+        reason = (str(error).splitlines() or ["unknown"])[0]
+        log.warning("compiler option %s=%s is left out: %s", name, value, reason)
+        return False
+    return True

@@ -1,0 +1,92 @@
+"""Times train steps on the devices at hand, from random parameters and synthetic examples."""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qk_jax import sharding
+from qk_jax.base import trees
+from qk_jax.base.types import Batch
+from qk_jax.bench import cost
+from qk_jax.bench.compile import Executables
+from qk_jax.experiment import train_state
+from qk_jax.experiment.plan import Plan
+
+
+class Measured(NamedTuple):
+    """Of steps on the devices at hand: median seconds of one; loss and norm of the gradient of the
+    first, before anything has changed."""
+
+    seconds: float
+    loss: float
+    grad_norm: float
+
+
+def measure(plan: Plan, shapes: Batch, executables: Executables, steps: int) -> Measured:
+    """Times `steps` steps after one that warms up, from random parameters and synthetic examples.
+
+    Neither depends on the layout.
+
+    Args:
+      plan: of the step.
+      shapes: the abstract batch.
+      executables: compiled for both.
+      steps: to time.
+    """
+    with jax.set_mesh(plan.mesh):
+        trained, frozen = (random_leaves(plan, tree) for tree in (plan.params, plan.frozen))
+        state = train_state.create(trained, plan.optimizer.tx, plan.state)
+        examples = cost.synthetic_batch(shapes, plan.model.config.vlm.image_token_id)
+        batch = jax.device_put(examples, plan.batch_sharding)
+        seconds, first = [], None
+        for _ in range(steps + 1):
+            start = time.perf_counter()
+            whole = batch | executables.encode(frozen, batch)
+            state, values = jax.block_until_ready(executables.step(state, frozen, whole))
+            seconds.append(time.perf_counter() - start)
+            first = first or values
+    return Measured(float(np.median(seconds[1:])), float(first["loss"]), float(first["grad_norm"]))
+
+
+def random_leaves(plan: Plan, tree: Any) -> Any:
+    """Values for an abstract tree of parameters, by name and index alone: the same on every mesh.
+
+    Kernels keep the scale of what they are given, norms' scales are near 1 and the rest near 0;
+    fresh parameters would not do, with which a generator paints nothing, whatever comes in.
+    """
+    axes = {name: axes for name, axes, _ in sharding.leaves(plan.boxed)}
+    flat = trees.named(tree)
+
+    def one(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        fan_in = math.prod(
+            size for axis, size in zip(axes[name][:-1], leaf.shape, strict=False)
+            if axis != "layers"
+        )  # fmt: skip
+        spread = (3 / fan_in) ** 0.5 if name.endswith(("kernel", "lora_a", "lora_b")) else 0.05
+        middle = float(name.endswith("scale"))
+        noise = uniform(leaf.shape, zlib.crc32(name.encode()))
+        return (middle + spread * noise).astype(leaf.dtype)
+
+    def make() -> list[jax.Array]:
+        return [one(name, leaf) for name, leaf in flat.items()]
+
+    shardings = [leaf.sharding for leaf in flat.values()]
+    values = jax.jit(make, out_shardings=shardings, compiler_options=plan.compiler_options())()
+    return jax.tree.unflatten(jax.tree.structure(tree), values)
+
+
+def uniform(shape: tuple[int, ...], seed: int) -> jax.Array:
+    """float32 in [-1, 1) by a hash of each element's index, cheap to compile and to compute."""
+    bits = jnp.full(shape, seed, jnp.uint32)
+    for axis in range(len(shape)):
+        bits = (bits ^ jax.lax.broadcasted_iota(jnp.uint32, shape, axis)) * jnp.uint32(0x9E3779B1)
+        bits ^= bits >> 15
+    bits *= jnp.uint32(0x85EBCA6B)
+    return (bits >> 8).astype(jnp.float32) / 2**23 - 1

@@ -1,0 +1,66 @@
+"""A digest of every leaf, the same however it is sharded: what tells a flipped bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qk_jax.base.trees import named
+
+HOST_SIZE = 2**22  # leaves with no more elements are digested on the host
+
+
+def _sums(x: Any, xp: Any) -> Any:
+    """Two uint32 sums over the bits of `x` (uint32, any shape), each weighted by position.
+
+    Integer sums do not depend on how `x` is sharded. The weights of the first sum are odd, so that
+    one flipped bit always changes it; the second mixes bits and position (murmur3's finaliser).
+    `xp` is numpy or jax.numpy, with the same result.
+    """
+    position = xp.zeros(x.shape, xp.uint32)
+    for axis, size in enumerate(x.shape):
+        along = xp.arange(size, dtype=xp.uint32).reshape(-1, *(1,) * (x.ndim - axis - 1))
+        position = position * xp.uint32(size) + along
+    linear = x * (position * xp.uint32(0x3C6EF362) + xp.uint32(0x85EBCA6B))
+    mixed = x ^ (position * xp.uint32(0x27D4EB2F))
+    mixed = (mixed ^ (mixed >> 16)) * xp.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * xp.uint32(0xC2B2AE35)
+    mixed = mixed ^ (mixed >> 16)
+    return xp.stack([xp.sum(linear, dtype=xp.uint32), xp.sum(mixed, dtype=xp.uint32)])
+
+
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+
+
+@jax.jit
+def _device_digest(x: jax.Array) -> jax.Array:
+    """The sums of a leaf on its devices, however it is sharded."""
+    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
+    bits = jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize])
+    return _sums(bits.astype(jnp.uint32), jnp)
+
+
+def _host_digest(x: jax.Array) -> np.ndarray:
+    """The same sums with numpy: many small leaves would take long to compile for."""
+    bits = np.ascontiguousarray(jax.device_get(x)).view(_UNSIGNED[x.dtype.itemsize])
+    with np.errstate(over="ignore"):
+        return _sums(bits.astype(np.uint32).reshape(x.shape), np)
+
+
+def describe(tree: Any) -> dict[str, dict[str, Any]]:
+    """{name: {'shape', 'dtype', 'digest'}} of every leaf; the digest is 16 hex digits."""
+    leaves = named(tree)
+    small = lambda x: x.is_fully_addressable and x.size <= HOST_SIZE  # noqa: E731
+    sums = [_host_digest(x) if small(x) else _device_digest(x) for x in leaves.values()]
+    sums = jax.device_get(sums)
+    return {
+        name: {
+            "shape": list(leaf.shape),
+            "dtype": str(leaf.dtype),
+            "digest": "".join(f"{int(part):08x}" for part in pair),
+        }
+        for (name, leaf), pair in zip(leaves.items(), sums, strict=True)
+    }

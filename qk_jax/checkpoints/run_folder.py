@@ -1,0 +1,174 @@
+"""The folder of a stage, <workdir>/<stage>: what is in it, and the trained model read back.
+
+checkpoints/   steps of the trained leaves (`store`)
+frozen/        the frozen leaves, once
+tokenizer/     the one that the stage was trained with
+config.json, metrics.jsonl, events.*, samples/
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+
+import jax
+from jax.sharding import Mesh
+
+from qk_jax import sharding
+from qk_jax.base import files, runtime, trees
+from qk_jax.base.errors import InputError
+from qk_jax.base.types import Tree
+from qk_jax.checkpoints.digest import describe
+from qk_jax.checkpoints.store import Meta, Store, Trees
+from qk_jax.data.prompts import PromptLayout
+from qk_jax.experiment import config as config_lib
+from qk_jax.experiment.plan import Plan
+
+CHECKPOINTS, FROZEN, TOKENIZER, CONFIG = "checkpoints", "frozen", "tokenizer", "config.json"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loaded:
+    """A trained model.
+
+    Attributes:
+      plan: of its config, over the mesh that it was loaded to.
+      params: all parameters in one tree; the moving average where it was asked for.
+      step: finished updates.
+      revision: git revision of the program that trained it.
+    """
+
+    plan: Plan
+    params: Tree
+    step: int
+    revision: str
+
+    @property
+    def name(self) -> str:
+        """'stage3-tiny-800': stage, size and step."""
+        return f"{self.plan.stage.name}-{self.plan.config.size}-{self.step}"
+
+
+def create(workdir: files.PathLike, stage: str) -> files.Path:
+    """Makes <workdir>/<stage>. Raises InputError when it cannot be written."""
+    return files.writable_folder(files.Path(workdir) / stage, "the work directory")
+
+
+def load(
+    folder: files.PathLike,
+    *,
+    step: int | None = None,
+    ema: bool = True,
+    mesh: Mesh | None = None,
+) -> Loaded:
+    """The model of a stage folder (W/stage3) for painting, evaluation, export or the next stage.
+
+    Args:
+      folder: what the trainer wrote, with `checkpoints/` and `frozen/` inside.
+      step: default the newest that is whole.
+      ema: take the moving average where the stage kept one.
+      mesh: to shard the parameters over, by the config's own tables; None for one device.
+
+    Raises:
+      InputError: no such folder, no whole step, or a part is missing.
+    """
+    folder = files.Path(folder)
+    if not (folder / CHECKPOINTS).is_dir():
+        raise InputError(f"{folder} holds no {CHECKPOINTS}/; give the folder of a stage, W/stage3")
+    store = Store(folder / CHECKPOINTS, write=False)
+    plans: list[Plan] = []
+
+    def targets(found: Meta) -> Trees:
+        plan = _plan(found, folder, mesh)
+        plans[:] = [plan]
+        item = "ema" if ema and "ema" in found["leaves"] else "params"
+        return {item: plan.params}
+
+    got = store.restore(targets, step)
+    store.close()
+    (plan,), (trained,) = plans, got.items.values()
+    frozen = read_frozen(folder, got.meta, plan)
+    return Loaded(plan, trees.join(trained, frozen), got.step, got.meta["revision"])
+
+
+def _plan(found: Meta, folder: files.Path, mesh: Mesh | None) -> Plan:
+    """The plan of a checkpoint's config, with the tokenizer that lies beside it."""
+    config = config_lib.from_dict(found["config"])
+    if (folder / TOKENIZER).is_dir():  # the one that it was trained with, wherever that came from
+        config.data.tokenizer = str(folder / TOKENIZER)
+    if mesh is None:
+        mesh = sharding.build_mesh({}, devices=jax.devices()[:1])
+    return Plan.build(config, mesh, check=False)
+
+
+def read_frozen(folder: files.Path, found: Meta, plan: Plan) -> Tree:
+    """The frozen tree of a stage, checked against the digest that a checkpoint names.
+
+    Raises:
+      InputError: it is missing, damaged, or not the one that the checkpoint was trained with.
+    """
+    store = Store(folder / FROZEN, write=False)
+    got = store.restore(lambda meta: {FROZEN: plan.frozen})
+    store.close()
+    if _fingerprint(got.meta["leaves"][FROZEN]) != found["frozen"]:
+        raise InputError(
+            f"{folder / FROZEN} holds other parameters than its checkpoints were trained with; "
+            "restore it from a copy"
+        )
+    return got.items[FROZEN]
+
+
+def save_frozen(folder: files.Path, frozen: Tree, plan: Plan) -> str:
+    """Writes the frozen tree of a stage, once; waits for it and returns its fingerprint."""
+    store = Store(folder / FROZEN)
+    store.save(0, {FROZEN: frozen}, metadata(plan))
+    store.close()
+    return _fingerprint(describe(frozen))
+
+
+def drop_frozen(folder: files.Path) -> None:
+    """Removes a frozen tree that was left by a run without a checkpoint, or is damaged."""
+    if jax.process_index() == 0:
+        files.remove_folder(folder / FROZEN)
+
+
+def _fingerprint(leaves: Meta) -> str:
+    """One word for the shapes, types and digests of a tree."""
+    return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def metadata(plan: Plan) -> Meta:
+    """What every checkpoint says of its run."""
+    return {
+        "stage": plan.stage.name,
+        "size": plan.config.size,
+        "config": config_lib.to_dict(plan.config),
+        "revision": runtime.revision(),
+    }
+
+
+def keep_tokenizer(folder: files.Path, prompts: PromptLayout) -> None:
+    """Writes the tokenizer into a stage folder, which then needs no other; once."""
+    if jax.process_index() == 0 and not (folder / TOKENIZER).is_dir():
+        with files.fresh_folder(folder / TOKENIZER, "tokenizer.json") as part:
+            prompts.tokenizer.save_pretrained(str(part))
+
+
+def check_fits(found: Meta, plan: Plan, folder: files.Path) -> None:
+    """Raises InputError unless a checkpoint is of the plan's stage and sizes."""
+    if found["stage"] != plan.stage.name:
+        raise InputError(
+            f"{folder} is a checkpoint of stage {found['stage']!r}, the config is of stage "
+            f"{plan.stage.name!r}; use another --workdir or the matching config"
+        )
+    ours = config_lib.to_dict(plan.config)
+    for section in ("model", "lora"):
+        changed = config_lib.differences(found["config"][section], ours[section])
+        changed = [line for line in changed if not line.startswith("remat:")]
+        if changed:
+            raise InputError(
+                f"{folder} is a checkpoint of size {found['config']['size']!r}, the config is of "
+                f"size {plan.config.size!r}: {section}.{changed[0]}; use the matching config or "
+                "another --workdir"
+            )

@@ -1,0 +1,194 @@
+"""Checkpoints: Orbax beneath, and above it a digest of every leaf and a fall-back to good steps.
+
+Orbax writes asynchronously and atomically, but restores flipped bits without a word and takes an
+empty folder for the newest step. So every step carries, as JSON beside its arrays, the shape, type
+and digest of each leaf; what does not agree with it is set aside, and the step before is used.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from qk_jax.base import files
+from qk_jax.base.errors import InputError
+from qk_jax.base.trees import named
+from qk_jax.checkpoints.digest import describe
+
+log = logging.getLogger(__name__)
+META = "meta"
+FORMAT = 1
+Meta = dict[str, Any]
+Trees = dict[str, Any]
+
+
+class Restored(NamedTuple):
+    """What a restore gives: the step, the items asked for, and the metadata of the step."""
+
+    step: int
+    items: Trees
+    meta: Meta
+
+
+def check_complete(meta: Meta, item: str, target: Any) -> None:
+    """Raises InputError unless the saved item has exactly the leaves of `target`."""
+    saved = _saved(meta, item)
+    wanted = {name: (list(leaf.shape), str(leaf.dtype)) for name, leaf in named(target).items()}
+    missing, extra = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
+    changed = [
+        f"{name} is {saved[name]}, wanted {wanted[name]}"
+        for name in sorted(wanted.keys() & saved.keys())
+        if saved[name] != wanted[name]
+    ]
+    for words, found in (("lacks", missing), ("has unknown", extra), ("has other", changed)):
+        if found:
+            raise InputError(
+                f"the checkpoint of stage {meta['stage']!r} step {meta['step']} {words} {item}: "
+                f"{', '.join(found[:3])}{f' and {len(found) - 3} more' if len(found) > 3 else ''}; "
+                "it cannot be restored in full, use the config it was trained with"
+            )
+
+
+def _saved(meta: Meta, item: str) -> dict[str, tuple[list[int], str]]:
+    """{name: (shape, dtype)} of a saved item, {} when it is absent."""
+    leaves = meta["leaves"].get(item, {})
+    return {name: (leaf["shape"], leaf["dtype"]) for name, leaf in leaves.items()}
+
+
+class Store:
+    """The steps under one folder."""
+
+    def __init__(
+        self, root: files.PathLike, *, keep: int = 1, keep_every: int = 0, write: bool = True
+    ):
+        """Opens `root`.
+
+        Args:
+          root: the folder; made when `write`.
+          keep: newest steps that are kept.
+          keep_every: steps divisible by it are kept for good; 0 for none.
+          write: False leaves everything on disk as it is.
+
+        Raises:
+          InputError: the folder cannot be made, or does not exist and `write` is False.
+        """
+        self.root = files.Path(root).absolute()
+        self.write = write
+        if not write and not self.root.is_dir():
+            raise InputError(f"{self.root} does not exist; give the folder of a trained stage")
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep if write else None,
+            keep_period=keep_every or None,
+            save_interval_steps=1 if write else 0,
+            create=write,
+            cleanup_tmp_directories=write,
+            enable_async_checkpointing=write,
+            read_only=not write,
+        )
+        try:
+            self.manager = ocp.CheckpointManager(self.root, options=options)
+        except OSError as error:
+            raise InputError(f"{self.root} cannot be written: {error.strerror}") from error
+
+    def steps(self) -> list[int]:
+        """Steps on disk, oldest first; some may prove damaged."""
+        self.manager.reload()
+        return sorted(self.manager.all_steps())
+
+    def is_new(self) -> bool:
+        """Whether nothing was ever saved here; damaged steps count as saved."""
+        return not self.steps() and not any(self.root.glob("damaged-*"))
+
+    def save(self, step: int, items: Trees, meta: Meta) -> None:
+        """Starts writing `items` (pytrees of arrays) as `step`; returns before they are on disk.
+
+        The arrays may be donated afterwards. A step that exists already is left alone.
+        """
+        if step in self.manager.all_steps():
+            return
+        leaves = {name: describe(tree) for name, tree in items.items()}
+        meta = meta | {"format": FORMAT, "step": step, "leaves": leaves}
+        args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        self.manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)))
+
+    def restore(self, targets: Callable[[Meta], Trees], step: int | None = None) -> Restored:
+        """The newest step (or `step`) that is whole, with the items that `targets` asks for.
+
+        Args:
+          targets: from the metadata of a step, {item: tree of ShapeDtypeStructs with shardings};
+            raises InputError when the step is good but not what is wanted.
+          step: only this one.
+
+        Raises:
+          InputError: no step, none that is whole, or a saved item with other leaves than asked.
+        """
+        self.wait()
+        found = self.steps()[::-1]
+        if step is not None and step not in found:
+            raise InputError(f"{self.root} holds no step {step}; it holds {found[::-1]}")
+        found = found if step is None else [step]
+        if self.is_new():
+            raise InputError(f"{self.root} holds no checkpoint; train that stage first")
+        damage = "only steps that were set aside"
+        for candidate in found:
+            try:
+                return self._restore(candidate, targets)
+            except InputError:
+                raise
+            except Exception as error:  # Orbax and its stores raise many unrelated classes
+                damage = f"step {candidate} is damaged ({_first_line(error)})"
+                log.warning("checkpoint %s: %s; trying the step before", self.root, damage)
+                self._set_aside(candidate)
+        raise InputError(
+            f"{self.root} holds no whole checkpoint: {damage}; restore it from a copy or delete "
+            "the folder to begin anew"
+        )
+
+    def _restore(self, step: int, targets: Callable[[Meta], Trees]) -> Restored:
+        """One step.
+
+        Raises:
+          InputError: as `targets`, or other leaves than asked for.
+          Exception: the step is damaged.
+        """
+        read = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        meta = read[META]
+        if meta.get("format") != FORMAT or meta["step"] != step:
+            raise ValueError("its metadata is of another format or step")
+        wanted = targets(meta)
+        for item, target in wanted.items():
+            check_complete(meta, item, target)
+        args = {item: ocp.args.StandardRestore(target) for item, target in wanted.items()}
+        items = dict(self.manager.restore(step, args=ocp.args.Composite(**args)).items())
+        for item, tree in items.items():
+            for name, leaf in describe(tree).items():
+                if leaf["digest"] != meta["leaves"][item][name]["digest"]:
+                    raise ValueError(f"the digest of {item}/{name} does not agree")
+        return Restored(step, items, meta)
+
+    def _set_aside(self, step: int) -> None:
+        """Renames a damaged step, so that it is not found again and can be looked at."""
+        if not self.write:
+            return
+        if jax.process_index() == 0 and (self.root / str(step)).is_dir():
+            aside = self.root / f"damaged-{step}"
+            files.remove_folder(aside)  # the same step, damaged before
+            (self.root / str(step)).rename(aside)
+        self.manager.reload()
+
+    def wait(self) -> None:
+        """Blocks until everything saved is on disk."""
+        self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and frees the threads."""
+        self.manager.close()
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__

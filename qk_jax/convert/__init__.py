@@ -1,1 +1,0 @@
-"""PyTorch <-> qk_jax: one table per model, read in both directions."""

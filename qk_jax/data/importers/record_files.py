@@ -1,0 +1,119 @@
+"""Examples that were made elsewhere: the project's own record files, and TFDS data sets.
+
+A source has `len`, `[i]` -> `tasks.Example`, and the arrays `size_of`, `pictures_of` [N] that the
+batch plan reads before any picture is decoded; so do the made tasks of `qk_jax.data.tasks`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from qk_jax.base.errors import BadRecord, InputError
+from qk_jax.data import buckets, records
+from qk_jax.data.example import TASKS, Example, TaskSettings, caption_of
+from qk_jax.pictures.fitting import contain, cover, decode_picture
+from qk_jax.pictures.roles import REFERENCE, SOURCE
+
+_ROLES = {"source": SOURCE, "reference": REFERENCE}
+
+
+class RecordSource:
+    """One task of a record file written by `write_examples`.
+
+    Header: `instruction`, `roles` ('source' or 'reference' for each picture); blobs: `target`,
+    `picture_1`, `picture_2`, ... A target goes to the size nearest in aspect ratio (scaled to cover
+    it, cropped evenly, and sources alike); references are fitted on white squares.
+
+    Raises: InputError when the file has no record of the task.
+    """
+
+    def __init__(
+        self, file: records.RecordFile, task: str, settings: TaskSettings, max_pixels: int
+    ):
+        self.task, self.file, self.settings, self.max_pixels = task, file, settings, max_pixels
+        self.name = file.path
+        self.numbers = np.flatnonzero(file.index["task"] == task.encode())
+        if not len(self.numbers):
+            known = sorted({name.decode() for name in np.unique(file.index["task"])})
+            raise InputError(
+                f"{file.path} has no record of task {task} (it has {', '.join(known) or 'none'}); "
+                f"set config.data.tasks.{task} to 0"
+            )
+        rows = file.index[self.numbers]
+        self.size_of = buckets.nearest(rows["height"], rows["width"], settings.sizes)
+        self.pictures_of = rows["pictures"].astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, number: int) -> Example:
+        """Example `number`. Raises: BadRecord."""
+        record = int(self.numbers[number])
+        name = f"record {record} of {self.file.path}"
+        header, blobs = self.file[record]
+        instruction = caption_of(header.get("instruction"), name)
+        roles = header.get("roles") or []
+        names = [f"picture_{i + 1}" for i in range(int(self.pictures_of[number]))]
+        if len(roles) != len(names) or set(roles) - set(_ROLES):
+            raise BadRecord("roles", f"{name}: roles are {roles!r:.60}, for {len(names)} pictures")
+        absent = [blob for blob in ("target", *names) if blob not in blobs]
+        if absent:
+            raise BadRecord("undecodable", f"{name}: there is no blob {absent[0]!r}")
+        size = self.settings.sizes[self.size_of[number]]
+
+        def picture(blob: str) -> np.ndarray:
+            return decode_picture(blobs[blob], "RGB", self.max_pixels, f"{name}, {blob}")
+
+        side = self.settings.reference_size
+        shown = tuple(
+            cover(picture(blob), size) if role == "source" else contain(picture(blob), side)
+            for blob, role in zip(names, roles, strict=True)
+        )
+        numbers = tuple(_ROLES[role] for role in roles)
+        target = cover(picture("target"), size)
+        return Example(instruction, target, shown, numbers, self.task, record)
+
+
+def write_examples(path: str | os.PathLike, examples: Iterable[Example]) -> int:
+    """Writes examples as a record file that `RecordSource` reads (PNG); returns how many.
+
+    Raises: InputError for an unknown task, an empty instruction, or roles that do not fit.
+    """
+    names = {number: name for name, number in _ROLES.items()}
+
+    def png(picture: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def rows():
+        for count, example in enumerate(examples):
+            if example.task not in TASKS:
+                raise InputError(f"example {count} has the task {example.task!r}, not of {TASKS}")
+            if len(example.roles) != len(example.pictures):
+                raise InputError(
+                    f"example {count} has {len(example.pictures)} pictures, "
+                    f"but {len(example.roles)} roles"
+                )
+            caption_of(example.instruction, f"example {count}")
+            blobs = {"target": png(example.target)}
+            blobs |= {f"picture_{i + 1}": png(x) for i, x in enumerate(example.pictures)}
+            yield {
+                "header": {
+                    "instruction": example.instruction,
+                    "roles": [names[role] for role in example.roles],
+                },
+                "blobs": blobs,
+                "width": example.target.shape[1],
+                "height": example.target.shape[0],
+                "pictures": len(example.pictures),
+                "task": example.task,
+            }
+
+    return records.write_records(Path(path), rows())

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import numpy as np
+
+from qk_jax.base.errors import BadRecord, InputError
+from qk_jax.data.example import Example, TaskSettings, caption_of
+from qk_jax.pictures.fitting import cover
+
+
+class TfdsSource:
+    """Text to image from a prepared TensorFlow data set (`tfds.data_source`; no TensorFlow needed).
+
+    Only a file format with random access (array_record) works. Sizes are not known before a picture
+    is decoded, so every picture goes to the squarest size.
+
+    Raises: InputError when the data set is not prepared, or has no such features.
+    """
+
+    task = "text_to_image"
+
+    def __init__(
+        self, name: str, split: str, settings: TaskSettings, image: str, text: str, max_pixels: int
+    ):
+        import tensorflow_datasets as tfds  # slow to import, and rarely used
+
+        self.name, self.image, self.text = f"tfds:{name}", image, text
+        self.settings, self.max_pixels = settings, max_pixels
+        try:
+            builder = tfds.builder(name)
+            self.data = builder.as_data_source(split)
+        except Exception as error:  # of many classes, none of them shared
+            raise InputError(
+                f"the data set tfds:{name} has no split {split!r} that can be read by number "
+                f"({str(error).splitlines()[0]}); prepare it with file_format='array_record'"
+            ) from None
+        absent = [feature for feature in (image, text) if feature not in builder.info.features]
+        if absent:
+            raise InputError(
+                f"tfds:{name} has no feature {absent[0]!r}, but {', '.join(builder.info.features)}"
+            )
+        shapes = [abs(np.log(height / width)) for height, width in settings.sizes]
+        self.size_of = np.full(len(self.data), int(np.argmin(shapes)))
+        self.pictures_of = np.zeros(len(self.data), np.int32)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, number: int) -> Example:
+        """Example `number`. Raises: BadRecord."""
+        name = f"record {number} of {self.name}"
+        row = self.data[int(number)]
+        text = row[self.text]
+        caption = caption_of(text.decode() if isinstance(text, bytes) else text, name)
+        picture = np.asarray(row[self.image])
+        if self.max_pixels and picture.shape[0] * picture.shape[1] > self.max_pixels:
+            raise BadRecord("too large", f"{name}: a picture of {picture.shape[:2]} pixels")
+        if picture.ndim != 3 or picture.shape[-1] not in (1, 3) or picture.dtype != np.uint8:
+            raise BadRecord("undecodable", f"{name}: a picture is {picture.dtype}{picture.shape}")
+        picture = np.repeat(picture, 3, axis=-1) if picture.shape[-1] == 1 else picture
+        target = cover(picture, self.settings.sizes[self.size_of[number]])
+        return Example(caption, target, (), (), self.task, int(number))

@@ -1,0 +1,338 @@
+"""What a model has learnt, in figures, from records that it was not trained on.
+
+Every figure is paired: the same records, the same noise and the same times for all phases of a
+training, so that phases can be compared.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image, ImageOps
+
+from qk_jax.data import prompts
+from qk_jax.data.example import TASKS, TaskSettings
+from qk_jax.data.synthesis import tasks
+from qk_jax.data.synthesis.corpus import Corpus
+from qk_jax.evaluation import similarity
+from qk_jax.models.query_kontext import PACKED
+from qk_jax.painting.painter import Painter
+from qk_jax.painting.request import FULL, Request, Settings, request_of
+from qk_jax.pictures.grids import grid_of, vision_size
+
+Figures = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """A request with the picture that it should give, uint8 [H, W, 3] of the request's size."""
+
+    request: Request
+    truth: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """How much is measured.
+
+    Attributes:
+      records: held-out records of each task; a multiple of `batch`.
+      batch: rows of every program.
+      times: where on the way from picture (0) to noise (1) the loss is taken.
+      captions: training captions among which a painted picture is looked up.
+      words: settings of pictures painted from words alone, which have many right answers.
+      pictures: settings of pictures painted from pictures, which have one: without guidance, since
+        the squared error is judged.
+    """
+
+    records: int = 32
+    batch: int = 16
+    times: tuple[float, ...] = (0.15, 0.35, 0.55, 0.75, 0.95)
+    captions: int = 100
+    words: Settings = Settings(steps=12, guidance=3.0, image_guidance=1.0)
+    pictures: Settings = Settings(steps=12, guidance=1.0, image_guidance=1.0)
+    sheet: int = 8
+
+    def __post_init__(self):
+        if self.records < 2 or self.records % self.batch:
+            raise ValueError(f"{self.records} records are no multiple of the batch {self.batch}")
+
+
+SMOKE = Extent(
+    records=8, batch=8, times=(0.3, 0.7), captions=16, sheet=4,
+    words=Settings(steps=4, guidance=1.0, image_guidance=1.0),
+    pictures=Settings(steps=4, guidance=1.0, image_guidance=1.0),
+)  # fmt: skip
+LONG = Extent(
+    records=96,
+    words=Settings(steps=30, guidance=3.0, image_guidance=1.0),
+    pictures=Settings(steps=30, guidance=1.0, image_guidance=1.0),
+)
+
+
+class Evaluator:
+    """Figures of one painter. All examples of a task have the same shapes."""
+
+    def __init__(self, painter: Painter, extent: Extent):
+        self.painter, self.extent = copy.copy(painter), extent
+        # Stages are compared in all tasks, also in those that they were not trained for.
+        self.painter.limits = dataclasses.replace(painter.limits, max_references=len(TASKS))
+
+    # ---- validation loss, with the right condition and with another record's -------------------
+
+    def losses(self, examples: Sequence[Example], shift: int = 0) -> np.ndarray:
+        """Loss [N] of each example, averaged over `extent.times`.
+
+        With `shift` an example gets text and pictures of the example `shift` places further; its
+        target, noise and times stay.
+        """
+        painter, rows = self.painter, self.extent.batch
+        height, width = examples[0].request.size
+        out = []
+        for start in range(0, len(examples), rows):
+            chunk = examples[start : start + rows]
+            given = [examples[(start + i + shift) % len(examples)].request for i in range(rows)]
+            batch = painter.rows(given, FULL)
+            context, mask = painter.programs.context(painter.params, batch)
+            target = painter.programs.encode(
+                painter.params, np.stack([example.truth for example in chunk])
+            )
+            latents = painter.latents(batch)
+            means = []
+            for time in self.extent.times:
+                noise = [painter.noise(self._noised(e.request, time)) for e in chunk]
+                means.append(
+                    painter.programs.loss(
+                        painter.params, target, np.stack(noise), time, context, mask, latents,
+                        batch["roles"], batch["condition_mask"],
+                        grid=(height // PACKED, width // PACKED),
+                    )
+                )  # fmt: skip
+            out.append(np.mean(np.asarray(means, np.float64), axis=0))
+        return np.concatenate(out)
+
+    def _noised(self, request: Request, time: float) -> Request:
+        """The same request with noise of its own for each time, unlike that of painting."""
+        return dataclasses.replace(request, number=1_000_000 + round(1000 * time))
+
+    def margin(self, examples: Sequence[Example]) -> Figures:
+        """Validation loss with right and with shuffled conditions, and their paired difference."""
+        right = self.losses(examples)
+        shuffled = self.losses(examples, shift=len(examples) // 2)
+        margin, error = similarity.mean_and_error(shuffled - right)
+        return {
+            "loss": float(right.mean()),
+            "loss_shuffled": float(shuffled.mean()),
+            "margin": margin,
+            "margin_standard_error": error,
+            "records": len(examples),
+        }
+
+    # ---- painted pictures against the truth ----------------------------------------------------
+
+    def fidelity(self, examples: Sequence[Example], painted: Sequence[np.ndarray]) -> Figures:
+        """PSNR against the truth of the painted picture, and of copying a condition picture."""
+        truth = np.stack([example.truth for example in examples])
+        ours = similarity.psnr(np.stack(painted), truth)
+        figures = {"psnr": float(ours.mean())}
+        figures["psnr_standard_error"] = similarity.mean_and_error(ours)[1]
+        if examples[0].request.pictures:
+            copy = best_copies(examples)
+            figures["psnr_copy"] = float(copy.mean())
+            gain, error = similarity.mean_and_error(ours - copy)
+            figures |= {"gain_over_copy": gain, "gain_standard_error": error}
+        return figures
+
+    def paint(self, examples: Sequence[Example]) -> list[np.ndarray]:
+        """The picture that the model paints for each example."""
+        requests = [example.request for example in examples]
+        has_pictures = bool(requests[0].pictures)
+        return self.painter.paint(
+            requests, self.extent.pictures if has_pictures else self.extent.words
+        )
+
+    # ---- which caption is this the picture of? -------------------------------------------------
+
+    def embed(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """Mean feature of the frozen vision tower: pictures of one size -> [N, D]."""
+        area, rows = self.painter.config.vlm_pixels, self.extent.batch
+        grid = grid_of(*vision_size(*pictures[0].shape[:2], area))
+        out = []
+        for start in range(0, len(pictures), rows):
+            chunk = list(pictures[start : start + rows])
+            filled = chunk + chunk[-1:] * (rows - len(chunk))
+            patches = np.stack([prompts.pixel_values([x], area) for x in filled])
+            pooled = self.painter.programs.pool(self.painter.params, patches, grid=grid)
+            out.append(np.asarray(pooled)[: len(chunk)])
+        return np.concatenate(out)
+
+    def retrieval(self, examples: Sequence[Example], painted: Sequence[np.ndarray]) -> Figures:
+        """How often the right picture is the nearest to the painted one, or among the nearest five.
+
+        Two spaces: 'pixels' are the colours of an 8 x 8 grid, 'vision' the frozen vision tower's
+        pooled features; see `similarity.ranks`. Chance is 1 / N and 5 / N.
+        """
+        truth = [example.truth for example in examples]
+        spaces = {
+            "pixels": lambda x: similarity.coarse(np.stack(x)),
+            "vision": self.embed,
+        }
+        figures: Figures = {
+            "captions": len(examples),
+            "chance_top1": 1 / len(examples),
+            "chance_top5": min(1.0, 5 / len(examples)),
+        }
+        for name, features in spaces.items():
+            ranks = similarity.ranks(features(list(painted)), features(truth))
+            figures[name] = {
+                "top1": float(np.mean(ranks < 1)),
+                "top5": float(np.mean(ranks < 5)),
+                "median_rank": float(np.median(ranks) + 1),
+            }
+        return figures
+
+    # ---- the same picture as source and as reference (Table 9 of the paper) --------------------
+
+    def roles(self, examples: Sequence[Example]) -> Figures:
+        """Identity and freedom when one condition picture is given as source or as reference.
+
+        Prompts, pictures, noise and weights are the same: only the positions of the picture's
+        tokens differ. Identity, painted against condition picture: PSNR, and cosine of the frozen
+        vision tower's pooled features, centred by the mean over all condition pictures. Freedom:
+        `similarity.layout_change` and `similarity.displacement` of the contours.
+        """
+        pictures = np.stack([example.request.pictures[0] for example in examples])
+        shown = self.embed(list(pictures))
+        centre = shown.mean(axis=0)
+        measured: dict[str, dict[str, np.ndarray]] = {}
+        for role in ("source", "reference"):
+            requests = [with_role(example.request, role) for example in examples]
+            painted = np.stack(self.painter.paint(requests, self.extent.pictures))
+            likeness = similarity.cosine(self.embed(list(painted)) - centre, shown - centre)
+            measured[role] = {
+                "identity_cosine": np.diagonal(likeness),
+                "identity_psnr": similarity.psnr(painted, pictures),
+                "layout_change": similarity.layout_change(pictures, painted),
+                "displacement": similarity.displacement(pictures, painted),
+            }
+        figures: Figures = {"records": len(examples)}
+        for name in measured["source"]:
+            source, reference = measured["source"][name], measured["reference"][name]
+            difference, error = similarity.mean_and_error(source - reference)
+            figures[name] = {
+                "source": float(source.mean()),
+                "reference": float(reference.mean()),
+                "source_minus_reference": difference,
+                "standard_error": error,
+            }
+        return figures
+
+
+def held_out_examples(run: ConfigDict, count: int) -> dict[str, list[Example]]:
+    """`count` validation examples of every task, of one shape per task, fixed for good.
+
+    All have the training's first size, compositions its widest and two references; so few programs
+    are compiled. Each example has a first subject of its own.
+
+    Args:
+      run: a training config, whose sizes and validation seed are used.
+      count: of each task.
+    """
+    settings = _task_settings(run)
+    widest = max(settings.sizes, key=lambda size: size[1] / size[0])
+    out = {}
+    for task in TASKS:
+        composed = task == "composition"
+        found = tasks.examples(
+            "validation", task, count, settings=settings,
+            corpus=Corpus("validation", run.data.corpus or None),
+            size=widest if composed else settings.sizes[0],
+            pictures=2 if composed else None,
+        )  # fmt: skip
+        out[task] = [Example(request_of(x, number=n), x.target) for n, x in enumerate(found)]
+    return out
+
+
+def captions(run: ConfigDict, count: int) -> list[Example]:
+    """`count` captions of the training split with their pictures on white, for retrieval."""
+    settings = _task_settings(run)
+    found = tasks.examples(
+        "train", "text_to_image", count, settings=settings,
+        corpus=Corpus("train", run.data.corpus or None),
+        size=settings.sizes[0], kind="plain",
+    )  # fmt: skip
+    return [Example(request_of(x, number=10_000 + n), x.target) for n, x in enumerate(found)]
+
+
+def _task_settings(run: ConfigDict) -> TaskSettings:
+    sizes = tuple(tuple(size) for size in run.data.sizes)
+    return TaskSettings(sizes, run.data.reference_size, run.validation.seed)
+
+
+def best_copies(examples: Sequence[Example]) -> np.ndarray:
+    """PSNR [N] of the condition picture that is nearest to the truth, shown whole at its size."""
+    best = []
+    for example in examples:
+        size = example.request.size[::-1]
+        copies = [
+            np.asarray(ImageOps.pad(Image.fromarray(picture), size, color="white"))
+            for picture in example.request.pictures
+        ]
+        best.append(max(float(similarity.psnr(copy, example.truth)) for copy in copies))
+    return np.asarray(best)
+
+
+def with_role(request: Request, role: str) -> Request:
+    """The request with its single condition picture given as 'source' or as 'reference'."""
+    (picture,) = request.pictures
+    if role == "source":
+        return dataclasses.replace(request, source=picture, references=())
+    return dataclasses.replace(request, source=None, references=(picture,))
+
+
+def evaluate(
+    painter: Painter,
+    extent: Extent,
+    held_out: Mapping[str, Sequence[Example]],
+    captions: Sequence[Example],
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Figures, dict[str, list[np.ndarray]]]:
+    """All figures of one model.
+
+    Args:
+      painter: with `batch` slots like the extent's.
+      extent: how much is measured.
+      held_out: examples of each task, from subjects that were never trained on.
+      captions: text-to-image examples of the training split, for retrieval.
+      say: called with a line for every finished part.
+
+    Returns:
+      ({'tasks': {task: figures}, 'retrieval': ..., ['roles': ...]}, painted pictures by task).
+      'roles' only for a model that takes pictures as VAE tokens: no other knows roles.
+    """
+    evaluator = Evaluator(painter, extent)
+    tasks: Figures = {}
+    painted: dict[str, list[np.ndarray]] = {}
+    for task in TASKS:
+        examples = held_out[task]
+        figures = evaluator.margin(examples)
+        painted[task] = evaluator.paint(examples)
+        figures |= evaluator.fidelity(examples, painted[task])
+        tasks[task] = figures
+        say(
+            f"{task}: loss {figures['loss']:.4f}, with shuffled conditions "
+            f"{figures['margin']:+.4f} ± {figures['margin_standard_error']:.4f}, "
+            f"PSNR {figures['psnr']:.2f} dB"
+        )
+    out: Figures = {"tasks": tasks}
+    out["retrieval"] = evaluator.retrieval(captions, evaluator.paint(captions))
+    say(f"retrieval among {len(captions)}: top-1 {out['retrieval']['vision']['top1']:.2f}")
+    if painter.config.condition_latents:
+        out["roles"] = evaluator.roles(held_out["customization"])
+        say("source against reference: done")
+    return out, painted

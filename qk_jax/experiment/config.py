@@ -1,0 +1,217 @@
+"""Configs: a Python file with get_config(size), overrides on the command line, and the checks.
+
+Every value is a field of an ml_collections ConfigDict; an override must name a field that exists
+and keep its type, and what does not is an InputError with the nearest right name.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import json
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from qk_jax import sharding
+from qk_jax.base.errors import InputError
+from qk_jax.diffusion import flow
+from qk_jax.models import mmdit, qwen_text, qwen_vision, qwen_vl, rotary, vae
+from qk_jax.models.query_kontext import ModelConfig
+
+
+def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
+    """The config that `spec` = 'file.py:size' names, with overrides, locked.
+
+    The file is run: a config is code, trusted as the rest of the program.
+
+    Raises:
+      InputError: no such file or size, no get_config, an unknown field or a value of another type.
+    """
+    path, _, size = spec.partition(":")
+    file = pathlib.Path(path).resolve()
+    if file.suffix != ".py" or not file.is_file():
+        raise InputError(
+            f"config file {path!r} does not exist; give --config configs/stage1.py:tiny"
+        )
+    module_spec = importlib.util.spec_from_file_location(f"qk_config_{file.stem}", file)
+    module = importlib.util.module_from_spec(module_spec)
+    root = str(file.parent.parent)  # so that `from configs import common` works from anywhere
+    sys.path.insert(0, root)
+    try:
+        module_spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(root)
+    if not hasattr(module, "get_config"):
+        raise InputError(f"config file {path!r} has no function get_config(size)")
+    takes_size = bool(inspect.signature(module.get_config).parameters)
+    config = module.get_config(size) if size and takes_size else module.get_config()
+    for name, text in (overrides or {}).items():
+        override(config, name, text)
+    return config.lock()
+
+
+def fields(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """('a.b.c', value) of every leaf of a config."""
+    for name, value in config.items():
+        if isinstance(value, (ConfigDict, dict)):
+            yield from fields(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The known name that a misspelt `name` most likely means."""
+    last = name.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    near = near or [k for k in known if k.rsplit(".", 1)[-1] == last]
+    if not near:
+        ends = {k.rsplit(".", 1)[-1]: k for k in known}
+        near = [ends[e] for e in difflib.get_close_matches(last, list(ends), n=1, cutoff=0.0)]
+    return near[0]
+
+
+def override(config: ConfigDict, name: str, text: str) -> None:
+    """Sets field `name` ('optimizer.lr') from the text of a command line.
+
+    A whole section 'sharding.TOWER' takes the name of one of `sharding.ROWS`.
+
+    Raises:
+      InputError: no such field or row, or a text that is no value of the field's type.
+    """
+    section, _, tower = name.rpartition(".")
+    if section == "sharding" and tower in config.sharding:
+        config.sharding[tower] = dataclasses.asdict(sharding.row(text))
+        return
+    known = dict(fields(config))
+    if name not in known:
+        raise InputError(
+            f"config has no field {name!r}; did you mean {nearest(name, list(known))!r}?"
+        )
+    value = _parse(text, known[name])
+    if value is _WRONG:
+        kind = type(known[name]).__name__
+        raise InputError(f"config field {name!r} is a {kind} (now {known[name]!r}), not {text!r}")
+    *parents, last = name.split(".")
+    node = config
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+
+
+_WRONG = object()
+
+
+def _parse(text: str, old: Any) -> Any:
+    """`text` as a value of the type of `old`, or _WRONG."""
+    if isinstance(old, str):
+        return text
+    if isinstance(old, bool):
+        return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), _WRONG)
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        names = tuple(part for part in text.split(",") if part)
+        return names if isinstance(old, tuple) and all(isinstance(o, str) for o in old) else _WRONG
+    if old is None:
+        return value
+    if isinstance(old, float) and type(value) is int:
+        return float(value)
+    if isinstance(old, tuple) and isinstance(value, list):
+        return tuple(value)
+    return value if type(value) is type(old) else _WRONG
+
+
+def to_json(config: ConfigDict) -> str:
+    """The resolved config as indented JSON (tuples become lists)."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def from_dict(values: Mapping[str, Any]) -> ConfigDict:
+    """A locked config from the JSON of a checkpoint; lists become tuples again."""
+
+    def tuples(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: tuples(item) for name, item in value.items()}
+        return tuple(map(tuples, value)) if isinstance(value, (list, tuple)) else value
+
+    return ConfigDict(tuples(values)).lock()
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """A config as its JSON has it, with lists for tuples."""
+    return json.loads(to_json(config))
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """'name: old -> new' of every field that differs; both in their JSON form."""
+    a, b = dict(fields(old)), dict(fields(new))
+    absent = "absent"
+    return [
+        f"{name}: {a.get(name, absent)} -> {b.get(name, absent)}"
+        for name in sorted(a.keys() | b.keys())
+        if a.get(name, absent) != b.get(name, absent)
+    ]
+
+
+def _build(kind: type, values: Mapping[str, Any], **replaced: Any) -> Any:
+    """A frozen dataclass from its config section; JSON's lists become tuples again."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    kwargs = {
+        name: tuple(value) if isinstance(value, (list, tuple)) else value
+        for name, value in values.items()
+        if name in known
+    }
+    return kind(**(kwargs | replaced))
+
+
+def model_config(config: Mapping[str, Any]) -> ModelConfig:
+    """The model's own config from the sections `model` and `lora`, of a ConfigDict or its JSON."""
+    section = config["model"]
+    vlm, kind = section["vlm"], section["vae"]["kind"]
+    kinds = {
+        "AutoencoderKL": vae.AutoencoderKLConfig,
+        "AutoencoderKLQwenImage": vae.QwenImageVAEConfig,
+    }
+    if kind not in kinds:
+        raise InputError(f"config field 'model.vae.kind' is {kind!r}; give one of {sorted(kinds)}")
+    rank = config["lora"]["rank"]
+    return _build(
+        ModelConfig,
+        section,
+        vlm=_build(
+            qwen_vl.VLMConfig,
+            vlm,
+            text=_build(qwen_text.TextConfig, vlm["text"]),
+            vision=_build(qwen_vision.VisionConfig, vlm["vision"]),
+        ),
+        mmdit=_build(mmdit.MMDiTConfig, section["mmdit"]),
+        vae=_build(kinds[kind], section["vae"]),
+        law=_build(rotary.PositionLaw, section["law"]),
+        lora_scale=config["lora"]["alpha"] / rank if rank else 1.0,
+        remat=section["remat"] or None,
+    )
+
+
+def time_law(config: Mapping[str, Any]) -> flow.TimeLaw:
+    """The law of the timesteps from the section `time`."""
+    return _build(flow.TimeLaw, config["time"])
+
+
+def dtype(name: str) -> Any:
+    """A floating dtype by name.
+
+    Raises:
+      InputError: neither float32 nor bfloat16 nor float16.
+    """
+    known = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+    if name not in known:
+        raise InputError(f"dtype {name!r} is unknown; give one of {', '.join(known)}")
+    return known[name]

@@ -1,0 +1,126 @@
+"""AdamW over the trained tree: schedule, clipping, decay and rate per parameter name, EMA."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+
+from qk_jax.base import trees
+from qk_jax.base.errors import InputError
+from qk_jax.models.mmdit import UNUSED_IN_LAST_BLOCK
+
+
+def schedule(config: Mapping[str, Any], steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up, then 'constant' or 'cosine' down to lr * lr_end.
+
+    Raises:
+      InputError: another law, or a warm-up longer than the run.
+    """
+    lr, warmup, law = config["lr"], config["warmup"], config["schedule"]
+    if law not in ("constant", "cosine"):
+        raise InputError(f"optimizer.schedule {law!r} is unknown; give 'constant' or 'cosine'")
+    if not 0 <= warmup <= steps:
+        raise InputError(f"optimizer.warmup {warmup} must lie between 0 and steps = {steps}")
+    if law == "cosine":
+        after = optax.cosine_decay_schedule(lr, max(steps - warmup, 1), alpha=config["lr_end"])
+    else:
+        after = optax.constant_schedule(lr)
+    if not warmup:
+        return after
+    # 1 / warmup at the first step: an update of zero would be a wasted one
+    rise = optax.linear_schedule(lr / warmup, lr, max(warmup - 1, 1))
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def multipliers(params: Mapping[str, Any], rules: Sequence[tuple[str, float]], what: str) -> Any:
+    """A tree of factors: for each leaf the value of the first rule that matches its name.
+
+    Raises:
+      InputError: a leaf without a rule.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    factors = {}
+    for name in flat:
+        index = trees.first_match(name, rules)
+        if index is None:
+            raise InputError(f"{what}: no rule covers {name!r}; end the rules with ('.*', number)")
+        factors[name] = float(rules[index][1])
+    return traverse_util.unflatten_dict(factors, sep="/")
+
+
+def decay_factors(params: Mapping[str, Any], rules: Sequence[tuple[str, float]]) -> Any:
+    """Weight-decay factors, zero for the last block's dead text branch.
+
+    Its modules get no gradient, so that torch's AdamW skips them; here they get zeros, and decay
+    alone would shrink them. Blocks are stacked, hence a factor per layer [L, 1, ...].
+    """
+    flat = traverse_util.flatten_dict(multipliers(params, rules, "optimizer.decay"), sep="/")
+    arrays = traverse_util.flatten_dict(params, sep="/")
+    for name, factor in flat.items():
+        if re.fullmatch(rf"(lora/)?mmdit/{UNUSED_IN_LAST_BLOCK}", name):
+            shape = arrays[name].shape
+            column = np.full((shape[0],) + (1,) * (len(shape) - 1), factor, np.float32)
+            column[-1] = 0.0
+            flat[name] = column
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def add_decay(weight: float, factors: Any) -> optax.GradientTransformation:
+    """Adds weight * factor * parameter to the update (decoupled decay, AdamW)."""
+
+    def update(updates, state, params):
+        return jax.tree.map(
+            lambda u, p, f: u + (weight * f * p).astype(u.dtype), updates, params, factors
+        ), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def scale_leaves(factors: Any) -> optax.GradientTransformation:
+    """Multiplies each leaf's update by its own factor (rates per parameter name)."""
+
+    def update(updates, state, params=None):
+        del params
+        return jax.tree.map(lambda u, f: u if f == 1.0 else u * f, updates, factors), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+class Optimizer(NamedTuple):
+    """The transformation and its schedule (for the log)."""
+
+    tx: optax.GradientTransformation
+    rate: optax.Schedule
+
+
+def build(config: Mapping[str, Any], params: Mapping[str, Any], steps: int) -> Optimizer:
+    """AdamW for the trained tree `params` (arrays or shapes), from the section `optimizer`.
+
+    Order: clip by global norm, Adam moments (float32), decoupled decay, factor per name, rate.
+    """
+    rate = schedule(config, steps)
+    parts = [optax.clip_by_global_norm(config["clip"])] if config["clip"] else []
+    parts.append(optax.scale_by_adam(config["b1"], config["b2"], config["eps"]))
+    if config["weight_decay"]:
+        parts.append(add_decay(config["weight_decay"], decay_factors(params, config["decay"])))
+    parts.append(scale_leaves(multipliers(params, config["rates"], "optimizer.rates")))
+    parts.append(optax.scale_by_learning_rate(rate))
+    return Optimizer(optax.chain(*parts), rate)
+
+
+def ema_update(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
+    """ema + (1 - d) (params - ema), d = min(decay, (1 + step) / (10 + step)).
+
+    The rising d keeps the start of training from weighing on short runs. `step` counts finished
+    updates before this one; float32 throughout.
+    """
+    step = step.astype(jnp.float32)
+    keep = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda e, p: e + (1.0 - keep) * (p.astype(jnp.float32) - e), ema, params)

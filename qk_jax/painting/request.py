@@ -1,0 +1,115 @@
+"""What is asked of a painter: one picture, how to paint it, and what a model can follow."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from qk_jax.base.errors import InputError
+from qk_jax.data.example import Example
+from qk_jax.diffusion import sampler
+from qk_jax.pictures.roles import REFERENCE, SOURCE
+
+FULL, NO_TEXT, NOTHING = "full", "no text", "nothing"
+MAX_STEPS = 1000
+SEEDS = 2**32  # seeds of noise are below it
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """One picture to paint.
+
+    Attributes:
+      prompt: the instruction; never empty.
+      source: uint8 [h, w, 3] picture to edit, or None.
+      references: uint8 [h, w, 3] pictures of subjects.
+      size: (height, width) in pixels, multiples of 16.
+      seed: with `number`, the only origin of the noise.
+      number: counts the pictures of one prompt and seed.
+    """
+
+    prompt: str
+    source: np.ndarray | None = None
+    references: tuple[np.ndarray, ...] = ()
+    size: tuple[int, int] = (64, 64)
+    seed: int = 0
+    number: int = 0
+
+    @property
+    def pictures(self) -> tuple[np.ndarray, ...]:
+        """The condition pictures in the order in which the model sees them: the source is first."""
+        return (() if self.source is None else (self.source,)) + self.references
+
+    @property
+    def roles(self) -> tuple[int, ...]:
+        """SOURCE or REFERENCE for each of `pictures`."""
+        return (() if self.source is None else (SOURCE,)) + (REFERENCE,) * len(self.references)
+
+
+def request_of(example: Example, seed: int = 0, number: int = 0) -> Request:
+    """The request of an example of the data; its pictures are fitted already."""
+    pairs = list(zip(example.pictures, example.roles, strict=True))
+    return Request(
+        prompt=example.instruction,
+        source=next((picture for picture, role in pairs if role == SOURCE), None),
+        references=tuple(picture for picture, role in pairs if role == REFERENCE),
+        size=example.target.shape[:2],
+        seed=seed,
+        number=number,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to paint; recorded in every PNG.
+
+    Attributes:
+      steps: sampler steps.
+      guidance: weight of the text, 1 for none (classifier-free guidance's scale).
+      image_guidance: weight of the pictures, 1 for none; without pictures it has no effect.
+      solver: 'euler' or 'heun' (two evaluations a step, second order).
+    """
+
+    steps: int = 30
+    guidance: float = 4.0
+    image_guidance: float = 1.5
+    solver: str = "euler"
+
+    def variants(self, pictured: bool) -> tuple[str, ...]:
+        """The conditionings that guidance has to evaluate, the full one first."""
+        if pictured and self.image_guidance != 1:
+            return (FULL, NO_TEXT, NOTHING)
+        return (FULL,) if self.guidance == 1 else (FULL, NO_TEXT)
+
+    def check(self) -> None:
+        """Raises InputError for a value that no sampler can use."""
+        if self.steps < 1 or self.steps > MAX_STEPS:
+            raise InputError(f"steps is {self.steps}; give 1 to {MAX_STEPS}")
+        if self.solver not in sampler.SOLVERS:
+            raise InputError(f"solver is {self.solver!r}; give one of {', '.join(sampler.SOLVERS)}")
+        for name in ("guidance", "image_guidance"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"{name} is {getattr(self, name)}; give a number of at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a model was trained on, as far as painting depends on it.
+
+    Attributes:
+      sizes: target sizes (height, width) of the training.
+      reference_size: side of the white square on which a reference is shown.
+      max_references: most references of a training example.
+      max_pixels: the largest picture that is read, in pixels.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    reference_size: int
+    max_references: int
+    max_pixels: int
+
+    @property
+    def max_area(self) -> int:
+        """Pixels of the largest picture that is painted: four times as long and wide as trained."""
+        return 16 * max(height * width for height, width in self.sizes)

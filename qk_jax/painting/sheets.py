@@ -1,0 +1,83 @@
+"""Sheets of pictures for people: a row per example, a labelled column per picture. PIL only."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from qk_jax.base import files
+from qk_jax.painting.request import Request
+
+Cell = tuple[str, np.ndarray]  # (label, uint8 [h, w, 3])
+SIDE = 160  # longest side of a picture on the sheet, in pixels
+GAP = 12
+TEXT_WIDTH = 300
+INK, GREY, PAPER, FRAME = (20, 20, 20), (110, 110, 110), (255, 255, 255), (200, 200, 200)
+
+
+def draw(title: str, rows: Sequence[tuple[str, Sequence[Cell]]]) -> Image.Image:
+    """A sheet.
+
+    Args:
+      title: its heading.
+      rows: (prompt, pictures with their labels) each; small pictures are enlarged pixel by pixel.
+    """
+    heading, body, small = (ImageFont.load_default(size) for size in (22, 16, 13))
+    columns = max(len(cells) for _, cells in rows)
+    width = GAP + TEXT_WIDTH + columns * (SIDE + GAP) + GAP
+    lines = textwrap.wrap(title, max(20, width // 12))
+    top = GAP + 28 * len(lines) + GAP
+    height = top + len(rows) * (SIDE + 2 * GAP + 18)
+    sheet = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for number, line in enumerate(lines):
+        pen.text((GAP, GAP + 28 * number), line, INK, heading)
+    for number, (prompt, cells) in enumerate(rows):
+        y = top + number * (SIDE + 2 * GAP + 18)
+        pen.line((GAP, y - GAP // 2, width - GAP, y - GAP // 2), FRAME)
+        wrapped = "\n".join(textwrap.wrap(prompt, TEXT_WIDTH // 9, max_lines=9, placeholder=" ..."))
+        pen.multiline_text((GAP, y + 18), wrapped, INK, body, spacing=4)
+        for column, (label, pixels) in enumerate(cells):
+            x = GAP + TEXT_WIDTH + column * (SIDE + GAP)
+            pen.text((x, y), label, GREY, small)
+            picture = enlarged(pixels)
+            sheet.paste(picture, (x, y + 18))
+            right, bottom = x + picture.width, y + 18 + picture.height
+            pen.rectangle((x - 1, y + 17, right, bottom), outline=FRAME)
+    return sheet
+
+
+def enlarged(pixels: np.ndarray) -> Image.Image:
+    """A picture whose longest side is SIDE: pixels stay visible when it grows."""
+    picture = Image.fromarray(pixels)
+    scale = SIDE / max(picture.size)
+    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    grows = scale > 1
+    return picture.resize(size, Image.Resampling.NEAREST if grows else Image.Resampling.LANCZOS)
+
+
+def of_requests(
+    title: str,
+    requests: Sequence[Request],
+    painted: Sequence[np.ndarray],
+    truths: Sequence[np.ndarray | None],
+) -> Image.Image:
+    """A sheet of painted pictures beside what they were painted from, and the truth if known."""
+    rows = []
+    for request, picture, truth in zip(requests, painted, truths, strict=True):
+        cells = [] if request.source is None else [("source", request.source)]
+        cells += [(f"reference {n}", x) for n, x in enumerate(request.references, start=1)]
+        cells.append(("painted", picture))
+        if truth is not None:
+            cells.append(("truth", truth))
+        rows.append((request.prompt, cells))
+    return draw(title, rows)
+
+
+def save(sheet: Image.Image, path: files.PathLike) -> None:
+    """Writes a PNG. Raises InputError when it cannot be written."""
+    with files.beside(path) as part:
+        sheet.save(part, format="PNG")

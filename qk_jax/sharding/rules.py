@@ -1,0 +1,211 @@
+"""Mesh, checked sharding rules and the shardings of parameters and batches.
+
+Parameters carry logical axes (`layers.LOGICAL_AXES`). A row per tower says over which mesh axes
+each of them is split, in a column of its own for the weights of the step, the gradients, the
+optimizer state and the activations, so that ZeRO-1, 2 and 3, tensor and context parallelism are
+rows of a table (`ROWS`). Linen replicates whatever it does not understand without a word; here a
+misspelt axis, two dimensions on one mesh axis, a dimension that does not divide and too many
+replicated bytes are errors that name the parameter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from qk_jax.base.errors import InputError
+from qk_jax.sharding.mesh import BATCH_AXES, MESH_AXES
+
+# Towers by the prefix of a parameter's name; the first that fits decides.
+TOWERS = (
+    ("vlm/visual/", "vision"),
+    ("vlm/", "text"),
+    ("mmdit/", "mmdit"),
+    ("vae/", "vae"),
+    ("", "connector"),
+)
+# Axes worth splitting; convolutions, patches and norms are too small or too oddly sized.
+SHARDABLE = frozenset({
+    "embed", "mlp", "mlp_in", "heads", "heads_in", "kv_heads", "vocab", "modulation", "adapter",
+})  # fmt: skip
+
+
+def _check_mesh_axes(row: Any) -> None:
+    """Raises InputError where a field of `row` names a mesh axis that does not exist."""
+    for field in dataclasses.fields(row):
+        for axis in getattr(row, field.name):
+            if axis not in MESH_AXES:
+                raise InputError(
+                    f"{field.name!r} is laid over the mesh axis {axis!r}; "
+                    f"the mesh axes are {', '.join(MESH_AXES)}"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Mesh axes of each logical axis of one tower's arrays; () is whole on every device.
+
+    'context' splits weights as 'fsdp' does: its devices hold other tokens of the same rows, so
+    that their gradients are partial sums too. `mlp_in` and `heads_in` are the same features where
+    a product sums over them: what comes together is cut along the outer axis of every kernel, as
+    TPUs gather without a transposing copy.
+    """
+
+    embed: tuple[str, ...] = ("fsdp", "context")
+    mlp: tuple[str, ...] = ("tensor",)
+    mlp_in: tuple[str, ...] = ("tensor", "fsdp", "context")
+    heads: tuple[str, ...] = ("tensor",)
+    heads_in: tuple[str, ...] = ("tensor", "fsdp", "context")
+    kv_heads: tuple[str, ...] = ("tensor",)
+    vocab: tuple[str, ...] = ("tensor",)
+    modulation: tuple[str, ...] = ("tensor", "fsdp", "context")
+    # LoRA factors without "embed"; not over "tensor" too: on data, fsdp and tensor the partitioner
+    # of jax 0.10.2 then gives wrong gradients (tests/training/test_sharded_step.py).
+    adapter: tuple[str, ...] = ("fsdp", "context")
+    layers: tuple[str, ...] = ()
+    queries: tuple[str, ...] = ()
+    conv_in: tuple[str, ...] = ()
+    conv_out: tuple[str, ...] = ()
+    patch: tuple[str, ...] = ()
+    norm: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        _check_mesh_axes(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """Mesh axes of each logical axis of one tower's activations; () is whole on every device.
+
+    `sequence` is where residual streams are cut; for attention tokens come together and heads part.
+    `modulation` and `modulation_batch` are of what a timestep becomes in each block, one row per
+    picture. Its weights are a third of an MMDiT and their product is tiny, so they stay where they
+    lie: every device computes its features for the rows of all others, and the results change
+    places instead of the weights.
+    """
+
+    batch: tuple[str, ...] = BATCH_AXES
+    sequence: tuple[str, ...] = ("context",)
+    embed: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ("tensor",)
+    kv_heads: tuple[str, ...] = ("tensor",)
+    mlp: tuple[str, ...] = ("tensor",)
+    modulation: tuple[str, ...] = ("tensor", "fsdp", "context")
+    modulation_batch: tuple[str, ...] = ("data",)
+
+    def __post_init__(self):
+        _check_mesh_axes(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Where everything of one tower lies: its row of the table.
+
+    Attributes:
+      params: the weights that a step computes with. Where they lie otherwise than the optimizer
+        state, trained weights are brought here once per step, in the compute dtype; frozen ones
+        always lie here.
+      gradients: of the whole batch, and their sums over micro-batches.
+      optimizer: float32 weights, moments and moving average, between steps.
+      activations: of the forward pass.
+    """
+
+    params: Rules = Rules()
+    gradients: Rules = Rules()
+    optimizer: Rules = Rules()
+    activations: Activations = Activations()
+
+
+COLUMNS = ("params", "gradients", "optimizer")  # of arrays that are shaped like parameters
+_TENSOR_ONLY = dict.fromkeys(("adapter", "modulation", "mlp_in", "heads_in"), ("tensor",))
+_NO_FSDP = Rules(embed=(), **_TENSOR_ONLY)
+_WHOLE_ROWS = Activations(modulation=("tensor",), modulation_batch=BATCH_AXES)
+_NO_TENSOR = dict.fromkeys(("mlp", "heads", "kv_heads", "vocab"), ())
+_OVER_ALL = ("tensor", "fsdp", "context")
+_FLAT = Rules(embed=_OVER_ALL, adapter=_OVER_ALL, **_NO_TENSOR)
+_WHOLE = Rules(embed=(), **_NO_TENSOR, **dict.fromkeys(_TENSOR_ONLY, ()))
+_FLAT_ROWS = (*BATCH_AXES, "tensor")
+# The rows that a config may name. In all but the last, 'tensor' splits heads, MLP, vocabulary and
+# modulation (Megatron), and in all of them 'context' splits the tokens; a mesh without these axes
+# is plain ZeRO.
+ROWS = {
+    # ZeRO (arXiv 1910.02054): 1 splits the optimizer state over fsdp, 2 the gradients too
+    "zero1": Columns(params=_NO_FSDP, gradients=_NO_FSDP, activations=_WHOLE_ROWS),
+    "zero2": Columns(params=_NO_FSDP, activations=_WHOLE_ROWS),
+    # ZeRO-3: the weights too, which come together block by block
+    "fsdp": Columns(),
+    # nothing is split over fsdp
+    "tensor": Columns(_NO_FSDP, _NO_FSDP, _NO_FSDP, _WHOLE_ROWS),
+    # ZeRO-2 of a tower that takes 'tensor' for more rows, beside one that is split over it
+    "zero2_flat": Columns(
+        params=_WHOLE,
+        gradients=_FLAT,
+        optimizer=_FLAT,
+        activations=Activations(
+            batch=_FLAT_ROWS,
+            heads=(),
+            kv_heads=(),
+            mlp=(),
+            modulation=(),
+            modulation_batch=_FLAT_ROWS,
+        ),
+    ),
+}
+Tables = dict[str, Columns]  # by tower
+
+
+def row(name: str) -> Columns:
+    """The row of ROWS called `name`.
+
+    Raises:
+      InputError: there is none.
+    """
+    if name not in ROWS:
+        raise InputError(f"sharding row {name!r} is unknown; give one of {', '.join(ROWS)}")
+    return ROWS[name]
+
+
+def tables(config: Mapping[str, Mapping[str, Mapping[str, Sequence[str]]]]) -> Tables:
+    """One row per tower from {tower: {column: {logical axis: mesh axes}}}.
+
+    Raises:
+      InputError: a tower, a column or an axis that does not exist, or a tower without a row.
+    """
+    known = sorted({tower for _, tower in TOWERS})
+    if sorted(config) != known:
+        raise InputError(f"sharding tables are given for {sorted(config)}; need exactly {known}")
+    kinds = dict.fromkeys(COLUMNS, Rules) | {"activations": Activations}
+    out = {}
+    for tower, columns in config.items():
+        _check_names(f"sharding.{tower}", "columns", columns, kinds)
+        filled = {}
+        for column, table in columns.items():
+            axes = [field.name for field in dataclasses.fields(kinds[column])]
+            _check_names(f"sharding.{tower}.{column}", "logical axes", table, axes)
+            try:
+                filled[column] = kinds[column](**{axis: tuple(v) for axis, v in table.items()})
+            except InputError as error:
+                raise InputError(f"sharding.{tower}.{column}: {error}") from None
+        out[tower] = Columns(**filled)
+    return out
+
+
+def _check_names(where: str, what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises InputError when something given is not known."""
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise InputError(
+            f"{where} has the unknown {what} {unknown}; known are {', '.join(sorted(known))}"
+        )
+
+
+def column(rows: Tables, name: str) -> dict[str, Rules]:
+    """The column 'params', 'gradients' or 'optimizer' of every tower."""
+    return {tower: getattr(columns, name) for tower, columns in rows.items()}
+
+
+def tower(name: str) -> str:
+    """The table that a parameter belongs to; an adapter belongs to what it adapts."""
+    name = name.removeprefix("lora/")
+    return next(table for prefix, table in TOWERS if name.startswith(prefix))

@@ -1,0 +1,154 @@
+"""Evaluation during training: entries of `config.evals`, each run when it is due.
+
+An entry {name: {'type': ..., 'every': steps, ...}} names a class of EVALUATORS, which reads the
+rest of its section. A new evaluator is a class here and a line in that table.
+"""
+
+from __future__ import annotations
+
+import abc
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from qk_jax import painting
+from qk_jax.base import files, trees
+from qk_jax.base.errors import InputError
+from qk_jax.base.types import Batch, Tree
+from qk_jax.data import pipeline
+from qk_jax.data.example import TASKS
+from qk_jax.data.importers import registry
+from qk_jax.experiment.plan import Plan
+from qk_jax.experiment.train_state import TrainState
+from qk_jax.painting import sheets
+from qk_jax.training import metrics
+from qk_jax.training import step as step_lib
+
+
+class Evaluator(abc.ABC):
+    """One entry of config.evals."""
+
+    def __init__(
+        self, plan: Plan, section: ConfigDict, folder: files.Path, writers: metrics.Writers
+    ):
+        """Prepares everything that does not depend on the parameters.
+
+        Args:
+          plan: of the run.
+          section: the entry.
+          folder: of the stage.
+          writers: for figures and pictures.
+
+        Raises:
+          InputError: a setting or the validation data cannot be used.
+        """
+        self.plan, self.section, self.folder, self.writers = plan, section, folder, writers
+
+    def is_due(self, step: int) -> bool:
+        """Whether it runs after `step`: before the first, every `every` steps and at the end."""
+        every = self.section.every
+        return bool(every) and (step % every == 0 or step == self.plan.config.steps)
+
+    def maybe_run(self, step: int, state: TrainState, frozen: Tree) -> None:
+        """Runs it when it is due, on the moving average of the weights where there is one."""
+        if not self.is_due(step):
+            return
+        params = state.params
+        if state.ema:
+            params = jax.device_put(state.ema, trees.shardings(self.plan.params))
+        self.run(step, params, frozen)
+
+    @abc.abstractmethod
+    def run(self, step: int, params: Tree, frozen: Tree) -> None:
+        """Evaluates the model as it is after `step` updates.
+
+        Args:
+          step: finished updates.
+          params: the trained leaves, their moving average where there is one.
+          frozen: the frozen leaves.
+        """
+
+    def close(self) -> None:  # noqa: B027, most hold nothing
+        """Frees what it holds."""
+
+
+class ValidationLoss(Evaluator):
+    """Loss on the fixed validation batches, per task and per t-bin."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        config, layout = self.plan.config, self.plan.prompts
+        self.plan.check_batch(config.validation.batch)
+        self.data = pipeline.Pipeline(config, "validation", layout=layout)
+        self.eval_step = step_lib.make_eval_step(self.plan)
+
+    def run(self, step: int, params: Tree, frozen: Tree) -> None:
+        window = metrics.Window()
+        for index, batch in enumerate(self.data.fixed()):
+            number = jax.device_put(np.int32(index), self.plan.replicated)
+            values = self.eval_step(params, frozen, global_batch(self.plan, batch), number)
+            window.add(jax.device_get(values))
+        if window.steps:
+            self.writers.write(step, "validation", window.take())
+
+    def close(self) -> None:
+        self.data.close()
+
+
+class Sheets(Evaluator):
+    """Paints the same few validation records of every task of the run, beside their truth.
+
+    Sheets go to <stage folder>/samples/ and to TensorBoard.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        config, section = self.plan.config, self.section
+        self.settings = painting.Settings(section.steps, section.guidance, section.image_guidance)
+        self.settings.check()
+        names = [name for name in TASKS if config.data.tasks[name] > 0]
+        sources = registry.make_sources(config, "validation", config.validation.seed, names)
+        self.examples = {
+            name: [source[i] for i in range(min(section.records, len(source)))]
+            for name, source in sources.items()
+        }
+
+    def run(self, step: int, params: Tree, frozen: Tree) -> None:
+        painter = painting.of_params(self.plan, trees.join(params, frozen))
+        for name, examples in self.examples.items():
+            requests = [
+                painting.request_of(example, self.section.seed, number)
+                for number, example in enumerate(examples)
+            ]
+            painted = painter.paint(requests, self.settings)
+            title = f"{name}, {self.plan.stage.name}, step {step}"
+            sheet = sheets.of_requests(title, requests, painted, [e.target for e in examples])
+            sheets.save(sheet, self.folder / "samples" / f"{name}_{step:07d}.png")
+            self.writers.picture(step, f"samples/{name}", np.asarray(sheet.convert("RGB")))
+
+
+EVALUATORS: dict[str, type[Evaluator]] = {"loss": ValidationLoss, "sheets": Sheets}
+
+
+def build(plan: Plan, folder: files.Path, writers: metrics.Writers) -> list[Evaluator]:
+    """The evaluators of config.evals that are on.
+
+    Raises:
+      InputError: an entry of an unknown type, or with settings that cannot be used.
+    """
+    found = []
+    for name, section in plan.config.evals.items():
+        if section.type not in EVALUATORS:
+            raise InputError(
+                f"config.evals.{name}.type is {section.type!r}; give one of {', '.join(EVALUATORS)}"
+            )
+        if section.every:
+            found.append(EVALUATORS[section.type](plan, section, folder, writers))
+    return found
+
+
+def global_batch(plan: Plan, batch: Batch) -> Batch:
+    """This host's slots -> global arrays sharded over (data, fsdp)."""
+    where = plan.batch_sharding
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, x), batch)

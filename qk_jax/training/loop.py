@@ -1,0 +1,202 @@
+"""The trainer: a stage from its start, or from where it stopped, to its last step."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import tqdm
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from qk_jax.base import files
+from qk_jax.base.errors import InputError
+from qk_jax.checkpoints import run_folder
+from qk_jax.checkpoints.store import Store
+from qk_jax.data import pipeline
+from qk_jax.experiment import config as config_lib
+from qk_jax.experiment.plan import Plan
+from qk_jax.training import evals, flops, metrics, start
+from qk_jax.training import step as step_lib
+
+log = logging.getLogger(__name__)
+PREEMPTED, INTERRUPTED = 42, 130  # exit statuses after SIGTERM and Ctrl-C
+
+
+def train(config: ConfigDict, workdir: files.PathLike) -> None:
+    """Runs the config's stage to its last step, from its start or from where it stopped.
+
+    Args:
+      config: of `config.load`.
+      workdir: the stage's folder is made inside.
+
+    Raises:
+      InputError: anything wrong with config, folders, checkpoints or data, or a loss of NaN.
+      SystemExit: 42 after SIGTERM, 130 after Ctrl-C; the state is saved.
+    """
+    folder = run_folder.create(workdir, config.stage)
+    if config.compilation_cache and not jax.config.jax_compilation_cache_dir:
+        cache = files.Path(workdir).resolve() / "compilation_cache"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+
+    start.inherit_tokenizer(config, workdir)
+    plan = Plan.build(config)
+    with jax.set_mesh(plan.mesh):
+        for line in plan.describe():
+            log.info("%s", line)
+        store = Store(
+            folder / run_folder.CHECKPOINTS,
+            keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
+        )
+        begun = start.restore_or_start(plan, folder, store)
+        files.write_text(folder / run_folder.CONFIG, config_lib.to_json(config))
+        if int(begun.state.step) >= config.steps:
+            log.info("%s is done: %d of %d steps", folder, begun.state.step, config.steps)
+            return
+        with contextlib.closing(Trainer(plan, folder, store, begun)) as trainer:
+            trainer.run()
+
+
+class Trainer:
+    """One process's training loop and what belongs to it."""
+
+    def __init__(self, plan: Plan, folder: files.Path, store: Store, begun: start.Start):
+        """Compiles nothing yet; `begun` is consumed."""
+        self.plan, self.folder, self.store = plan, folder, store
+        self.state, self.frozen, self.fingerprint = begun.state, begun.frozen, begun.fingerprint
+        self.train_step = step_lib.Compiled(plan)
+        run_folder.keep_tokenizer(folder, plan.prompts)
+        self.data = pipeline.Pipeline(plan.config, "train", layout=plan.prompts)
+        self.window, self.clock = metrics.Window(), metrics.Clock()
+        self.peak = flops.peak(jax.devices()[0])
+        self.signal = 0
+        self.writers = metrics.Writers(folder, int(begun.state.step), plan.config)
+        self.evaluators = evals.build(plan, folder, self.writers)
+
+    def run(self) -> None:
+        """Steps from the state's own to config.steps."""
+        config, first = self.plan.config, int(self.state.step)
+        if first == 0:
+            self.evaluate(0)
+        bar = tqdm.tqdm(
+            total=config.steps, initial=first, desc=config.stage, unit="step", smoothing=0.1,
+            disable=jax.process_index() != 0, mininterval=0.5 if sys.stderr.isatty() else 20,
+        )  # fmt: skip
+        pending: Pending | None = None
+        with bar, self.signals():
+            batches = self.data.batches(first)
+            for step in range(first + 1, config.steps + 1):
+                self.clock.begin()
+                batch = evals.global_batch(self.plan, next(batches))
+                self.clock.data_ready()
+                self.state, values, work, compiled = self.train_step(self.state, self.frozen, batch)
+                if pending:  # one step behind, so that the devices never wait for the log
+                    self.record(*pending, bar, counts=not compiled)
+                pending = (step, values, batch["task"].shape[0], work)
+                leave = self.asked_to_leave(step)
+                if leave or self.is_due(step):
+                    self.record(*pending, bar, counts=False)
+                    pending = None
+                    self.between(step, leave)
+                    self.clock.pause()
+        log.info("%s: %d steps done", self.folder, config.steps)
+
+    def is_due(self, step: int) -> bool:
+        """Whether something besides training happens after `step`."""
+        return self.saves(step) or any(evaluator.is_due(step) for evaluator in self.evaluators)
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step`."""
+        every = self.plan.config.checkpoint.every
+        return step == self.plan.config.steps or bool(every and step % every == 0)
+
+    def between(self, step: int, leave: int) -> None:
+        """Saves and evaluates after `step`; leaves when asked to."""
+        if leave or self.saves(step):
+            self.save(step)
+        if leave:
+            self.store.wait()
+            log.info("stopped by a signal after step %d; run the same command to go on", step)
+            raise SystemExit(leave)
+        self.evaluate(step)
+
+    def evaluate(self, step: int) -> None:
+        """Runs the evaluators that are due after `step`."""
+        for evaluator in self.evaluators:
+            evaluator.maybe_run(step, self.state, self.frozen)
+
+    def record(
+        self, step: int, values: Any, examples: int, work: int, bar: tqdm.tqdm, *, counts: bool
+    ) -> None:
+        """Fetches the metrics of a step (waiting for it) and logs them when due.
+
+        Raises:
+          InputError: the loss is not finite; names the step.
+        """
+        config = self.plan.config
+        values = jax.device_get(values)
+        self.clock.end(examples, work, counts)
+        if not math.isfinite(values["loss"]):
+            self.store.wait()
+            known = [s for s in self.store.steps() if s < step]
+            raise InputError(
+                f"the loss is {values['loss']} at step {step} of {config.stage}; the last "
+                f"checkpoint is of step {known[-1] if known else 'none'}: lower optimizer.lr or "
+                "optimizer.clip and run again"
+            )
+        self.window.add(values)
+        bar.update()
+        if step % config.log.every == 0 or step == config.steps:
+            line = self.window.take() | self.clock.take(self.peak, jax.device_count())
+            self.writers.write(step, "train", line)
+            speed = line.get("pictures_per_second")
+            bar.set_postfix_str(
+                f"loss {line['loss']:.4f}" + (f", {speed:.1f} pictures/s" if speed else "")
+            )
+
+    def save(self, step: int) -> None:
+        """Starts writing a checkpoint."""
+        items = {"params": self.state.params, "optimizer": self.state.opt_state}
+        if self.state.ema:
+            items["ema"] = self.state.ema
+        meta = run_folder.metadata(self.plan) | {"frozen": self.fingerprint}
+        self.store.save(step, items, meta)
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """Within the block, SIGTERM and Ctrl-C only leave a note."""
+        status = {signal.SIGTERM: PREEMPTED, signal.SIGINT: INTERRUPTED}
+
+        def note(number: int, frame: Any) -> None:
+            self.signal = status[number]
+
+        old = {number: signal.signal(number, note) for number in status}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def asked_to_leave(self, step: int) -> int:
+        """The exit status to leave with after `step`, or 0; the same on every host."""
+        if jax.process_count() > 1:
+            return PREEMPTED if multihost_utils.reached_preemption_sync_point(step) else 0
+        return self.signal
+
+    def close(self) -> None:
+        """Waits for the last checkpoint and closes all files."""
+        self.store.close()
+        self.data.close()
+        for evaluator in self.evaluators:
+            evaluator.close()
+        self.writers.close()
+
+
+Pending = tuple[int, Any, int, int]  # (step, metrics on the devices, examples, FLOPs)

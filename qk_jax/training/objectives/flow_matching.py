@@ -1,0 +1,92 @@
+"""Flow matching (arXiv 2210.02747) on the target's latents, with an optional alignment term."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from qk_jax.base.types import Batch, Tree
+from qk_jax.diffusion import flow
+from qk_jax.experiment import config as config_lib
+from qk_jax.experiment.plan import Plan
+from qk_jax.models import mmdit, vae
+from qk_jax.models.query_kontext import PACKED, QueryKontext
+from qk_jax.pictures.grids import grid_of, vision_size
+
+# (params, batch, rng) -> loss of each example [B], and values of each to log, `t` among them
+LossFn = Callable[[Tree, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def loss_fn(plan: Plan) -> LossFn:
+    """The loss of each example: flow matching, plus the weighted alignment term where it is on."""
+    law = config_lib.time_law(plan.config)
+    weight, pixels = plan.config.alignment.weight, plan.config.model.vlm_pixels
+    model = plan.model
+
+    def loss(params: Tree, batch: Batch, rng: jax.Array):
+        values, t, kontext = flow_matching(model, params, batch, rng, law)
+        aux = {"t": t, "flow": values}
+        if weight:
+            aux["alignment"] = alignment(model, params, batch, kontext, pixels)
+            values = values + weight * aux["alignment"]
+        return values, aux
+
+    return loss
+
+
+def flow_matching(
+    model: QueryKontext, params: Tree, batch: Batch, rng: jax.Array, law: flow.TimeLaw
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Flow-matching loss of each example.
+
+    x_t = (1 - t) x0 + t eps with target eps - x0, on target tokens only. A batch that holds what
+    `QueryKontext.encode` returns is not encoded again; of its pictures only the sizes are read.
+
+    Returns:
+      loss float32 [B], t float32 [B], and the kontext, the VLM's states of the queries [B, K, D].
+    """
+    encoded: Mapping[str, Any] = batch if "posterior" in batch else model.encode(params, batch)
+    posterior_key, time_key, noise_key = jax.random.split(rng, 3)
+    z = vae.sample(*encoded["posterior"], posterior_key)
+    x0 = mmdit.pack(vae.normalize(z, model.config.vae))
+    height, width = batch["target"].shape[1:3]
+    grid = (height // PACKED, width // PACKED)
+    t = flow.sample_timesteps(time_key, (x0.shape[0],), law, x0.shape[1])
+    noise = jax.random.normal(noise_key, x0.shape, jnp.float32)
+    x_t = flow.interpolate(x0, noise, t)
+    text, kontext = model.states(params, batch)
+    context, mask = model.connect(params, text, kontext, batch["text_mask"])
+    prediction = model.velocity(
+        params, x_t, t, context, mask, grid, encoded["latents"], batch["roles"],
+        batch["condition_mask"],
+    )  # fmt: skip
+    return flow.loss(prediction, flow.velocity_target(x0, noise)), t, kontext
+
+
+def alignment(
+    model: QueryKontext, params: Tree, batch: Batch, kontext: jax.Array, pixels: int
+) -> jax.Array:
+    """1 - cosine [B] between the projected mean kontext and the vision tower's mean of the target.
+
+    The vision tower is a fixed teacher: no gradient enters it.
+
+    Args:
+      model, params: the vision tower and the projection `alignment` are read.
+      batch: `target_pixel_values` [B, P, 1176] is the target at its vision size.
+      kontext: [B, K, D].
+      pixels: area at which the VLM sees a picture.
+    """
+    size = vision_size(*batch["target"].shape[1:3], pixels)
+    teacher = model.vlm.apply(
+        {"params": params["vlm"]},
+        batch["target_pixel_values"],
+        (grid_of(*size),),
+        method="pool",
+    )
+    teacher = jax.lax.stop_gradient(teacher).astype(jnp.float32)
+    pooled = jnp.mean(kontext.astype(jnp.float32), axis=1) @ params["alignment"]["proj"]["kernel"]
+    return 1.0 - optax.losses.cosine_similarity(pooled, teacher, epsilon=1e-6)

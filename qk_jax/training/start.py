@@ -1,0 +1,281 @@
+"""Where a run begins: at its newest whole checkpoint, or as its stage starts.
+
+A stage starts from pretrained folders, the stage before, and fresh parts, as its table of parts
+says (`experiment.stages`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from qk_jax import sharding
+from qk_jax.base import files, hub, trees
+from qk_jax.base.errors import InputError
+from qk_jax.base.types import Tree
+from qk_jax.checkpoints import run_folder
+from qk_jax.checkpoints.run_folder import Loaded
+from qk_jax.checkpoints.store import Meta, Store, Trees
+from qk_jax.experiment import config as config_lib
+from qk_jax.experiment import plan as plan_lib
+from qk_jax.experiment import stages, train_state
+from qk_jax.experiment.plan import Plan
+from qk_jax.experiment.train_state import TrainState
+from qk_jax.models import lora
+from qk_jax.weights import leaves, lora_files
+from qk_jax.weights.read import mmdit_shapes, open_part
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Start:
+    """What a run goes on from.
+
+    Attributes:
+      state: everything that steps change.
+      frozen: the frozen tree.
+      fingerprint: of the frozen tree; every checkpoint names it.
+    """
+
+    state: TrainState
+    frozen: Tree
+    fingerprint: str
+
+
+def inherit_tokenizer(config: ConfigDict, workdir: files.PathLike) -> None:
+    """Where a config names no tokenizer, it is the one of the stage before."""
+    kept = files.Path(workdir) / stages.get(config.stage).previous / run_folder.TOKENIZER
+    if not (config.data.tokenizer or config.init.vlm) and kept.is_dir():
+        config.data.tokenizer = str(kept)
+
+
+def restore_or_start(plan: Plan, folder: files.Path, store: Store) -> Start:
+    """Resumes from the newest whole checkpoint of `store`, or starts the stage where there is none.
+
+    Raises:
+      InputError: checkpoints exist but none is whole, or they are of another stage or size; or
+        what the stage starts from is missing or does not fit.
+    """
+    if not store.is_new():
+        return _restore(plan, folder, store)
+    run_folder.drop_frozen(folder)
+    trained, frozen = trees.split(parameters(plan, folder.parent), plan.stage.rules)
+    fingerprint = run_folder.save_frozen(folder, frozen, plan)
+    return Start(train_state.create(trained, plan.optimizer.tx, plan.state), frozen, fingerprint)
+
+
+def _restore(plan: Plan, folder: files.Path, store: Store) -> Start:
+    """The state of the newest whole checkpoint, in the plan's shardings."""
+    target = plan.state
+    items = {"params": target.params, "optimizer": target.opt_state}
+    if target.ema:
+        items["ema"] = target.ema
+
+    def wanted(found: Meta) -> Trees:
+        run_folder.check_fits(found, plan, store.root)
+        return items
+
+    got = store.restore(wanted)
+    ours = config_lib.to_dict(plan.config)
+    for line in config_lib.differences(got.meta["config"], ours):
+        log.warning("config differs from the checkpoint's: %s", line)
+    frozen = _frozen_again(got.meta, plan, folder)
+    log.info("resuming %s after step %d", folder, got.step)
+    state = TrainState(
+        step=jax.device_put(np.int32(got.step), plan.replicated),
+        params=got.items["params"],
+        opt_state=got.items["optimizer"],
+        ema=got.items.get("ema", {}),
+    )
+    return Start(state, frozen, got.meta["frozen"])
+
+
+def _frozen_again(found: Meta, plan: Plan, folder: files.Path) -> Tree:
+    """The frozen tree of a resumed run: from disk, or made again from where the stage started.
+
+    Raises:
+      InputError: it is lost on disk and what it was made from is gone or has changed.
+    """
+    try:
+        return run_folder.read_frozen(folder, found, plan)
+    except InputError as error:
+        log.warning("%s; making it again", error)
+    run_folder.drop_frozen(folder)
+    frozen = trees.split(parameters(plan, folder.parent), plan.stage.rules)[1]
+    if run_folder.save_frozen(folder, frozen, plan) != found["frozen"]:
+        raise InputError(
+            f"{folder / run_folder.FROZEN} is lost, and config.init no longer gives the same "
+            "parameters; restore the folder from a copy"
+        )
+    return frozen
+
+
+def parameters(plan: Plan, workdir: files.PathLike) -> Tree:
+    """All parameters at the start of the plan's stage, in their dtypes and shardings.
+
+    Raises:
+      InputError: a folder or the stage before is missing or does not fit; a leaf would be missing.
+    """
+    init, parts = plan.config.init, plan.stage.parts
+    before = None
+    if any(origin in ("previous", "merged") for origin in parts.values()):
+        before = _stage_before(plan, files.Path(workdir))
+    flat: Tree = {}
+    for part, origin in parts.items():
+        if origin == "pretrained" and init[part]:
+            flat |= _under(part, _pretrained(part, plan))
+        elif part == "lora/mmdit" and origin == "fresh" and init.lora:
+            flat |= _under(part, _adapter(plan))
+        elif origin in ("previous", "merged"):
+            _check_same_architecture(part, before.plan, plan)
+            flat |= _under(part, _inherited(part, origin, before))
+    flat |= _fresh(plan, given=set(flat))
+    return _in_shardings(flat, plan.everything)
+
+
+def untrained(config: ConfigDict) -> Loaded:
+    """The model of a first stage before any step, on one device: what training is measured against.
+
+    Raises:
+      InputError: as `parameters`.
+    """
+    mesh = sharding.build_mesh({}, devices=jax.devices()[:1])
+    plan = Plan.build(config, mesh, check=False)
+    return Loaded(plan, parameters(plan, ""), 0, run_folder.metadata(plan)["revision"])
+
+
+def _under(prefix: str, tree: Tree) -> Tree:
+    """{'prefix/a/b/c': leaf}."""
+    return trees.flatten({prefix: tree})
+
+
+def _pretrained(part: str, plan: Plan) -> Tree:
+    """Parameters of public weights, still on disk: `_in_shardings` reads each device's share.
+
+    Raises:
+      InputError: the model is missing or its architecture is not the config's.
+    """
+    folder = plan.config.init[part]
+    found = open_part(part, hub.component_folder(folder, part))
+    wanted = getattr(plan.model.config, part)
+    if type(found.config) is not type(wanted):
+        name = type(found.config).__name__
+        raise InputError(f"{folder} holds a {name}, config wants {wanted!r:.60}")
+    for field in dataclasses.fields(wanted):
+        a, b = getattr(found.config, field.name), getattr(wanted, field.name)
+        if a != b:
+            raise InputError(
+                f"{folder} has {field.name} = {a}, the config's model.{part} has {b}; use weights "
+                "of that size, or set the field"
+            )
+    return trees.unflatten(found.flat)
+
+
+def _adapter(plan: Plan) -> Tree:
+    """The adapter of the MMDiT that `init.lora` names, at the config's rank and alpha.
+
+    Raises:
+      InputError: it is missing, of another MMDiT, or of another rank.
+    """
+    path, rank = plan.config.init.lora, plan.config.lora.rank
+    shapes = mmdit_shapes(plan.model.config.mmdit)
+    adapter, found = lora_files.import_lora(hub.model_folder(path), shapes)
+    if found != rank:
+        raise InputError(f"{path} is of rank {found}; set config.lora.rank={found}")
+    # The file's own alpha is folded into it; what the model multiplies by is taken out again.
+    return lora.scaled(adapter, 1 / plan.model.config.lora_scale)
+
+
+def _stage_before(plan: Plan, workdir: files.Path) -> Loaded:
+    """The stage before, sharded over the plan's mesh.
+
+    Raises:
+      InputError: it is missing, or of another stage.
+    """
+    stage, init = plan.stage, plan.config.init
+    folder = files.Path(init.checkpoint or workdir / stage.previous)
+    if not (folder / run_folder.CHECKPOINTS).is_dir():
+        raise InputError(
+            f"stage {stage.name} starts from {stage.previous}, but {folder} holds no checkpoint; "
+            f"train {stage.previous} first or set init.checkpoint"
+        )
+    got = run_folder.load(folder, ema=init.ema, mesh=plan.mesh)
+    if got.plan.stage.name != stage.previous:
+        raise InputError(
+            f"{folder} is a checkpoint of stage {got.plan.stage.name!r}; stage {stage.name} "
+            f"starts from {stage.previous}"
+        )
+    log.info("starting from %s step %d", folder, got.step)
+    return got
+
+
+def _check_same_architecture(part: str, before: Plan, plan: Plan) -> None:
+    """Raises InputError when a part of the stage before has another architecture."""
+    old, new = before.model.config, plan.model.config
+    pairs = {
+        "vlm": (old.vlm, new.vlm),
+        "vae": (old.vae, new.vae),
+        "mmdit": (old.mmdit, new.mmdit),
+        "queries": (old.num_queries, new.num_queries),
+        "connector": (old.mmdit.joint_attention_dim, new.mmdit.joint_attention_dim),
+    }
+    if part in pairs and pairs[part][0] != pairs[part][1]:
+        raise InputError(
+            f"{part} of the stage before (size {before.config.size!r}) is {pairs[part][0]!r:.200}, "
+            f"the config's is {pairs[part][1]!r:.200}; the sizes must agree"
+        )
+
+
+def _inherited(part: str, origin: str, before: Loaded) -> Tree:
+    """A part of the stage before, with its adapter merged in where the stage's table says so."""
+    tree = before.params
+    for key in part.split("/"):
+        tree = tree[key]
+    if origin == "previous":
+        return tree
+    scale = before.plan.model.config.lora_scale
+    merge = jax.jit(lora.merge, static_argnums=2)
+    return merge(tree, before.params["lora"][part], scale)
+
+
+def _fresh(plan: Plan, given: set[str]) -> Tree:
+    """Fresh leaves, flat, of every part of which nothing is given, born in their shardings."""
+    heads = {name.split("/")[0] for name in given}
+    parts = tuple(p for p in plan.stage.parts if "/" in p or p not in heads)
+    rng = jax.random.fold_in(jax.random.key(plan.config.seed), 2**31 - 1)
+    shardings = trees.flatten(trees.shardings(plan.everything))
+
+    def make() -> Tree:
+        flat = trees.flatten(plan_lib.fresh(plan, rng, parts))
+        return {name: leaf for name, leaf in flat.items() if name not in given}
+
+    born = jax.eval_shape(make)
+    return jax.jit(make, out_shardings={name: shardings[name] for name in born})()
+
+
+def _in_shardings(flat: dict[str, Any], target: Tree) -> Tree:
+    """Every leaf in the dtype and the sharding of `target`; consumes `flat`.
+
+    Raises:
+      InputError: a leaf is missing, unknown or of another shape.
+    """
+    wanted = trees.flatten(target)
+    missing, extra = sorted(wanted.keys() - flat.keys()), sorted(flat.keys() - wanted.keys())
+    if missing or extra:
+        word, names = ("lack", missing) if missing else ("have unknown", extra)
+        raise InputError(f"the initial parameters {word} {names[0]} ({len(names)} in all)")
+    out = {}
+    for name, like in wanted.items():
+        value = flat.pop(name)
+        if tuple(value.shape) != tuple(like.shape):
+            raise InputError(
+                f"parameter {name} has shape {value.shape}, the config wants {like.shape}"
+            )
+        out[name] = leaves.place(value, like.sharding, like.dtype)
+    return trees.unflatten(out)

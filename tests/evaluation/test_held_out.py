@@ -1,0 +1,119 @@
+"""Evaluation: the figures come out of known models as they must; the sheets can be looked at."""
+
+import dataclasses
+
+import numpy as np
+import painters
+import pytest
+
+from qk_jax import evaluation, painting
+from qk_jax.data.example import TASKS
+from qk_jax.painting import sheets
+
+EXTENT = evaluation.Extent(
+    records=4, batch=4, times=(0.5,), captions=8, sheet=2,
+    words=painting.Settings(steps=1, guidance=1.0, image_guidance=1.0),
+    pictures=painting.Settings(steps=1, guidance=1.0, image_guidance=1.0),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return evaluation.held_out_examples(painters.config(), EXTENT.records)
+
+
+@pytest.fixture(scope="module")
+def evaluator():
+    return evaluation.Evaluator(painters.painter(batch=EXTENT.batch), EXTENT)
+
+
+def test_held_out_examples_are_fixed_distinct_and_of_one_shape(held_out):
+    again = evaluation.held_out_examples(painters.config(), EXTENT.records)
+    train = evaluation.captions(painters.config(), EXTENT.captions)
+    prompts = {example.request.prompt for example in train}
+    for task in TASKS:
+        for a, b in zip(held_out[task], again[task], strict=True):
+            assert a.request.prompt == b.request.prompt
+            np.testing.assert_array_equal(a.truth, b.truth)
+        shapes = {tuple(p.shape for p in e.request.pictures) for e in held_out[task]}
+        assert len(shapes) == 1 == len({e.truth.shape for e in held_out[task]})
+        assert not prompts & {e.request.prompt for e in held_out["text_to_image"]}
+    assert len(held_out["composition"][0].request.references) == 2
+    assert held_out["composition"][0].truth.shape == (48, 80, 3)
+    assert held_out["editing"][0].request.source is not None
+    assert {e.request.number for e in train}.isdisjoint(range(EXTENT.records))
+
+
+def test_all_figures_of_a_random_model(held_out, evaluator):
+    train = evaluation.captions(painters.config(), EXTENT.captions)
+    said = []
+    figures, painted = evaluation.evaluate(evaluator.painter, EXTENT, held_out, train, said.append)
+    assert set(figures["tasks"]) == set(painted) == set(TASKS)
+    for task, of_task in figures["tasks"].items():
+        assert of_task["records"] == 4 and len(painted[task]) == 4
+        assert of_task["margin"] == pytest.approx(of_task["loss_shuffled"] - of_task["loss"])
+        assert ("psnr_copy" in of_task) == (task != "text_to_image")
+    assert figures["tasks"]["reconstruction"]["psnr_copy"] == 99
+    assert figures["retrieval"]["chance_top5"] == 5 / 8
+    assert set(figures["roles"]["layout_change"]) >= {"source", "reference", "standard_error"}
+    assert figures["roles"]["identity_psnr"]["source_minus_reference"] != 0
+    assert len(said) == len(TASKS) + 2
+
+
+def test_margin_is_that_of_the_conditions(held_out, evaluator):
+    """With one condition for all, shuffling changes nothing; with others it changes the loss."""
+    first = held_out["editing"][0].request
+    same = [
+        dataclasses.replace(example, request=dataclasses.replace(first, number=number))
+        for number, example in enumerate(held_out["editing"])
+    ]
+    assert evaluator.margin(same)["margin"] == 0
+    assert evaluator.margin(held_out["editing"])["margin"] != 0
+
+
+def test_shuffling_keeps_target_and_noise(held_out, evaluator):
+    examples = held_out["transformation"]
+    half = len(examples) // 2
+    turned = examples[half:] + examples[:half]
+    given = [
+        dataclasses.replace(
+            example, request=dataclasses.replace(other.request, number=example.request.number)
+        )
+        for example, other in zip(examples, turned, strict=True)
+    ]
+    np.testing.assert_array_equal(evaluator.losses(examples, shift=half), evaluator.losses(given))
+
+
+def test_the_truth_has_the_highest_figures(held_out, evaluator):
+    train = evaluation.captions(painters.config(), EXTENT.captions)
+    truth = [example.truth for example in train]
+    found = evaluator.retrieval(train, truth)
+    assert found["pixels"]["top1"] == found["vision"]["top1"] == 1
+    examples = held_out["editing"]
+    copied = [example.request.source for example in examples]
+    figures = evaluator.fidelity(examples, copied)
+    assert figures["gain_over_copy"] == 0 and figures["psnr"] == figures["psnr_copy"]
+    figures = evaluator.fidelity(examples, [example.truth for example in examples])
+    assert figures["psnr"] == 99
+
+
+def test_a_plan_that_leaves_a_rest_is_refused():
+    with pytest.raises(ValueError, match="multiple"):
+        evaluation.Extent(records=20, batch=16)
+
+
+def test_sheets_hold_every_picture(held_out, tmp_path):
+    examples = held_out["composition"][:2]
+    sheet = sheets.of_requests(
+        "composition, stage 3",
+        [example.request for example in examples],
+        [np.full_like(example.truth, (7, 99, 7)) for example in examples],
+        [example.truth for example in examples],
+    )
+    path = tmp_path / "new" / "sheet.png"
+    sheets.save(sheet, path)
+    assert [p.name for p in path.parent.iterdir()] == ["sheet.png"]
+    pixels = np.asarray(sheet)
+    painted = (pixels == (7, 99, 7)).all(axis=-1).sum()
+    assert painted == 2 * sheets.SIDE * round(sheets.SIDE * 48 / 80)
+    assert sheet.width > 4 * sheets.SIDE

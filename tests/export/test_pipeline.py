@@ -1,0 +1,352 @@
+"""The exported pipeline in PyTorch against ours: its parts, and pictures from the same noise."""
+
+import copy
+import dataclasses
+import functools
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import qk_jax
+from qk_jax import convert as command
+from qk_jax import painting
+from qk_jax.base.errors import InputError
+from qk_jax.checkpoints import run_folder
+from qk_jax.data import prompts
+from qk_jax.export import pipeline, verify
+from qk_jax.models import lora, mmdit, query_kontext, qwen_vl, rotary
+from qk_jax.pictures.grids import mrope_positions, vision_size
+from qk_jax.weights.read import shapes_of
+from tests.painting import painters
+from tests.weights import nano
+
+TOKENIZER = pathlib.Path(qk_jax.__file__).parent / "assets" / "tiny" / "tokenizer"
+# Nano models run once or twice: what matters is how long they compile.
+OPTIONS = (("xla_backend_optimization_level", 0), ("xla_cpu_use_fusion_emitters", False))
+GRIDS = ((4, 4), (4, 6), (2, 3), (5, 4))
+
+
+@pytest.mark.parametrize("roles", [(), (0,), (1,), (0, 1, 1), (1, 0, 1), (0, 0)])
+@pytest.mark.parametrize("mode", ["reflect", "reflect_minus_one", "translate"])
+@pytest.mark.parametrize("base", [0, 1])
+def test_shifted_positions(roles, mode, base):
+    grids = GRIDS[: len(roles) + 1]
+    law = rotary.PositionLaw("shifted", mode, base)
+    ours = rotary.image_positions(law, grids[0], grids[1:], jnp.asarray([roles], jnp.int32))
+    theirs = pipeline.shifted_positions(grids, roles, mode, base)
+    np.testing.assert_array_equal(ours[0], theirs)
+
+
+def test_centred_positions_and_rotations():
+    law = rotary.PositionLaw("qwen_image")
+    roles = jnp.zeros((1, 3), jnp.int32)
+    ours = rotary.image_positions(law, GRIDS[0], GRIDS[1:], roles)[0]
+    theirs = pipeline.centred_positions(GRIDS)
+    np.testing.assert_array_equal(ours, theirs)
+    tables = pipeline.Positions((4, 6, 6))
+    cos, sin = rotary.cos_sin(ours, (4, 6, 6))
+    np.testing.assert_allclose(tables.rotations(theirs), cos + 1j * sin, atol=1e-6)
+
+
+def test_patches_and_sizes():
+    picture = np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
+    size = vision_size(48, 80, 84 * 84)
+    assert pipeline.vision_size(48, 80, 84 * 84) == size
+    ours = prompts.patches(picture, size)
+    np.testing.assert_array_equal(pipeline.patches(picture, *size), ours)
+
+
+def test_mrope_positions():
+    grids = ((4, 6), (6, 2))
+    pictured = np.array([0] * 3 + [1] * 6 + [0] * 2 + [1] * 3 + [0] * 4)
+    config = type("Config", (), {"image_token_id": 1})
+    ours = mrope_positions(pictured[None], np.ones((1, len(pictured))), grids, config)
+    theirs = pipeline.mrope_positions(torch.from_numpy(pictured == 1), grids)
+    np.testing.assert_array_equal(ours[0], theirs[:, 0])
+
+
+def test_packing():
+    z = np.random.default_rng(0).standard_normal((1, 6, 4, 3)).astype(np.float32)
+    tensor = torch.from_numpy(z).permute(0, 3, 1, 2)
+    packed = pipeline.pack(tensor)
+    np.testing.assert_array_equal(mmdit.pack(z), packed)
+    assert torch.equal(pipeline.unpack(packed, 6, 4), tensor)
+
+
+# Size (height, width), whether there is a source, number of references, settings. `verify`, whose
+# tests are below, adds words alone, a source and two references at (64, 64) with all guidance.
+CASES = {
+    "no_guidance": ((48, 80), False, 0, painting.Settings(steps=3, guidance=1)),
+    "reference_heun": ((80, 48), False, 1, painting.Settings(steps=3, solver="heun")),
+    "two": ((64, 64), True, 1, painting.Settings(steps=3, image_guidance=1)),
+    "three": ((48, 80), False, 3, painting.Settings(steps=3)),
+    "three_bare": ((80, 48), True, 2, painting.Settings(steps=3, guidance=1, image_guidance=1)),
+    "wide": ((32, 96), True, 0, painting.Settings(steps=2, guidance=1, image_guidance=1)),
+}
+SHIFTED = rotary.PositionLaw()
+# The law of positions, and whether condition pictures are modulated as clean ones.
+LAWS = {
+    "shifted": (SHIFTED, False),
+    "minus_one": (rotary.PositionLaw("shifted", "reflect_minus_one", 1), True),
+    "translate": (rotary.PositionLaw("shifted", "translate"), False),
+    "qwen_image": (rotary.PositionLaw("qwen_image"), False),
+    "qwen_image_zero": (rotary.PositionLaw("qwen_image"), True),
+}
+RUN = {
+    "stage": "stage3",
+    "data": {"tasks": {"editing": 0.5, "composition": 0.0}, "corpus": "", "records": ""},
+    "lora": {"rank": 2},
+    "init": {"vae": ""},
+}
+
+
+@functools.cache
+def painter(law=SHIFTED, vae_kind="kl", latents=True, zero=True):
+    """A random painter of nano size with the tiny tokenizer."""
+    config = query_kontext.ModelConfig(
+        vlm=dataclasses.replace(
+            nano.VLM,
+            text=dataclasses.replace(nano.VLM.text, vocab_size=2048),
+            **{
+                name: getattr(qwen_vl.PRESETS["tiny"], name)
+                for name in (
+                    "image_token_id", "video_token_id", "vision_start_token_id",
+                    "vision_end_token_id",
+                )
+            },
+        ),
+        mmdit=dataclasses.replace(nano.MMDIT, zero_cond_t=zero),
+        vae=nano.KINDS[vae_kind].config,
+        num_queries=3,
+        max_text=20,
+        vlm_pixels=56 * 56,
+        law=law,
+        condition_latents=latents,
+    )  # fmt: skip
+    model = query_kontext.QueryKontext(config)
+    params = nano.random_tree(shapes_of(model.abstract()))
+    layout = prompts.PromptLayout(prompts.load_tokenizer(TOKENIZER), 20, 3, config.vlm_pixels)
+    limits = painting.Limits(((64, 64), (48, 80), (80, 48)), 48, 3, 10**6)
+    return painting.Painter(
+        config, params, layout, limits=limits, batch=1, options=OPTIONS, name="nano"
+    )
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """exported(arguments of `painter`, dtype) -> (painter, folder, pipeline), each written once."""
+
+    @functools.cache
+    def export(law=SHIFTED, vae_kind="kl", latents=True, zero=True, dtype="float32"):
+        folder = tmp_path_factory.mktemp("export") / "model"
+        ours = painter(law, vae_kind, latents, zero)
+        folder.export_pipeline(ours, folder, RUN, 7, dtype)
+        return ours, folder, verify.load_pipeline(folder)
+
+    return export
+
+
+def request_of(ours, case):
+    size, has_source, count, settings = CASES[case]
+    rng = np.random.default_rng(0)
+    side = ours.limits.reference_size
+    source = rng.integers(0, 256, (*size, 3), dtype=np.uint8) if has_source else None
+    references = [rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(count)]
+    return painting.Request("a kite <|im_end|> é", source, tuple(references), size, 1), settings
+
+
+def assert_paints_the_same(ours, pipe, case):
+    request, settings = request_of(ours, case)
+    noise = ours.noise(request)
+    (painted,) = ours.paint_with_noise([request], [noise], settings)
+    theirs = verify.paint(pipe, request, settings, noise)
+    assert painted.std() > 10
+    assert np.abs(painted.astype(int) - theirs.astype(int)).max() <= 2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_noise_gives_the_same_picture(exported, case):
+    ours, _, pipe = exported()
+    assert_paints_the_same(ours, pipe, case)
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_every_law_gives_the_same_picture(exported, name):
+    law, zero = LAWS[name]
+    ours, _, pipe = exported(law, zero=zero)
+    assert pipe.transformer.config.zero_cond_t == zero
+    assert_paints_the_same(ours, pipe, "three_bare")
+
+
+@pytest.mark.parametrize("case", ["no_guidance", "three_bare"])
+def test_the_vae_of_qwen_image_gives_the_same_picture(exported, case):
+    ours, _, pipe = exported(vae_kind="qwen_vae")
+    assert_paints_the_same(ours, pipe, case)
+
+
+@pytest.mark.parametrize("kind", ["shifted", "qwen_image"])
+def test_a_model_that_only_reads_pictures_gives_the_same_picture(exported, kind):
+    ours, _, pipe = exported(rotary.PositionLaw(kind), latents=False)
+    assert_paints_the_same(ours, pipe, "wide")
+
+
+@functools.cache
+def adapted():
+    """(painter, checkpoint): the same model with a random adapter, merged and beside the base."""
+    base, scale = painter(), 0.5
+    fresh = lora.init(jax.random.key(0), base.params["mmdit"], lora.MMDIT_TARGETS, rank=2)
+    adapter = nano.random_tree(shapes_of(fresh), seed=1)
+    merged = copy.copy(base)
+    generator = jax.jit(lora.merge, static_argnums=2)(base.params["mmdit"], adapter, scale)
+    merged.params = base.params | {"mmdit": generator}
+    model = query_kontext.QueryKontext(dataclasses.replace(base.config, lora_scale=scale))
+    loaded = run_folder.Loaded(model, base.params | {"lora": {"mmdit": adapter}}, RUN, 7, "unknown")
+    return merged, loaded
+
+
+def test_a_separate_adapter_paints_as_the_merged_one(tmp_path):
+    merged, loaded = adapted()
+    folder = tmp_path / "model"
+    folder.export_pipeline(merged, folder, RUN, 7, "float32", lora="separate", loaded=loaded)
+    pipe = verify.load_pipeline(folder)
+    assert pipe.get_list_adapters() == {"transformer": ["default_0"]}
+    assert_paints_the_same(merged, pipe, "three_bare")
+    pipe.disable_lora()
+    assert_paints_the_same(painter(), pipe, "three_bare")
+    pipe.enable_lora()
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert_paints_the_same(merged, pipe, "three_bare")
+
+
+def test_verify_passes_in_every_type_and_finds_one_changed_weight(exported, capsys):
+    for dtype in ("float32", "float16"):
+        ours, folder, _ = exported(dtype=dtype)
+        assert verify.verify(ours, folder)
+        table = capsys.readouterr().out
+        assert f"weights in {dtype}" in table
+        for line in ("VLM states", "context", "velocity", "decoded picture", "painted picture"):
+            assert table.count(f": {line}") == 3
+        assert table.count(": latents") == 3  # of a source, and of two references
+    changed = copy.copy(ours)
+    norm = {"scale": ours.params["mmdit"]["txt_norm"]["scale"] + 1}
+    changed.params = ours.params | {"mmdit": ours.params["mmdit"] | {"txt_norm": norm}}
+    assert not verify.verify(changed, folder)
+    assert "transformer: " in capsys.readouterr().out.split("<- too large")[0]
+
+
+def test_verify_reads_a_separate_adapter(tmp_path, capsys):
+    merged, loaded = adapted()
+    folder = tmp_path / "model"
+    folder.export_pipeline(merged, folder, RUN, 7, "bfloat16", lora="separate", loaded=loaded)
+    assert verify.verify(merged, folder, loaded=loaded)
+    assert "adapter: 48 tensors" in capsys.readouterr().out
+    with pytest.raises(InputError, match="give the checkpoint as loaded"):
+        verify.verify(merged, folder)
+    changed = jax.tree.map(lambda leaf: leaf + 1, loaded.params["lora"])
+    other = loaded._replace(params=loaded.params | {"lora": changed})
+    lines = list(verify.tensors(merged, folder, folder.separate(other)))
+    assert [line.name.split(":")[0] for line in lines if not line.is_good] == ["adapter"]
+
+
+def test_verify_refuses_what_is_no_export_of_this_model(exported, tmp_path):
+    ours, folder, _ = exported()
+    with pytest.raises(InputError, match="holds no model_index.json"):
+        verify.verify(ours, tmp_path)
+    other = copy.copy(ours)
+    other.config = dataclasses.replace(ours.config, vlm_pixels=28 * 28)
+    with pytest.raises(InputError, match="has vlm_pixels = 3136, the checkpoint 784"):
+        verify.verify(other, folder)
+    shutil.copytree(folder, tmp_path / "copy")
+    weights = tmp_path / "copy" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(InputError, match="is truncated or no safetensors file"):
+        verify.verify(ours, tmp_path / "copy")
+    (tmp_path / "copy" / "pipeline.py").write_text("1 / 0")
+    with pytest.raises(InputError, match="diffusers cannot load"):
+        verify.load_pipeline(tmp_path / "copy")
+
+
+def test_the_folder_paints_from_the_command_line_without_jax(exported, tmp_path):
+    ours, folder, _ = exported()
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
+    picture.save(tmp_path / "in.png")
+    arguments = [
+        "pipeline.py", "--prompt", "a kite", "--source", "in.png", "--reference", "in.png",
+        "--size", "80x48", "--steps", "1", "--seed", "3", "--out", "out.png",
+    ]  # fmt: skip
+    code = f"""
+import runpy, sys
+sys.modules["jax"] = sys.modules["flax"] = sys.modules["qk_jax"] = None
+sys.argv = {arguments}
+runpy.run_path({str(folder / "pipeline.py")!r}, run_name="__main__")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True)
+    with Image.open(tmp_path / "out.png") as painted:
+        assert painted.size == (80, 48)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": " "}, "there is no prompt"),
+        ({"prompt": 3}, "there is no prompt"),
+        ({"prompt": "kite " * 30}, "the prompt has .* tokens, over 20"),
+        ({"height": 40, "width": 64}, "the size 64x40 is no multiple of 16"),
+        ({"solver": "dpm"}, "solver is 'dpm'"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+        ({"references": [None] * 4}, "4 references are given, the model knows 3"),
+        ({"latents": torch.zeros(1, 4, 2, 2)}, "latents have the shape"),
+    ],
+)
+def test_the_pipeline_says_what_it_cannot_paint(exported, arguments, message):
+    _, _, pipe = exported()
+    with pytest.raises(ValueError, match=message):
+        pipe(**{"prompt": "a kite"} | arguments)
+
+
+@pytest.mark.parametrize(
+    "shape", [(30, 71, 4), (71, 30, 3), (48, 48, 4), (16, 16, 3), (300, 90, 4)]
+)
+def test_pictures_of_any_size_are_fitted_alike(exported, shape, tmp_path):
+    ours, _, pipe = exported()
+    array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    image = Image.fromarray(array)
+    image.save(tmp_path / "a.png")
+    picture = ours.read(tmp_path / "a.png")
+    request = ours.fit("a kite", picture, [picture])
+    assert pipe._size(image) == request.size
+    source = pipeline.fit_source(image, *request.size)
+    reference = pipeline.fit_reference(image, ours.limits.reference_size)
+    np.testing.assert_array_equal(source, request.source)
+    np.testing.assert_array_equal(reference, request.references[0])
+    assert pipe._size(None) == ours.fit("a kite").size
+
+
+def test_the_command_writes_verifies_and_answers_in_one_line(capsys, tmp_path):
+    stage, out = str(painters.save(tmp_path)), tmp_path / "out"
+    command.main(["to-pytorch", "--checkpoint", stage, "--out", str(out), "--dtype", "bfloat16"])
+    assert capsys.readouterr().out == f"{out}\n"
+    command.main(["verify", "--checkpoint", stage, "--pytorch", str(out)])
+    assert "weights in bfloat16" in capsys.readouterr().out
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "main.tex").write_text("")
+    for arguments, message in (
+        (["verify", "--checkpoint", stage, "--pytorch", str(tmp_path)], "no model_index.json"),
+        (["to-pytorch", "--checkpoint", stage, "--out", str(tmp_path / "thesis")], "no earlier"),
+        (["to-pytorch", "--checkpoint", str(tmp_path / "none"), "--out", str(out)], "none"),
+        (["to-pytorch", "--checkpoint", stage], "--out"),
+        (["to-torch"], "to-torch"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            command.main(arguments)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and message in error and error.count("\n") == 1

@@ -1,0 +1,166 @@
+"""Painting: determinism whatever the company, guidance, sizes and limits."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import painters
+import pytest
+from PIL import Image
+
+from qk_jax import painting
+from qk_jax.base.errors import InputError
+from qk_jax.pictures.roles import REFERENCE, SOURCE
+
+SETTINGS = painting.Settings(steps=2, guidance=3.0, image_guidance=1.5)
+
+
+@pytest.fixture(scope="module")
+def painter():
+    return painters.painter()
+
+
+def edit(painter, number=0, prompt="make it blue"):
+    request = painter.fit(prompt, painters.picture(1), (), (32, 32), seed=7)
+    return dataclasses.replace(request, number=number)
+
+
+def test_a_picture_does_not_depend_on_its_company(painter):
+    alone = painter.paint([edit(painter)], SETTINGS)[0]
+    others = [edit(painter, n, f"paint {n}") for n in range(1, 4)]
+    plain = painter.fit("a red kite", size=(32, 48))
+    mixed = painter.paint([*others, plain, edit(painter)], SETTINGS)
+    np.testing.assert_array_equal(mixed[-1], alone)
+    assert mixed[3].shape == (32, 48, 3)
+    assert all((other != alone).any() for other in mixed[:3])
+
+
+def test_noise_comes_from_seed_and_number_alone(painter):
+    request = edit(painter)
+    same = dataclasses.replace(request, prompt="something else", source=None)
+    np.testing.assert_array_equal(painter.noise(request), painter.noise(same))
+    for changed in ({"number": 1}, {"seed": 8}):
+        other = painter.noise(dataclasses.replace(request, **changed))
+        assert (painter.noise(request) != other).all()
+    assert painter.noise(request).std() == pytest.approx(1, abs=0.2)
+
+
+def test_paint_is_paint_with_its_own_noise(painter):
+    request = edit(painter)
+    own = painter.paint([request], SETTINGS)
+    given = painter.paint_with_noise([request], [painter.noise(request)], SETTINGS)
+    np.testing.assert_array_equal(own[0], given[0])
+
+
+@pytest.mark.parametrize(
+    ("guidance", "image_guidance", "pictured", "expected"),
+    [
+        (1, 1, True, 1), (4, 1, True, 2), (4, 1.5, True, 3), (1, 1.5, True, 3),
+        (1, 1.5, False, 1), (4, 1.5, False, 2),
+    ],
+)  # fmt: skip
+def test_guidance_evaluates_only_what_it_needs(guidance, image_guidance, pictured, expected):
+    settings = painting.Settings(guidance=guidance, image_guidance=image_guidance)
+    assert len(settings.variants(pictured)) == expected
+
+
+def test_three_way_guidance_at_weight_one_is_two_way(painter):
+    """Weights that make a conditioning vanish give what is painted without evaluating it."""
+    nearly = painting.Settings(steps=2, guidance=3.0, image_guidance=1 + 1e-6)
+    without = painting.Settings(steps=2, guidance=3.0, image_guidance=1.0)
+    a, b = (painter.paint([edit(painter)], s)[0].astype(int) for s in (nearly, without))
+    assert np.abs(a - b).max() <= 1
+
+
+def test_text_pictures_roles_and_solver_all_matter(painter):
+    request = edit(painter)
+    base = painter.paint([request], SETTINGS)[0]
+    as_reference = dataclasses.replace(request, source=None, references=(request.source,))
+    changes = [
+        dataclasses.replace(request, prompt="make it red"),
+        dataclasses.replace(request, source=painters.picture(2, 32, 32)),
+        as_reference,
+    ]
+    for changed in changes:
+        assert (painter.paint([changed], SETTINGS)[0] != base).any()
+    heun = dataclasses.replace(SETTINGS, solver="heun")
+    assert (painter.paint([request], heun)[0] != base).any()
+
+
+def test_rows_without_pictures_hide_them(painter):
+    batch = painter.rows([edit(painter)], painting.NOTHING)
+    assert not batch["condition_mask"].any()
+    assert not (batch["input_ids"] == painter.layout.image_token_id).any()
+    assert not batch["text_mask"].any()
+    full = painter.rows([edit(painter)])
+    assert (full["input_ids"] == painter.layout.image_token_id).any()
+    assert full["input_ids"].shape == batch["input_ids"].shape
+
+
+def test_fit_shows_pictures_as_in_training(painter):
+    request = painter.fit("x", painters.picture(3, 50, 100), [painters.picture(4, 30, 60)])
+    assert request.size in painter.limits.sizes and request.size[1] > request.size[0]
+    assert request.source.shape[:2] == request.size
+    side = painter.limits.reference_size
+    assert request.references[0].shape == (side, side, 3)
+    assert (request.references[0][: side // 8] == 255).all(), "white above a wide reference"
+    assert request.roles == (SOURCE, REFERENCE)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompt": " "}, "no prompt"),
+        ({"prompt": "word " * 100}, "tokens"),
+        ({"size": (33, 32)}, "32x32 is near"),
+        ({"size": (4096, 4096)}, "choose a smaller one"),
+        ({"references": (np.zeros((64, 64, 3), np.uint8),) * 4}, "at most 3"),
+    ],
+)
+def test_what_cannot_be_painted_is_named(painter, change, words):
+    request = dataclasses.replace(painter.fit("a kite"), **change)
+    with pytest.raises(InputError, match=words):
+        painter.paint([request], SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"steps": 0}, {"steps": 10**6}, {"solver": "rk4"}, {"guidance": -1}, {"guidance": np.nan}],
+)
+def test_settings_are_checked(painter, settings):
+    with pytest.raises(InputError):
+        painter.paint([painter.fit("a kite")], painting.Settings(**settings))
+
+
+def test_read_composes_on_white_and_refuses(painter, tmp_path):
+    Image.new("RGBA", (20, 10), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (painter.read(tmp_path / "clear.png") == 255).all()
+    (tmp_path / "cut.png").write_bytes((tmp_path / "clear.png").read_bytes()[:40])
+    for name, words in (("none.png", "cannot be read"), ("cut.png", "decoded")):
+        with pytest.raises(InputError, match=words):
+            painter.read(tmp_path / name)
+    small = painters.painter()
+    limits = dataclasses.replace(small.limits, max_pixels=100)
+    bounded = painting.Painter(small.config, {}, small.layout, limits=limits)
+    with pytest.raises(InputError, match="bound"):
+        bounded.read(tmp_path / "clear.png")
+
+
+def test_merged_adapters_paint_as_separate_ones():
+    """Painting merges LoRA; the trainer's model with the adapter apart gives the same velocity."""
+    tree, model = painters.params(), painters.plan().model
+    painter = painters.painter()
+    batch = painter.rows([edit(painter)])
+    x = np.random.default_rng(0).standard_normal((1, 4, 64), np.float32)
+    t = np.full(1, 0.5, np.float32)
+
+    def velocity(model, params):
+        context, mask = model.context(params, batch)
+        latents = model.condition_latents(params, batch)
+        roles, shown = batch["roles"], batch["condition_mask"]
+        return model.velocity(params, x, t, context, mask, (2, 2), latents, roles, shown)
+
+    apart = jax.jit(lambda p: velocity(model, p))(tree)
+    merged = jax.jit(lambda p: velocity(painter.programs.model, p))(painter.params)
+    scale = np.abs(apart).max()
+    np.testing.assert_allclose(merged / scale, apart / scale, atol=1e-4)
