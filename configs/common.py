@@ -18,12 +18,13 @@ from qk_jax.data import buckets
 from qk_jax.diffusion import flow
 from qk_jax.experiment.stages import STAGES
 from qk_jax.models import mmdit, qwen_vl, rotary, vae
+from qk_jax.weights import hub_configs
 
 ASSETS = Path(qk_jax.__file__).parent / "assets"
 
-# The towers of each size. A 3b or 7b connector writes Qwen-Image's context width, so that one
+# The presets of each size. A 3b or 7b connector writes Qwen-Image's context width, so that one
 # connector serves the stage-1 head and the generator after it.
-TOWERS = {
+PRESETS = {
     "tiny": {"vlm": "tiny", "head": "tiny_head", "mmdit": "tiny", "vae": "tiny"},
     "3b": {"vlm": "3b", "head": "0.9b", "mmdit": "10b", "vae": "qwen_image"},
     "7b": {"vlm": "7b", "head": "0.9b", "mmdit": "10b", "vae": "qwen_image"},
@@ -32,15 +33,15 @@ TOWERS = {
 SIZES = ("tiny", "tiny_long", "smoke", "3b", "7b", "20b")
 
 
-def towers(size: str) -> str:
-    """The row of TOWERS that a size uses.
+def presets(size: str) -> str:
+    """The key of PRESETS that a size uses.
 
     Raises:
       InputError: there is no such size.
     """
     if size not in SIZES:
         raise InputError(f"size {size!r} is unknown; give one of {', '.join(SIZES)}")
-    return size if size in TOWERS else "tiny"
+    return size if size in PRESETS else "tiny"
 
 
 def pick(size: str, tiny: float, tiny_long: float, smoke: float, full: float) -> float:
@@ -54,12 +55,12 @@ def base(stage: str, size: str) -> ConfigDict:
     Raises:
       InputError: there is no such size.
     """
-    row = TOWERS[towers(size)]
-    tiny = towers(size) == "tiny"
-    generator = mmdit.PRESETS[row["head" if stage == "stage1" else "mmdit"]]
-    autoencoder = vae.PRESETS[row["vae"]]
+    names = PRESETS[presets(size)]
+    tiny = presets(size) == "tiny"
+    generator = mmdit.PRESETS[names["head" if stage == "stage1" else "mmdit"]]
+    autoencoder = vae.PRESETS[names["vae"]]
     if tiny:  # the scale of its latents was measured, so it stands beside the weights
-        autoencoder = vae.config_from_hf(read_json(ASSETS / "tiny/vae/config.json"))
+        autoencoder = hub_configs.from_hf("vae", read_json(ASSETS / "tiny/vae/config.json"))
     # The paper's reflection needs a generator that knows absolute positions; a constant offset is
     # learnt within minutes.
     law = rotary.PositionLaw(source_mode="translate" if tiny else "reflect")
@@ -70,9 +71,9 @@ def base(stage: str, size: str) -> ConfigDict:
     config.steps = 1
 
     config.model = ConfigDict({
-        "vlm": dataclasses.asdict(qwen_vl.PRESETS[row["vlm"]]),
+        "vlm": dataclasses.asdict(qwen_vl.PRESETS[names["vlm"]]),
         "mmdit": dataclasses.asdict(generator),
-        "vae": {"kind": _kind(autoencoder), **dataclasses.asdict(autoencoder)},
+        "vae": {"kind": vae.kind(autoencoder), **dataclasses.asdict(autoencoder)},
         "num_queries": 16 if tiny else 128,
         "max_text": 48 if tiny else 384,  # with the kontext 512: whole blocks of attention
         "tail_tokens": 5,
@@ -159,7 +160,7 @@ def base(stage: str, size: str) -> ConfigDict:
     # cell of which is a field (--config.sharding.mmdit.params.embed=fsdp)
     config.sharding = ConfigDict({
         tower: dataclasses.asdict(sharding.row("fsdp"))
-        for tower in ("vision", "text", "connector", "mmdit", "vae")
+        for _, tower in sharding.TOWERS
     })  # fmt: skip
     config.sharding_limit = 0.02  # largest share of shardable parameter bytes left replicated
 
@@ -194,12 +195,3 @@ def base(stage: str, size: str) -> ConfigDict:
     config.log = ConfigDict({"every": pick(size, 10, 50, 2, 50), "t_bins": 5})
     config.wandb = ConfigDict({"project": "", "name": ""})
     return config
-
-
-def _kind(config: object) -> str:
-    """diffusers' class name of a VAE config."""
-    kinds = {
-        vae.AutoencoderKLConfig: "AutoencoderKL",
-        vae.QwenImageVAEConfig: "AutoencoderKLQwenImage",
-    }
-    return kinds[type(config)]

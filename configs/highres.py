@@ -14,7 +14,7 @@ def get_config(size: str = "tiny"):
     """The config at `size`, or at 'SIZE@SLICE' with the recipe for a slice (recipes.py)."""
     size, place = recipes.split(size)
     config = stage3.get_config(size)
-    tiny = common.towers(size) == "tiny"
+    tiny = common.presets(size) == "tiny"
     config.stage = "highres"
     config.rules = common.STAGES["highres"].rules
     config.steps = common.pick(size, tiny=100, tiny_long=1000, smoke=20, full=3000)

@@ -1,19 +1,19 @@
-"""The whole way in one command: trains three stages, measures, paints, exports, reports.
+"""The whole project in one command: trains three stages, measures, paints, exports, reports.
 
-Run by launch/quickstart.sh. Finished parts are kept: run again to resume, or to hear that all is
-done. What lies in the folder afterwards stands at the end of its output and in the README.
+Run by launch/quickstart.sh. Finished parts are kept: the same command resumes a stopped run. The
+last lines of the output say what is in the folder.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import pathlib
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -22,9 +22,10 @@ from typing import Any
 
 import absl.logging
 import report  # beside this file
+from report import PHASES
 
 from qk_jax import evaluation, painting
-from qk_jax.base import files
+from qk_jax.base import cli, files
 from qk_jax.base.errors import InputError, exits
 from qk_jax.experiment import config as config_lib
 from qk_jax.painting import sheets
@@ -33,7 +34,6 @@ from qk_jax.training import start
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 IS_MAC = sys.platform == "darwin"  # counts memory in bytes, where Linux counts KiB
 STAGES = ("stage1", "stage2", "stage3")
-PHASES = ("untrained", *STAGES)
 MODES = {
     "quick": ("tiny", evaluation.Extent()),
     "smoke": ("smoke", evaluation.SMOKE),
@@ -42,31 +42,31 @@ MODES = {
 
 
 class Quickstart:
-    """One folder with everything that the command makes in it."""
+    """A run of the command, in one folder."""
 
-    def __init__(self, out: pathlib.Path, mode: str):
+    def __init__(self, out: files.Path, mode: str):
         self.out, self.mode = out, mode
         self.size, self.extent = MODES[mode]
         self.specs = {stage: f"{ROOT}/configs/{stage}.py:{self.size}" for stage in STAGES}
         configs = [config_lib.to_json(config_lib.load(spec)) for spec in self.specs.values()]
         text = json.dumps([configs, repr(self.extent)])
         self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.state = {"mode": mode, "digest": self.digest, "parts": {}}
+        self.state: dict[str, Any] = {"mode": mode, "digest": self.digest, "parts": {}}
 
     def open(self, fresh: bool) -> None:
-        """Makes the folder, or takes up the state of a run that was begun in it.
+        """Makes the folder, or reads the state of a run that was begun in it.
 
         Raises:
           InputError: the folder cannot be written, or holds something else.
         """
         marker = self.out / "state.json"
         if fresh and marker.is_file():
-            shutil.rmtree(self.out)
+            self.out.rmtree()
         files.writable_folder(self.out, "the folder")
         if marker.is_file():
             try:
-                found = json.loads(marker.read_text())
-            except ValueError:
+                found = files.read_json(marker)
+            except InputError:
                 raise InputError(f"{marker} is damaged; begin anew with --fresh") from None
             if found.get("digest") != self.digest:
                 raise InputError(
@@ -76,14 +76,13 @@ class Quickstart:
             self.state = found
         elif any(self.out.iterdir()):
             raise InputError(f"{self.out} is not empty and holds no quickstart; give another --out")
-        self.write_state()
+        self.write("state.json", self.state)
 
-    def write_state(self) -> None:
-        """Notes which parts are done."""
-        files.write_text(self.out / "state.json", json.dumps(self.state, indent=1))
+    def write(self, name: str, value: Any) -> None:
+        files.write_json(self.out / name, value)
 
     def part(self, name: str, title: str, work: Callable[[], None]) -> None:
-        """Does `work` unless it was done before; notes its time."""
+        """Does `work` unless it was done before, and records its time and memory."""
         if name in self.state["parts"]:
             return
         print(f"[{len(self.state['parts']) + 1}] {title}", flush=True)
@@ -97,17 +96,18 @@ class Quickstart:
         for who, which in (("driver", resource.RUSAGE_SELF), ("child", resource.RUSAGE_CHILDREN)):
             peak = resource.getrusage(which).ru_maxrss / (1024**2 if IS_MAC else 1024)
             memory[who] = max(memory.get(who, 0), round(peak))
-        self.write_state()
+        self.write("state.json", self.state)
 
     # ---- the parts -----------------------------------------------------------------------------
 
     def run(self) -> None:
-        """All parts that are not done, in order."""
+        """Every part that is not done, in order."""
         before = len(self.state["parts"])
         self.part("untrained", "measuring the untrained model", lambda: self.measure("untrained"))
         for stage in STAGES:
-            self.part(f"train {stage}", f"training {stage}", lambda stage=stage: self.train(stage))
-            self.part(stage, f"measuring {stage}", lambda stage=stage: self.measure(stage))
+            train = functools.partial(self.train, stage)
+            self.part(f"train {stage}", f"training {stage}", train)
+            self.part(stage, f"measuring {stage}", functools.partial(self.measure, stage))
         self.part("export", "exporting stage3 to PyTorch", self.export)
         missing = [name for name in ("torch", "diffusers") if not importlib.util.find_spec(name)]
         if not missing:
@@ -129,22 +129,22 @@ class Quickstart:
 
     def compare(self) -> None:
         """The same weights, states and pictures from the same noise, in JAX and in PyTorch."""
-        from qk_jax.export import verify
+        from qk_jax.export import verify  # imports transformers, slowly
 
         painter = painting.load(self.out / "stage3", batch=1)
         pipe = verify.load_pipeline(self.out / "pytorch")
         rows = []
-        for lines in (verify.tensors(painter, self.out / "pytorch"), verify.outputs(painter, pipe)):
-            for line in lines:
-                print(f"    {line.name}: {line.difference:.3g} (at most {line.tolerance:g})")
-                rows.append(line._asdict() | {"is_good": line.is_good})
-        files.write_text(self.out / "comparison.json", json.dumps(rows, indent=1))
+        tensors = verify.tensors(painter, self.out / "pytorch")
+        for line in itertools.chain(tensors, verify.outputs(painter, pipe)):
+            print(f"    {line.name}: {line.difference:.3g} (at most {line.tolerance:g})")
+            rows.append(line._asdict() | {"is_good": line.is_good})
+        self.write("comparison.json", rows)
 
     def command(self, *words: Any) -> None:
-        """Runs Python in a process of its own; leaves with its status when it fails."""
+        """Runs Python in a process of its own; exits with its status when it fails."""
         status = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT).returncode
         if status:
-            print(f"stopped (status {status}); the same command goes on from here", file=sys.stderr)
+            print(f"stopped (status {status}); the same command resumes", file=sys.stderr)
             raise SystemExit(status if status > 0 else 128 - status)
 
     def measure(self, phase: str) -> None:
@@ -155,7 +155,7 @@ class Quickstart:
         else:
             painter = painting.load(self.out / phase, batch=self.extent.batch)
         config = config_lib.load(self.specs["stage3"])
-        held_out = evaluation.held_out_examples(config, self.extent.records)
+        held_out = evaluation.held_out_cases(config, self.extent.records)
         captions = evaluation.captions(config, self.extent.captions)
         figures, painted = evaluation.evaluate(
             painter, self.extent, held_out, captions, lambda line: print(f"    {line}", flush=True)
@@ -169,17 +169,16 @@ class Quickstart:
                 [example.truth for example in shown],
             )
             sheets.save(sheet, self.out / "samples" / f"{task}_{phase}.png")
-        files.write_text(self.out / "evaluation" / f"{phase}.json", json.dumps(figures, indent=1))
+        self.write(f"evaluation/{phase}.json", figures)
 
     def report(self, missing: Sequence[str]) -> None:
-        """report.json, report.md, and where things are.
+        """Writes report.json and report.md, and prints what is in the folder.
 
         Raises:
           SystemExit: 1 when PyTorch does not paint what JAX paints.
         """
         found = {
-            phase: json.loads((self.out / "evaluation" / f"{phase}.json").read_text())
-            for phase in PHASES
+            phase: files.read_json(self.out / "evaluation" / f"{phase}.json") for phase in PHASES
         }
         comparison = self.out / "comparison.json"
         compared = json.loads(comparison.read_text()) if comparison.is_file() else None
@@ -189,7 +188,7 @@ class Quickstart:
             f"words alone and {pictures.guidance:g} from pictures"
         }
         whole = report.collect(self.state, plan, found, compared)
-        files.write_text(self.out / "report.json", json.dumps(whole, indent=1))
+        self.write("report.json", whole)
         files.write_text(self.out / "report.md", report.markdown(whole))
         print(report.ending(self.out, whole))
         if missing:
@@ -204,14 +203,14 @@ class Quickstart:
 
 
 def processor_seconds() -> float:
-    """What this process and its finished children have used of all cores."""
+    """Processor time of this process and its finished children, in seconds over all cores."""
     usages = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> cli.Parser:
     """The command line."""
-    out = argparse.ArgumentParser(prog="launch/quickstart.sh", description=__doc__)
+    out = cli.Parser(prog="launch/quickstart.sh", description=__doc__)
     add = out.add_argument
     add("--out", help="folder for everything (default runs/quickstart, with --long runs/long)")
     add("--fresh", action="store_true", help="delete what an earlier run left in the folder")
@@ -224,16 +223,16 @@ def parser() -> argparse.ArgumentParser:
 @exits
 def main(argv: Sequence[str]) -> None:
     """The command."""
-    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of what we ask for
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of options that are meant
     args = parser().parse_args(argv)
     mode = "smoke" if args.smoke else "long" if args.long else "quick"
     default = ROOT / "runs" / {"quick": "quickstart"}.get(mode, mode)
-    quickstart = Quickstart(pathlib.Path(args.out or default).resolve(), mode)
+    quickstart = Quickstart(files.Path(args.out or default).resolve(), mode)
     quickstart.open(args.fresh)
     try:
         quickstart.run()
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print("\nstopped; the same command resumes", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -1,5 +1,7 @@
-# Sourced by the scripts beside it: `ensure_venv core|test` makes .venv and installs qk_jax into it.
-# Nothing is done again while setup.py and the constraints stay as they were at the last install.
+# shellcheck shell=bash
+# Sourced by the scripts beside it: `ensure_venv ROOT core|test|check` makes ROOT/.venv and installs
+# qk_jax into it, with the extra of that name; each has what the one before it has. Installs again
+# only when setup.py or the constraints have changed.
 
 find_python() {
   # The first Python 3.11 or 3.12 that works; $PYTHON comes first when set.
@@ -30,7 +32,7 @@ make_venv() {
 }
 
 ensure_venv() {
-  local root=$1 kind=$2 venv=$1/.venv digest python extra=""
+  local root=$1 kind=$2 venv=$1/.venv digest python what=$1 enough=$2 installed
   if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     python=$(find_python) || return
     echo "making $venv with $python"
@@ -39,13 +41,18 @@ ensure_venv() {
   digest=$("$venv/bin/python" -c 'import hashlib, sys
 print(hashlib.sha256(b"".join(open(p, "rb").read() for p in sys.argv[1:])).hexdigest())' \
     "$root/setup.py" "$root/launch/constraints.txt")
-  if [ "$(cat "$venv/.qk-$kind" 2>/dev/null)" = "$digest" ]; then return 0; fi
-  if [ "$kind" = core ] && [ "$(cat "$venv/.qk-test" 2>/dev/null)" = "$digest" ]; then return 0; fi
-  if [ "$kind" = test ]; then extra="[test]"; fi
-  echo "installing qk_jax$extra into $venv (some minutes the first time)"
+  case $kind in
+    core) enough="core test check" ;;
+    test) enough="test check" ;;
+  esac
+  for installed in $enough; do
+    if [ "$(cat "$venv/.qk-$installed" 2>/dev/null)" = "$digest" ]; then return 0; fi
+  done
+  if [ "$kind" != core ]; then what="${root}[$kind]"; fi
+  echo "installing $what into $venv (some minutes the first time)"
   "$venv/bin/python" -m pip install --quiet --no-input --root-user-action=ignore \
-    -c "$root/launch/constraints.txt" -e "$root$extra" || {
-    echo "error: pip could not install qk_jax$extra; its last lines say why" >&2
+    -c "$root/launch/constraints.txt" -e "$what" || {
+    echo "error: pip could not install $what; its last lines say why" >&2
     return 2
   }
   echo "$digest" > "$venv/.qk-$kind"

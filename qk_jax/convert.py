@@ -1,16 +1,16 @@
 """PyTorch <-> qk_jax: public weights in, trained models out, and the proof that they are the same.
 
-    python -m qk_jax.convert from-pytorch --model DIR_OR_HUB_ID --out CKPT [--dtype bfloat16]
+    python -m qk_jax.convert from-pytorch --model DIR_OR_HUB_ID --out DIR [--dtype bfloat16]
     python -m qk_jax.convert to-pytorch --checkpoint W/stage3 --out DIR [--lora separate]
     python -m qk_jax.convert verify --checkpoint W/stage3 --pytorch DIR
     python -m qk_jax.convert bench [--shape 3b]
 
-from-pytorch reads Qwen2.5-VL, Qwen-Image transformers, both autoencoders, whole pipelines of
-diffusers and LoRA files; `config.init.vlm`, `init.mmdit` and `init.vae` of the trainer take its
-folder, or the model itself. to-pytorch writes a folder that diffusers loads and paints with,
-without JAX (of an import: the folders of its parts). verify loads both and prints the largest
-differences of weights, states, velocities and pictures, with exit status 1 when one is beyond
-rounding. bench measures import and export of a large model: memory, speed against `cp`, equality.
+from-pytorch checks Qwen2.5-VL, Qwen-Image transformers, both autoencoders, whole pipelines of
+diffusers and LoRA files, and writes them as safetensors folders in the published form, which
+`config.init` of the trainer takes as it takes the model itself. to-pytorch writes a folder that
+diffusers loads and paints with, without JAX. verify loads both and prints the largest differences
+of weights, states, velocities and pictures, with exit status 1 when one is beyond rounding. bench
+measures from-pytorch on a large model: memory, speed against `cp`, equality.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     out = cli.Parser(prog="python -m qk_jax.convert", description=__doc__)
     verbs = out.add_subparsers(dest="verb", required=True, metavar="VERB")
-    take = verbs.add_parser("from-pytorch", help="read weights of transformers and diffusers")
+    take = verbs.add_parser("from-pytorch", help="check public weights and write them again")
     take.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="owner/name[@rev]")
-    take.add_argument("--out", required=True, metavar="CKPT", help="folder to write")
-    take.add_argument("--mesh", metavar="AXIS=N,..", help="read over these devices: fsdp=8")
+    take.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     take.add_argument(
         "--ignore", action="append", default=[], metavar="REGEX", help="tensors to leave out"
     )
@@ -60,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
             default=True,
             help="the moving average of the weights where there is one, or the last weights",
         )
-    measure = verbs.add_parser("bench", help="measure import and export")
+    measure = verbs.add_parser("bench", help="measure from-pytorch")
     measure.add_argument("--shape", choices=("tiny", "3b", "7b"), default="3b", help="default 3b")
     measure.add_argument("--dir", metavar="DIR", help="where its files go (default: a new folder)")
     return out
@@ -85,34 +84,25 @@ def main(argv: Sequence[str]) -> None:
 
 
 def from_pytorch(args: argparse.Namespace) -> None:
-    """Public weights -> a folder of ours."""
-    from qk_jax import sharding
+    """Public weights -> a checked folder of them."""
     from qk_jax.weights import from_pytorch as lib
 
-    mesh = sharding.build_mesh(sharding.parse(args.mesh)) if args.mesh else None
     for pattern in args.ignore:
         try:
             re.compile(pattern)
         except re.error as error:
             raise InputError(f"--ignore {pattern!r} is no regular expression: {error}") from None
-    lib.convert(
-        args.model, args.out, dtype=args.dtype, mesh=mesh, ignore=args.ignore, base=args.base
-    )
+    lib.convert(args.model, args.out, dtype=args.dtype, ignore=args.ignore, base=args.base)
     print(args.out)
 
 
 def to_pytorch(args: argparse.Namespace) -> None:
-    """A trained stage, or an import, -> folders for PyTorch."""
+    """A trained stage -> a folder for PyTorch."""
     from qk_jax.export import folder
-    from qk_jax.weights import imported
-    from qk_jax.weights.write import export_import
 
-    if imported.is_import(args.checkpoint):
-        export_import(args.checkpoint, args.out, args.dtype, args.max_shard_size)
-    else:
-        folder.export_pipeline(
-            _load(args), args.out, args.dtype, max_shard_bytes=args.max_shard_size, lora=args.lora
-        )
+    folder.export_pipeline(
+        _load(args), args.out, args.dtype, max_shard_bytes=args.max_shard_size, lora=args.lora
+    )
     print(args.out)
 
 
@@ -137,7 +127,9 @@ VERBS = {"from-pytorch": from_pytorch, "to-pytorch": to_pytorch, "verify": verif
 def _load(args: argparse.Namespace) -> Any:
     """The trained model of a stage folder."""
     from qk_jax.checkpoints import run_folder
+    from qk_jax.weights import read
 
+    read.refuse_old(args.checkpoint)
     return run_folder.load(args.checkpoint, step=args.step, ema=args.ema)
 
 

@@ -59,18 +59,15 @@ def main(argv: Sequence[str]) -> None:
     asked = orders(args)
     size = parse_size(args.size)
     settings = painting.Settings(args.steps, args.guidance, args.image_guidance, args.solver)
-    settings.check()
     painter = painting.load(args.checkpoint, ema=not args.no_ema, step=args.step, batch=args.batch)
     jobs = [job for order in asked for job in jobs_of(painter, order, size, args.num)]
-    make_folders([path for _, _, path in jobs])
-    requests = [request for _, request, _ in jobs]
+    make_folders([job.path for job in jobs])
     with tqdm.tqdm(total=len(jobs), desc="painting", unit="picture") as bar:
-        for index, picture in painter.stream(requests, settings):
-            order, request, path = jobs[index]
-            write_png(path, picture, texts_of(painter, order, request, settings))
+        for index, picture in painter.stream([job.request for job in jobs], settings):
+            write_png(jobs[index].path, picture, texts_of(painter, jobs[index], settings))
             bar.update()
-    for _, _, path in jobs:
-        print(path)
+    for job in jobs:
+        print(job.path)
 
 
 def run() -> None:

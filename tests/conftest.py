@@ -19,7 +19,16 @@ jax.config.update(
     "jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax")
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+import tests.shapes  # noqa: E402, F401
+
+# In the tests, and only there, shapes are checked as annotated. Before the rooms are imported.
+jaxtyping.install_import_hook(
+    ["qk_jax.models", "qk_jax.diffusion", "qk_jax.pictures", "qk_jax.training.objectives"],
+    "tests.shapes.checked",
+)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -10,29 +10,30 @@ the split for every subject, and a README with counts. The result depends on the
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
+import itertools
 import json
 import re
 import tarfile
 import unicodedata
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
+import common  # beside this file
 import numpy as np
 from PIL import Image
 
+from qk_jax.base import cli, files
 from qk_jax.base.errors import InputError, exits
-from qk_jax.data.records import RecordWriter
+from qk_jax.data.records import Entry, write_records
+from qk_jax.pictures.fitting import on_white
 
 LONGEST_SIDE = 64
 VALIDATION_SHARE = 0.08
 TONES_PER_BASE = 1
 PER_CAPTION = 4  # clip art has long series of the same title
 LIMIT_BYTES = 12_000_000
-HERE = Path(__file__).parent
 
 # Words of a caption that name a variant, not another subject: they do not keep two pictures apart
 # when subjects are assigned to a side of the split.
@@ -63,7 +64,11 @@ class Picture(NamedTuple):
 
 
 def read_tar(path: str) -> dict[str, tuple[dict, bytes]]:
-    """All (json, png) pairs of a tar by key. Raises: InputError for a missing or damaged tar."""
+    """All (json, png) pairs of a tar by key.
+
+    Raises:
+      InputError: the tar is missing or damaged.
+    """
     parts: dict[str, dict[str, bytes]] = {}
     try:
         with tarfile.open(path) as tar:
@@ -129,7 +134,7 @@ def stem(word: str) -> str:
 
 def subject_of(caption: str) -> str:
     """What the picture is of: the caption's words without variants, singular and in order."""
-    words = [word for word in re.findall(r"[a-z0-9*#]+(?:-[a-z]+)*", caption)]
+    words = re.findall(r"[a-z0-9*#]+(?:-[a-z]+)*", caption)
     kept = [stem(word) for word in words if word not in VARIANT_WORDS]
     return " ".join(sorted(kept)) or " ".join(words)
 
@@ -151,49 +156,39 @@ def cut_out(png: bytes) -> Image.Image | None:
     if min(image.size) < 8:
         return None
     image = image.point(_LEVELS * 4)
-    white = Image.new("RGBA", image.size, "white")
-    white.alpha_composite(image)
-    seen = np.abs(np.asarray(white.convert("RGB"), np.int16) - 255).max(-1) > 24
+    seen = np.abs(on_white(image).astype(np.int16) - 255).max(-1) > 24
     return image if seen.mean() > 0.03 else None
 
 
 def emoji_pictures(path: str) -> list[Picture]:
     """Emoji: every base without tone, and TONES_PER_BASE single tones chosen by a hash."""
-    by_base: dict[str, list] = {}
-    out = []
-    for key, (meta, png) in read_tar(path).items():
-        tones = meta["skin_tones"]
-        if tones:
-            by_base.setdefault(meta["base"], []).append((_hash(key), key, meta, png))
-            continue
-        out.append((key, meta, png))
-    for base in sorted(by_base):
-        single = [row for row in by_base[base] if len(row[2]["skin_tones"]) == 1]
-        out += [row[1:] for row in sorted(single)[:TONES_PER_BASE]]
+    plain_keys, by_base = [], {}
+    tar = read_tar(path)
+    for key, (meta, _) in tar.items():
+        if not meta["skin_tones"]:
+            plain_keys.append(key)
+        elif len(meta["skin_tones"]) == 1:
+            by_base.setdefault(meta["base"], []).append(key)
+    toned = [sorted(by_base[base], key=_hash)[:TONES_PER_BASE] for base in sorted(by_base)]
     pictures = []
-    for key, meta, png in out:
-        image = cut_out(png)
-        caption = emoji_caption(meta["caption"], meta["group"])
-        if image is None or not re.search("[a-z]", caption):
-            continue
-        if not caption.startswith(_LEFT_OUT):
-            source, group = (meta["source"], meta["license"]), meta["group"].lower()
-            pictures.append(
-                Picture(f"emoji/{key}", caption, meta["keywords"], group,
-                        subject_of(caption), *source, image)
-            )  # fmt: skip
+    for key in itertools.chain(plain_keys, *toned):
+        meta, png = tar[key]
+        image, caption = cut_out(png), emoji_caption(meta["caption"], meta["group"])
+        named = re.search("[a-z]", caption) and not caption.startswith(_LEFT_OUT)
+        if image is not None and named:
+            group = meta["group"].lower()
+            pictures.append(picture(f"emoji/{key}", caption, meta["keywords"], group, meta, image))
     return pictures
 
 
 def clipart_pictures(path: str, emoji_words: frozenset[str]) -> list[Picture]:
     """Clip art whose title is a short English phrase."""
-    words = json.loads((HERE / "clipart_words.json").read_text())
-    tar = read_tar(path)
+    words = json.loads((common.HERE / "clipart_words.json").read_text())
     lexicon = (emoji_words | frozenset(words["english"])) - frozenset(words["not_english"])
     dropped = frozenset(words["dropped_captions"])
     counts: Counter[str] = Counter()
     pictures = []
-    for key, (meta, png) in tar.items():
+    for key, (meta, png) in read_tar(path).items():
         if not isinstance(meta.get("caption"), str):
             continue
         caption = clipart_caption(meta["caption"], lexicon, dropped)
@@ -202,12 +197,15 @@ def clipart_pictures(path: str, emoji_words: frozenset[str]) -> list[Picture]:
             counts[caption] += 1
             keywords = [plain(str(word)) for word in meta.get("keywords") or []]
             keywords = [word for word in keywords if set(word.split()) <= lexicon]
-            source = meta["source"], meta["license"]
-            pictures.append(
-                Picture(f"clipart/{key}", caption, keywords, "clip art",
-                        subject_of(caption), *source, image)
-            )  # fmt: skip
+            pictures.append(picture(f"clipart/{key}", caption, keywords, "clip art", meta, image))
     return pictures
+
+
+def picture(
+    key: str, caption: str, keywords: list[str], group: str, meta: dict, image: Image.Image
+) -> Picture:
+    source = meta["source"], meta["license"]
+    return Picture(key, caption, keywords, group, subject_of(caption), *source, image)
 
 
 def _hash(text: str) -> int:
@@ -247,80 +245,48 @@ def split(pictures: list[Picture]) -> dict[str, list[Picture]]:
     return sides
 
 
-def write(path: Path, pictures: list[Picture]) -> None:
-    """Writes one side as an ArrayRecord file with WebP pictures (lossless)."""
-    with RecordWriter(path) as writer:
-        for picture in pictures:
-            buffer = io.BytesIO()
-            picture.image.save(buffer, "WEBP", lossless=True, quality=80, method=4)
-            width, height = picture.image.size
-            header = {
-                "key": picture.key,
-                "caption": picture.caption,
-                "keywords": picture.keywords[:8],
-                "group": picture.group,
-                "subject": picture.subject,
-                "source": picture.source,
-                "license": picture.license,
-                "width": width,
-                "height": height,
-            }
-            writer.write(header, {"image": buffer.getvalue()}, width=width, height=height)
+def entry(picture: Picture) -> Entry:
+    """The record of a picture, WebP (lossless)."""
+    buffer = io.BytesIO()
+    picture.image.save(buffer, "WEBP", lossless=True, quality=80, method=4)
+    width, height = picture.image.size
+    header = {name: value for name, value in picture._asdict().items() if name != "image"}
+    header |= {"keywords": picture.keywords[:8], "width": width, "height": height}
+    return Entry(header, {"image": buffer.getvalue()}, width, height)
 
 
-README = """# Embedded pictures
-
-Real captioned cut-outs (RGBA, longest side at most {side} px, WebP, lossless at six bits a channel)
-in this project's record format (`qk_jax/data/records.py`), made by `launch/tiny/build_corpus.py`.
-
-| side | pictures | subjects | emoji | clip art | distinct captions |
-| --- | --- | --- | --- | --- | --- |
-{rows}
-
-No subject is on both sides. A subject is the caption without articles, plural, colour, gender and
-skin tone. Of each emoji with skin tones the plain one and {tones} with a tone are kept. Left out
-are blank pictures, near-duplicates and clip art whose title is no short English phrase (other
-languages, names, brands).
-
-Emoji: Noto Color Emoji 2.042, SIL Open Font License 1.1 (`LICENSE.OFL-1.1.txt`); their names and
-keywords: Unicode Character Database and CLDR, Unicode terms of use
-(https://www.unicode.org/copyright.html). Clip art: Open Clip Art 0.18, public domain
-(`LICENSE.public-domain.txt`). Each record carries its own `source` and `license`.
-"""
+def table_row(side: str, pictures: list[Picture]) -> str:
+    """A line of the README's table."""
+    kinds = Counter(picture.key.partition("/")[0] for picture in pictures)
+    subjects, captions = ({getattr(p, n) for p in pictures} for n in ("subject", "caption"))
+    counts = (len(pictures), len(subjects), kinds["emoji"], kinds["clipart"], len(captions))
+    return f"| {side} | {' | '.join(f'{count:,}' for count in counts)} |"
 
 
 @exits
 def main() -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="launch/tiny/build_corpus.py", description=__doc__)
     parser.add_argument("--emoji", required=True, help="emoji.tar")
     parser.add_argument("--clipart", required=True, help="clipart.tar")
-    parser.add_argument("--out", required=True, type=Path, help="folder of the corpus")
+    parser.add_argument("--out", required=True, type=files.Path, help="folder of the corpus")
     args = parser.parse_args()
     emoji = emoji_pictures(args.emoji)
     texts = [t for p in emoji if p.group != "flags" for t in (p.caption, *p.keywords)]
     words = frozenset(re.findall("[a-z]+", " ".join(texts).lower()))
-    clipart = clipart_pictures(args.clipart, words)
-    sides = split(distinct(emoji + clipart))
-    rows = []
+    sides = split(distinct(emoji + clipart_pictures(args.clipart, words)))
     for side, pictures in sides.items():
-        write(args.out / f"{side}.array_record", pictures)
-        kinds = Counter(picture.key.partition("/")[0] for picture in pictures)
-        rows.append(
-            f"| {side} | {len(pictures):,} | {len({p.subject for p in pictures}):,} | "
-            f"{kinds['emoji']:,} | {kinds['clipart']:,} | "
-            f"{len({p.caption for p in pictures}):,} |"
-        )
-    (args.out / "README.md").write_text(
-        README.format(side=LONGEST_SIDE, rows="\n".join(rows), tones=TONES_PER_BASE)
-    )
-    size = sum(file.stat().st_size for file in args.out.iterdir())
+        write_records(args.out / f"{side}.array_record", map(entry, pictures))
+    rows = "\n".join(table_row(side, pictures) for side, pictures in sides.items())
+    text = common.card("corpus", side=LONGEST_SIDE, rows=rows, tones=TONES_PER_BASE)
+    files.write_text(args.out / "README.md", text)
+    size = sum(file.stat().length for file in args.out.iterdir())
     if size > LIMIT_BYTES:
         raise InputError(
             f"the corpus has {size:,} bytes, more than {LIMIT_BYTES:,}; lower "
             "LONGEST_SIDE or TONES_PER_BASE"
         )
-    print("\n".join([*rows, f"{size:,} bytes in {args.out}"]))
+    print(f"{rows}\n{size:,} bytes in {args.out}")
 
 
 if __name__ == "__main__":

@@ -9,21 +9,18 @@ folder that transformers opens as Qwen2Tokenizer. Takes a few seconds.
 
 from __future__ import annotations
 
-import argparse
-import json
-import pathlib
 from collections.abc import Iterator
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from qk_jax.base import cli, files
 from qk_jax.base.errors import InputError, exits
 from qk_jax.data import prompts, records
-from qk_jax.data.synthesis import tasks
+from qk_jax.data.synthesis import corpus, tasks
 
-ASSETS = pathlib.Path(__file__).resolve().parents[2] / "qk_jax" / "assets"
-WORDS = 2026  # + 22 special tokens = 2048 rows of the embedding table
+WORDS = 2026  # + 22 special tokens = 2048, the vocabulary of the tiny models
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
     "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
@@ -35,12 +32,12 @@ ORDINARY = (
 )  # fmt: skip
 
 
-def training_texts(corpus: pathlib.Path) -> Iterator[str]:
+def training_texts(folder: files.Path) -> Iterator[str]:
     """Captions with keywords, wordings of instructions, and the words of the chat format.
 
     Wordings and format stand in every prompt, so they are repeated until they merge well.
     """
-    file = records.RecordFile(corpus / "train.array_record")
+    file = records.RecordFile(folder / "train.array_record")
     for number in range(len(file)):
         header = file[number].header
         yield header["caption"]
@@ -80,7 +77,7 @@ def train(texts: Iterator[str]) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def save(tokenizer: tokenizers.Tokenizer, out: pathlib.Path) -> None:
+def save(tokenizer: tokenizers.Tokenizer, out: files.Path) -> None:
     """Writes the Hugging Face folder."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))
@@ -98,16 +95,16 @@ def save(tokenizer: tokenizers.Tokenizer, out: pathlib.Path) -> None:
         "unk_token": None,
         "chat_template": prompts.chat_template(),
     }
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (out / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    files.write_json(out / "tokenizer_config.json", config)
 
 
 @exits
 def main() -> None:
     """Reads the corpus, trains, writes, and opens what it wrote."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--corpus", type=pathlib.Path, default=ASSETS / "corpus")
-    parser.add_argument("--out", type=pathlib.Path, default=ASSETS / "tiny" / "tokenizer")
+    parser = cli.Parser(prog="launch/tiny/train_tokenizer.py", description=__doc__)
+    folder, out = files.Path(corpus.EMBEDDED), files.Path(corpus.EMBEDDED).parent / "tiny/tokenizer"
+    parser.add_argument("--corpus", type=files.Path, default=folder)
+    parser.add_argument("--out", type=files.Path, default=out)
     args = parser.parse_args()
     save(train(training_texts(args.corpus)), args.out)
     tokenizer = prompts.load_tokenizer(args.out)

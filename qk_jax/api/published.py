@@ -7,6 +7,7 @@ and picture grids, whichever object is called.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -24,7 +25,7 @@ from qk_jax.base.errors import InputError
 from qk_jax.base.hub import component_folder
 from qk_jax.models import mmdit, qwen_vl, rotary, vae
 from qk_jax.pictures.grids import MERGE, PATCH_DIM, Grids, mrope_positions, picture_tokens
-from qk_jax.weights.read import import_mmdit, import_vae, import_vlm
+from qk_jax.weights.read import import_model
 
 Params = dict[str, Any]
 QWEN_IMAGE_LAW = rotary.PositionLaw("qwen_image")
@@ -83,20 +84,21 @@ class LoadedVLM:
         if mask.shape != ids.shape:
             raise _wrong("attention_mask", mask, f"{ids.shape}, the shape of input_ids")
         grids = _picture_grids(pixel_values, image_grid_thw)
-        positions, slots = _places(self.config, ids, mask, grids)
+        positions = _positions(self.config, ids, mask, grids)
         if not grids:
             pixel_values = np.zeros((0, PATCH_DIM), np.float32)
         elif self.mesh is not None:
             pixel_values = jax.device_put(pixel_values, sharding.replicated(self.mesh))
-        rows = (ids.astype(np.int32), positions, mask, slots)
-        return _states(
-            self.params,
-            *(_by_rows(x, self.mesh) for x in rows),
-            jnp.asarray(pixel_values),
-            module=qwen_vl.QwenVL(self.config, self.dtype),
-            grids=grids,
-            mesh=self.mesh,
-        )
+        rows = (ids.astype(np.int32), positions, mask)
+        activations = None if self.mesh is None else sharding.Activations()
+        with jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext():
+            return _states(
+                self.params,
+                *(_by_rows(x, self.mesh) for x in rows),
+                jnp.asarray(pixel_values),
+                module=qwen_vl.QwenVL(self.config, self.dtype, vision_activations=activations),
+                grids=grids,
+            )
 
 
 def _picture_grids(pixel_values: Any, image_grid_thw: Any) -> Grids:
@@ -126,23 +128,14 @@ def _picture_grids(pixel_values: Any, image_grid_thw: Any) -> Grids:
     return tuple((rows, columns) for _, rows, columns in thw.tolist())
 
 
-def _places(
+def _positions(
     config: qwen_vl.VLMConfig, ids: np.ndarray, mask: np.ndarray, grids: Grids
-) -> tuple[np.ndarray, np.ndarray]:
-    """Where the tokens stand, and which feature takes the place of which token.
-
-    Args:
-      config: names the picture token.
-      ids: [B, S].
-      mask: bool [B, S].
-      grids: the pictures of the whole batch; the rows take theirs in turn.
-
-    Returns:
-      M-RoPE positions, int32 [B, 3, S], and int32 [B, S]: of a picture token the index among the
-      features of all pictures, of another token -1.
+) -> np.ndarray:
+    """M-RoPE positions, int32 [B, 3, S], for ids and mask [B, S].
 
     Raises:
-      InputError: the tokens of a row are not those of whole pictures, or padding hides some.
+      InputError: the picture tokens of a slot are not those of whole pictures, in the order of
+        `grids`, or padding hides some.
     """
     pictured = ids == config.image_token_id
     total, wanted = int(pictured.sum()), picture_tokens(grids)
@@ -166,53 +159,21 @@ def _places(
             )
         one = slice(row, row + 1)
         positions[one] = mrope_positions(ids[one], mask[one], tuple(own), config)
-    order = np.cumsum(pictured).reshape(ids.shape) - 1
-    return positions, np.where(pictured, order, -1).astype(np.int32)
+    return positions
 
 
-@functools.partial(jax.jit, static_argnames=("module", "grids", "mesh"))
+@functools.partial(jax.jit, static_argnames=("module", "grids"))
 def _states(
     params: Params,
     ids: jax.Array,
     positions: jax.Array,
     mask: jax.Array,
-    slots: jax.Array,
     pixels: jax.Array,
     *,
     module: qwen_vl.QwenVL,
     grids: Grids,
-    mesh: Mesh | None,
 ) -> jax.Array:
-    """Last hidden states [B, S, D]; arguments as `_places` and `_features` have them."""
-
-    def forward(module: qwen_vl.QwenVL) -> jax.Array:
-        embeds = module.language_model.embed(ids)
-        if grids:
-            features = _features(module, pixels, grids, mesh).astype(embeds.dtype)
-            embeds = jnp.where(slots[..., None] < 0, embeds, features[slots])
-        return module.language_model(embeds, positions, mask)
-
-    return module.apply({"params": params}, method=forward)
-
-
-def _features(
-    module: qwen_vl.QwenVL, pixels: jax.Array, grids: Grids, mesh: Mesh | None
-) -> jax.Array:
-    """Language model tokens of all pictures in order: patches [P, 1176] -> [P / 4, D].
-
-    Pictures of one grid pass the tower as one batch, so that attention costs what the largest
-    picture costs and not what the whole list would.
-    """
-    ends = np.cumsum([rows * columns for rows, columns in grids])
-    pieces = jnp.split(pixels, ends[:-1])
-    found: dict[int, jax.Array] = {}
-    for grid in dict.fromkeys(grids):
-        members = [index for index, other in enumerate(grids) if other == grid]
-        together = jnp.stack([pieces[index] for index in members])
-        if mesh is not None:
-            together = jax.lax.with_sharding_constraint(together, _row_sharding(together, mesh))
-        found |= zip(members, module.visual(together, (grid,)), strict=True)
-    return jnp.concatenate([found[index] for index in range(len(grids))])
+    return module.apply({"params": params}, ids, positions, mask, pixels, grids)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -425,19 +386,12 @@ def _by_rows(x: Any, mesh: Mesh | None) -> jax.Array:
     return jax.device_put(x, None if mesh is None else _row_sharding(x, mesh))
 
 
-_IMPORTERS = {
-    "vlm": import_vlm,
-    "mmdit": import_mmdit,
-    "vae": import_vae,
-}
-
-
 def _imported(
     model: str | os.PathLike, part: str, dtype: Any, mesh: Mesh | None
 ) -> tuple[Any, Params]:
     """(config, parameters on their devices) of a part of a published model."""
     folder = component_folder(model, part)
-    config, params = _IMPORTERS[part](folder, dtype, mesh=mesh)
+    config, params = import_model(part, folder, dtype, mesh=mesh)
     return config, params if mesh is not None else jax.device_put(params)
 
 

@@ -12,10 +12,11 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from qk_jax import painting
+from qk_jax.base import files
 from qk_jax.base.errors import InputError
 from qk_jax.pictures.fitting import on_white
 
-Picture = str | os.PathLike | Image.Image | np.ndarray
+Picture = files.PathLike | Image.Image | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,19 +63,14 @@ class TrainedModel:
         Raises:
           InputError: no prompt, or something that this model cannot follow.
         """
-        if size is not None:
-            size = _size(size)
-        if not 0 <= seed < painting.SEEDS:
-            raise InputError(f"seed is {seed}; give 0 to {painting.SEEDS - 1}")
         if num < 1:
             raise InputError(f"num is {num}; give at least 1")
         if isinstance(references, str | os.PathLike | Image.Image):
             raise InputError("references is one picture; give a list: references=[picture]")
         settings = painting.Settings(steps, guidance, image_guidance, solver)
-        asked = painting.Request(prompt, size=size or self.painter.limits.sizes[0])
-        self.painter.check(asked)  # before the pictures are fitted to a size that cannot be
         shown = None if source is None else self._picture("source", source)
         subjects = [self._picture(f"references[{i}]", x) for i, x in enumerate(references)]
+        size = None if size is None else _size(size)
         request = self.painter.fit(prompt, shown, subjects, size, seed)
         requests = [dataclasses.replace(request, number=number) for number in range(num)]
         return self.painter.paint(requests, settings)
@@ -110,7 +106,7 @@ def _size(size: Any) -> tuple[int, int]:
 
 
 def load(
-    checkpoint: str | os.PathLike,
+    checkpoint: files.PathLike,
     *,
     ema: bool = True,
     step: int | None = None,
@@ -123,8 +119,8 @@ def load(
       checkpoint: the folder of a stage, W/stage3.
       ema: take the moving average of the weights where there is one.
       step: default the newest that is whole.
-      batch: pictures painted at once; a picture has the same bits only for the same batch.
-      mesh: over which the parameters lie, by the tables of the training; None for one device.
+      batch: pictures painted at once; a picture has the same bits only with the same `batch`.
+      mesh: to shard the parameters over, by the tables of the training; None for one device.
     """
     painter = painting.load(checkpoint, ema=ema, step=step, batch=batch, mesh=mesh)
     return TrainedModel(painter)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from qk_jax.base.errors import InputError
 
@@ -13,7 +13,7 @@ from qk_jax.base.errors import InputError
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are InputErrors and whose --help shows a whole docstring."""
 
-    def __init__(self, *, prog: str, description: str | None = None, **kwargs):
+    def __init__(self, *, prog: str, description: str | None = None, **kwargs: Any):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(
             prog=prog, description=inspect.cleandoc(description or ""), allow_abbrev=False, **kwargs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class InputError(Exception):
@@ -18,7 +19,7 @@ class BadRecord(InputError):
         super().__init__(message)
         self.kind = kind
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.kind, str(self))
 
 
@@ -29,9 +30,9 @@ def exits(main: Callable[..., None]) -> Callable[..., None]:
     """
 
     @functools.wraps(main)
-    def wrapped(*args, **kwargs):
+    def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
-            return main(*args, **kwargs)
+            main(*args, **kwargs)
         except InputError as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             raise SystemExit(2) from None

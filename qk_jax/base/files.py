@@ -11,11 +11,10 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from etils import epath
+from etils.epath import Path as Path  # re-exported: what every room calls a path
 
 from qk_jax.base.errors import InputError, some
 
-Path = epath.Path
 PathLike = str | os.PathLike[str]
 GIGABYTE = 10**9
 

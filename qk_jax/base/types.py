@@ -8,7 +8,7 @@ Tree = dict[str, Any]  # a nested dict of arrays, abstract arrays or shardings
 
 
 class Prompt(TypedDict):
-    """What the VLM reads of a batch (`data.prompts.PromptLayout`)."""
+    """What the VLM reads of a batch (`data.prompts.PromptBuilder`)."""
 
     input_ids: Any  # int32 [B, S]
     attention_mask: Any  # bool [B, S]

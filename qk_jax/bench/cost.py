@@ -1,25 +1,25 @@
-"""Parameters, bytes and FLOPs of a config's train step, from shapes alone.
+"""The verb `cost`: parameters, bytes and FLOPs of a config's train step, from shapes alone.
 
-Nothing is allocated, so the real sizes are priced on any machine.
+Nothing is allocated unless steps are to be measured, so the real sizes are priced on any machine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import argparse
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from qk_jax.base import trees
-from qk_jax.data import prompts
+from qk_jax.base.errors import InputError
+from qk_jax.base.types import Batch
+from qk_jax.bench import batches
+from qk_jax.bench.compile import compiled
+from qk_jax.bench.measure import measure
+from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
-from qk_jax.pictures.grids import PATCH_DIM, grid_of, vision_size
-
-# Tokens around pictures and text in a row: system turn and the opening of the user's, with Qwen's
-# tokenizer and the default system prompt; and the words around one picture.
-PREFIX_TOKENS, PICTURE_WORDS = 14, 7
+from qk_jax.training import flops
 
 
 class Part(NamedTuple):
@@ -32,7 +32,7 @@ class Part(NamedTuple):
 
 
 def copies(plan: Plan) -> int:
-    """What is held of a trained parameter: itself, two moments and, where it is on, the average."""
+    """Copies of a trained parameter: itself, two moments and, where it is on, the average."""
     return 3 + bool(plan.config.optimizer.ema)
 
 
@@ -41,65 +41,58 @@ def parts(plan: Plan) -> list[Part]:
 
     A trained parameter is held in float32, in `copies`; a frozen one in its own dtype, once.
     """
-    rows: dict[str, list[int]] = {}
+    found: dict[str, list[int]] = {}
     for tree, trained in ((plan.params, True), (plan.frozen, False)):
         for name, leaf in trees.named(tree).items():
             words = name.split("/")
-            row = rows.setdefault("/".join(words[: 2 if words[0] == "lora" else 1]), [0, 0, 0])
-            row[0 if trained else 1] += leaf.size
-            row[2] += leaf.size * leaf.dtype.itemsize * (copies(plan) if trained else 1)
-    return [Part(name, *row) for name, row in sorted(rows.items())]
+            sums = found.setdefault("/".join(words[: 2 if words[0] == "lora" else 1]), [0, 0, 0])
+            sums[0 if trained else 1] += leaf.size
+            sums[2] += leaf.size * leaf.dtype.itemsize * (copies(plan) if trained else 1)
+    return [Part(name, *sums) for name, sums in sorted(found.items())]
 
 
-def batch_shapes(
-    config: Mapping[str, Any], size: tuple[int, int], pictures: Sequence[tuple[int, int]], rows: int
-) -> dict[str, Any]:
-    """Abstract batch of `rows` targets of `size` with condition pictures of these (H, W)."""
-    model = config["model"]
-    shown = [vision_size(*picture, model["vlm_pixels"]) for picture in pictures]
-    patches = sum(h * w for h, w in (grid_of(*size) for size in shown))
-    length = PREFIX_TOKENS + PICTURE_WORDS * len(pictures) + patches // 4
-    words = prompts.text_tokens(config, len(pictures))
-    length += words + model["tail_tokens"] + model["num_queries"]
-
-    def leaf(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *shape), dtype)
-
-    batch = {
-        "input_ids": leaf((length,), jnp.int32),
-        "attention_mask": leaf((length,), jnp.bool_),
-        "position_ids": leaf((3, length), jnp.int32),
-        "text_mask": leaf((words,), jnp.bool_),
-        "pixel_values": leaf((patches, PATCH_DIM), jnp.float32),
-        "target": leaf((*size, 3), jnp.uint8),
-        "conditions": tuple(leaf((*picture, 3), jnp.uint8) for picture in pictures),
-        "condition_mask": leaf((), jnp.bool_),
-        "roles": leaf((len(pictures),), jnp.int32),
-        "task": leaf((), jnp.int32),
-    }
-    if config["alignment"]["weight"]:
-        h, w = grid_of(*vision_size(*size, model["vlm_pixels"]))
-        batch["target_pixel_values"] = leaf((h * w, PATCH_DIM), jnp.float32)
-    return batch
+def print_parts(plan: Plan) -> None:
+    """The table of parameters and of what is held between steps."""
+    found = parts(plan)
+    print(f"{'part':<12}{'trained':>16}{'frozen':>16}{'held, GiB':>12}")
+    _, *columns = zip(*found, strict=True)
+    for part in [*found, Part("all", *map(sum, columns))]:
+        gib = part.state_bytes / 2**30
+        print(f"{part.name:<12}{part.trained:>16,}{part.frozen:>16,}{gib:>12.3f}")
 
 
-def synthetic_batch(shapes: dict[str, Any], image_token_id: int, seed: int = 0) -> dict[str, Any]:
-    """Numpy rows of these shapes: random pictures, text of one repeated token, all of it shown."""
-    rng = np.random.default_rng(seed)
+def command(args: argparse.Namespace, overrides: Mapping[str, str]) -> None:
+    """Prints parameters and the costs of each shape, measured if asked for.
 
-    def fill(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        if leaf.dtype == jnp.bool_:
-            return np.ones(leaf.shape, bool)
-        if leaf.dtype == jnp.uint8:
-            return rng.integers(0, 256, leaf.shape, np.uint8)
-        return np.ones(leaf.shape, leaf.dtype)
+    Raises:
+      InputError: an option is out of range, or the config does not fit.
+    """
+    if args.pictures < 0 or args.sizes < 1 or args.rows < 0 or args.measure < 0:
+        raise InputError("--pictures, --rows and --measure are at least 0, --sizes at least 1")
+    config = config_lib.load(args.config, overrides)
+    examples = config.data.batch = args.rows or config.data.batch
+    plan = Plan.build(config, check=bool(args.measure))
+    with jax.set_mesh(plan.mesh):
+        print(f"{args.config} on {jax.device_count()} x {jax.devices()[0].device_kind}\n")
+        print_parts(plan)
+        print(f"\n{'target':<10}{'pictures':>9}{'TFLOP each':>12}{'TFLOP/step':>12}", end="")
+        print(f"{'s/step':>9}{'pictures/s':>12}{'TFLOP/s':>10}{'MFU':>7}" if args.measure else "")
+        picture = (config.data.reference_size,) * 2
+        for size in config.data.sizes[: args.sizes]:
+            for count in range(args.pictures + 1):
+                shapes = batches.abstract(config, tuple(size), [picture] * count, examples)
+                work = flops.of_step(plan, shapes) / 1e12
+                name = f"{size[0]}x{size[1]}"
+                print(
+                    f"{name:<10}{count:>9}{work / examples:>12.4f}{work:>12.2f}", end="", flush=True
+                )
+                print(measured(plan, shapes, work, args.measure) if args.measure else "")
 
-    batch = jax.tree.map(fill, shapes)
-    rows, length = batch["input_ids"].shape
-    images = batch["pixel_values"].shape[1] // 4
-    batch["input_ids"][:, PREFIX_TOKENS : PREFIX_TOKENS + images] = image_token_id
-    batch["position_ids"] = np.broadcast_to(
-        np.arange(length, dtype=np.int32), (rows, 3, length)
-    ).copy()
-    batch["task"][:] = 0
-    return batch
+
+def measured(plan: Plan, shapes: Batch, work: float, steps: int) -> str:
+    """The measured columns of a shape whose step has `work` model TFLOPs."""
+    seconds = measure(plan, shapes, compiled(plan, shapes), steps).seconds
+    rate = work / seconds / jax.device_count()
+    peak = flops.peak(jax.devices()[0])
+    mfu = f"{rate * 1e12 / peak:.1%}" if peak else "-"
+    return f"{seconds:>9.3f}{plan.config.data.batch / seconds:>12.1f}{rate:>10.3f}{mfu:>7}"

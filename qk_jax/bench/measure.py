@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +13,20 @@ import numpy as np
 
 from qk_jax import sharding
 from qk_jax.base import trees
-from qk_jax.base.types import Batch
-from qk_jax.bench import cost
+from qk_jax.base.types import Batch, Tree
+from qk_jax.bench import batches
 from qk_jax.bench.compile import Executables
 from qk_jax.experiment import train_state
 from qk_jax.experiment.plan import Plan
 
 
 class Measured(NamedTuple):
-    """Of steps on the devices at hand: median seconds of one; loss and norm of the gradient of the
-    first, before anything has changed."""
+    """Steps on the devices at hand.
+
+    Attributes:
+      seconds: median of one.
+      loss, grad_norm: of the first, before anything has changed.
+    """
 
     seconds: float
     loss: float
@@ -30,9 +34,9 @@ class Measured(NamedTuple):
 
 
 def measure(plan: Plan, shapes: Batch, executables: Executables, steps: int) -> Measured:
-    """Times `steps` steps after one that warms up, from random parameters and synthetic examples.
+    """Times `steps` steps after one that warms up.
 
-    Neither depends on the layout.
+    Neither parameters nor examples depend on the layout.
 
     Args:
       plan: of the step.
@@ -41,25 +45,26 @@ def measure(plan: Plan, shapes: Batch, executables: Executables, steps: int) -> 
       steps: to time.
     """
     with jax.set_mesh(plan.mesh):
-        trained, frozen = (random_leaves(plan, tree) for tree in (plan.params, plan.frozen))
+        trained, frozen = (random_params(plan, tree) for tree in (plan.params, plan.frozen))
         state = train_state.create(trained, plan.optimizer.tx, plan.state)
-        examples = cost.synthetic_batch(shapes, plan.model.config.vlm.image_token_id)
+        examples = batches.synthetic(shapes, plan.model.config.vlm.image_token_id)
         batch = jax.device_put(examples, plan.batch_sharding)
-        seconds, first = [], None
+        seconds, values = [], []
         for _ in range(steps + 1):
             start = time.perf_counter()
-            whole = batch | executables.encode(frozen, batch)
-            state, values = jax.block_until_ready(executables.step(state, frozen, whole))
+            encoded = batch | executables.encode(frozen, batch)
+            state, found = jax.block_until_ready(executables.step(state, frozen, encoded))
             seconds.append(time.perf_counter() - start)
-            first = first or values
+            values.append(found)
+    first = values[0]
     return Measured(float(np.median(seconds[1:])), float(first["loss"]), float(first["grad_norm"]))
 
 
-def random_leaves(plan: Plan, tree: Any) -> Any:
+def random_params(plan: Plan, tree: Tree) -> Tree:
     """Values for an abstract tree of parameters, by name and index alone: the same on every mesh.
 
-    Kernels keep the scale of what they are given, norms' scales are near 1 and the rest near 0;
-    fresh parameters would not do, with which a generator paints nothing, whatever comes in.
+    Kernels keep the scale of their input, norms' scales are near 1 and the rest near 0. Fresh
+    parameters would not do: with them a generator paints nothing, whatever its input.
     """
     axes = {name: axes for name, axes, _ in sharding.leaves(plan.boxed)}
     flat = trees.named(tree)

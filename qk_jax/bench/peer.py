@@ -1,4 +1,4 @@
-"""Our MMDiT against diffusers' in PyTorch: time and memory of a training and a sampling step.
+"""The verb `peer`: our MMDiT against diffusers' in PyTorch, time and memory of a step.
 
 Both sides read the same folder of weights, compute the same function (checked before anything is
 timed) and are equally optimised: ours is jitted; PyTorch runs eagerly on a CPU, as its users do
@@ -17,17 +17,18 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import unflatten_dict
 
+from qk_jax.base import files, trees
 from qk_jax.base.errors import InputError
-from qk_jax.bench.peer_work import BATCH, MODEL, WHATS, WORK, Work, batch
+from qk_jax.bench.peer_work import MODEL, WORK, Work
 from qk_jax.models import mmdit
-from qk_jax.weights.write import export_mmdit, mmdit_shapes
+from qk_jax.weights.read import shapes
+from qk_jax.weights.write import export_model
 
 SIZES = {
     "tiny": dict(blocks=2, heads=2, head_dim=32, context=24, side=4, text=8, batch=2),
@@ -40,63 +41,59 @@ SIDES = {"ours": "qk_jax.bench.peer_ours", "theirs": "qk_jax.bench.peer_theirs"}
 WARM_UP = 2  # steps that compile, and on which values are compared
 # Largest difference, of the largest velocity and of the first losses: sums in another order.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+INSTEAD = ("batch", "blocks", "threads")  # options that replace a field of the size
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What was measured.
-
-    Attributes:
-      work: what was computed.
-      difference: of the two velocities before any step, relative to the largest.
-      values: of the first steps of each side (losses, or mean squares of the latents).
-      seconds: {side: median seconds of a step in each pair}.
-      peak_bytes: {side: most memory in use}: of the device, on a CPU resident in the process.
-    """
-
-    work: Work
-    difference: float
-    values: dict[str, list[float]]
-    seconds: dict[str, list[float]]
-    peak_bytes: dict[str, int]
-
-    @property
-    def ratios(self) -> list[float]:
-        """Ours / theirs of every pair; below 1 ours is faster."""
-        pairs = zip(self.seconds["ours"], self.seconds["theirs"], strict=True)
-        return [ours / theirs for ours, theirs in pairs]
-
-    def line(self) -> str:
-        """One line for the terminal."""
-        ours, theirs = (np.median(self.seconds[side]) for side in SIDES)
-        mib = {side: round(peak / 2**20) for side, peak in self.peak_bytes.items()}
-        ratios = self.ratios
-        return (
-            f"{self.work.what}: ours {ours:.4f} s, PyTorch {theirs:.4f} s, ratio "
-            f"{np.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f} over {len(ratios)} "
-            f"pairs); peak {mib['ours']} and {mib['theirs']} MiB; outputs differ by "
-            f"{self.difference:.1e}"
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """For the JSON file."""
-        return dataclasses.asdict(self) | {"ratio": float(np.median(self.ratios))}
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the verb `peer`."""
+    add = parser.add_argument
+    add("--size", choices=SIZES, default="small", help="small")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="cpu")
+    whats = ("train", "sample")
+    add("--what", choices=whats, nargs="+", default=whats, help="both")
+    for name in INSTEAD:
+        add(f"--{name}", type=int, help="instead of the size's")
+    add("--pairs", type=int, default=6, help="turns of each side (6)")
+    add("--steps", type=int, default=5, help="timed in each turn (5)")
+    add("--full", action="store_true", help="no padded text: PyTorch's attention gets no mask")
+    add("--out", default="peer.json", help="JSON file to write (peer.json)")
 
 
-def works(size: str, whats: Sequence[str], **given: Any) -> list[Work]:
-    """The work of each comparison; `given` replaces fields of the size where it is not None.
+def command(args: argparse.Namespace, overrides: Mapping[str, str]) -> None:
+    """Prints a line for each comparison, and writes all of them to a JSON file.
 
     Raises:
-      InputError: a number that is not positive.
+      InputError: see `compare`; or a number is not positive.
     """
-    fields = SIZES[size] | {name: value for name, value in given.items() if value is not None}
-    for name, value in fields.items():
-        if type(value) is int and value < 1:
+    del overrides  # there is no config
+    given = {name: getattr(args, name) for name in (*INSTEAD, "pairs", "steps")}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        if value < 1:
             raise InputError(f"--{name} {value} must be at least 1")
-    return [Work(what=what, **fields) for what in whats]
+    fields = SIZES[args.size] | {name: given[name] for name in INSTEAD if name in given}
+    jax.config.update("jax_platforms", "cpu")  # the device is for the sides' processes
+    reports = []
+    for what in args.what:
+        work = Work(what, args.device, padded=not args.full, **fields)
+        reports.append(compare(work, args.pairs, args.steps))
+        print(line(reports[-1]), flush=True)
+        files.write_json(args.out, reports)
 
 
-def compare(work: Work, pairs: int, steps: int) -> Report:
+def line(report: Mapping[str, Any]) -> str:
+    """A comparison as one line for the terminal."""
+    seconds, mib = report["seconds"], {s: n / 2**20 for s, n in report["peak_bytes"].items()}
+    ratios = np.divide(seconds["ours"], seconds["theirs"])
+    return (
+        f"{report['work']['what']}: ours {np.median(seconds['ours']):.4f} s, PyTorch "
+        f"{np.median(seconds['theirs']):.4f} s, ratio {report['ratio']:.3f} ({min(ratios):.3f} to "
+        f"{max(ratios):.3f} over {len(ratios)} pairs); peak {mib['ours']:.0f} and "
+        f"{mib['theirs']:.0f} MiB; outputs differ by {report['difference']:.1e}"
+    )
+
+
+def compare(work: Work, pairs: int, steps: int) -> dict[str, Any]:
     """Measures both sides in turns: ours, theirs, ours, theirs, ...
 
     On a CPU both processes live through all turns, and the one that waits takes no time. A GPU
@@ -108,6 +105,14 @@ def compare(work: Work, pairs: int, steps: int) -> Report:
       pairs: turns of each side.
       steps: timed in each turn; the median counts.
 
+    Returns:
+      work: what was computed.
+      difference: of the two velocities before any step, relative to the largest.
+      values: of the first steps of each side (losses, or mean squares of the latents).
+      seconds: {side: median seconds of a step in each pair}.
+      peak_bytes: {side: most memory in use}: of the device, on a CPU resident in the process.
+      ratio: median of ours / theirs over the pairs; below 1 ours is faster.
+
     Raises:
       InputError: PyTorch or the device is missing, a side failed, or the two differ by more than
         rounding explains.
@@ -115,10 +120,12 @@ def compare(work: Work, pairs: int, steps: int) -> Report:
     for package in ("torch", "diffusers", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise InputError(f"{package} is not installed; pip install 'qk_jax[torch]'")
-    running, first, difference = {}, {}, 0.0
-    answers = {side: [] for side in SIDES}
-    with tempfile.TemporaryDirectory(prefix="qk-peer-") as name, contextlib.ExitStack() as stack:
-        folder = pathlib.Path(name)
+    running: dict[str, Side] = {}
+    first: dict[str, list[float]] = {}
+    answers: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    difference = 0.0
+    with tempfile.TemporaryDirectory(prefix="qk-peer-") as root, contextlib.ExitStack() as stack:
+        folder = pathlib.Path(root)
         write(folder, work)
         for pair in range(pairs):
             for name in SIDES:
@@ -130,23 +137,29 @@ def compare(work: Work, pairs: int, steps: int) -> Report:
                     running.pop(name).close()
             if not pair:
                 difference = agreement(folder, work, first)
-    return Report(
-        work,
-        difference,
-        first,
-        {side: [float(np.median(a["seconds"])) for a in found] for side, found in answers.items()},
-        {side: max(a["peak_bytes"] for a in found) for side, found in answers.items()},
-    )
+    seconds = {
+        side: [float(np.median(answer["seconds"])) for answer in found]
+        for side, found in answers.items()
+    }
+    return {
+        "work": dataclasses.asdict(work),
+        "difference": difference,
+        "values": first,
+        "seconds": seconds,
+        "peak_bytes": {s: max(one["peak_bytes"] for one in found) for s, found in answers.items()},
+        "ratio": float(np.median(np.divide(seconds["ours"], seconds["theirs"]))),
+    }
 
 
 def write(folder: pathlib.Path, work: Work) -> None:
-    """Writes what both sides read: random weights of one block, the batch and the work."""
+    """Writes what both sides read: random weights of one block, and the work."""
+    frame = work.head_dim // 8  # an eighth for the frame, as in Qwen-Image
     config = mmdit.MMDiTConfig(
         num_layers=1,
         num_attention_heads=work.heads,
         attention_head_dim=work.head_dim,
         joint_attention_dim=work.context,
-        axes_dims_rope=axes(work.head_dim),
+        axes_dims_rope=(frame, (work.head_dim - frame) // 2, (work.head_dim - frame) // 2),
     )
     rng = np.random.default_rng(1)
 
@@ -156,19 +169,10 @@ def write(folder: pathlib.Path, work: Work) -> None:
             return noise * np.float32(shape[-2] ** -0.5)
         return np.float32(path.endswith("scale")) + np.float32(0.02) * noise
 
-    shapes = mmdit_shapes(config)
-    flat = {path: random(path, shape) for path, shape in shapes.items()}
-    model = folder / MODEL
-    model.mkdir()
-    export_mmdit(unflatten_dict(flat, sep="/"), config, model, work.weights)
-    np.savez(folder / BATCH, **batch(work, config.in_channels))
+    params = {path: random(path, shape) for path, shape in shapes(config).items()}
+    (folder / MODEL).mkdir()
+    export_model(trees.unflatten(params), config, folder / MODEL, work.weights)
     (folder / WORK).write_text(json.dumps(dataclasses.asdict(work)))
-
-
-def axes(head_dim: int) -> tuple[int, int, int]:
-    """Rotary channels of (frame, row, column), an eighth for the frame as in Qwen-Image."""
-    frame = head_dim // 8
-    return frame, (head_dim - frame) // 2, (head_dim - frame) // 2
 
 
 def environment(folder: pathlib.Path, work: Work) -> dict[str, str]:
@@ -177,14 +181,14 @@ def environment(folder: pathlib.Path, work: Work) -> dict[str, str]:
         threads = dict.fromkeys(("NPROC", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(work.threads))
         return os.environ | threads | {"JAX_PLATFORMS": "cpu"}
     return os.environ | {
-        "JAX_PLATFORMS": "",  # a JAX without CUDA is to say so, which it does not when told 'cuda'
+        "JAX_PLATFORMS": "",  # told 'cuda', a JAX without CUDA does not say that it has none
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "jax"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
     }
 
 
-class Side(contextlib.AbstractContextManager):
+class Side(contextlib.AbstractContextManager["Side"]):
     """The process of one side, ready for steps.
 
     Raises:
@@ -200,15 +204,17 @@ class Side(contextlib.AbstractContextManager):
             text=True,
             env=environment(folder, work),
         )
+        assert self._process.stdin and self._process.stdout
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
         self._read()
 
     def ask(self, steps: int) -> dict[str, Any]:
         """Runs steps: {'seconds': [...], 'values': [...], 'peak_bytes': ...}."""
-        print(steps, file=self._process.stdin, flush=True)
+        print(steps, file=self._stdin, flush=True)
         return self._read()
 
     def _read(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
+        line = self._stdout.readline()
         if not line:
             self.close()
             raise InputError(
@@ -229,7 +235,7 @@ class Side(contextlib.AbstractContextManager):
         self.close()
 
 
-def agreement(folder: pathlib.Path, work: Work, first: dict[str, list[float]]) -> float:
+def agreement(folder: pathlib.Path, work: Work, first: Mapping[str, Sequence[float]]) -> float:
     """The largest difference of the velocities before any step, relative to the largest.
 
     Args:
@@ -253,36 +259,3 @@ def agreement(folder: pathlib.Path, work: Work, first: dict[str, list[float]]) -
             "no comparison of times means anything before they agree"
         )
     return found
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the verb `peer`."""
-    parser.add_argument("--size", choices=SIZES, default="small", help="small")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu")
-    parser.add_argument("--what", choices=WHATS, nargs="+", default=WHATS, help="both")
-    for name in ("batch", "blocks", "threads"):
-        parser.add_argument(f"--{name}", type=int, help="instead of the size's")
-    parser.add_argument("--pairs", type=int, default=6, help="turns of each side (6)")
-    parser.add_argument("--steps", type=int, default=5, help="timed in each turn (5)")
-    parser.add_argument(
-        "--full", action="store_true", help="no padded text: PyTorch's attention gets no mask"
-    )
-    parser.add_argument("--out", default="peer.json", help="JSON file to write (peer.json)")
-
-
-def command(args: argparse.Namespace) -> None:
-    """The verb `peer`: a line for each comparison, and all of them in a JSON file.
-
-    Raises:
-      InputError: see `works` and `compare`; or --pairs or --steps is not positive.
-    """
-    if args.pairs < 1 or args.steps < 1:
-        raise InputError("--pairs and --steps must be at least 1")
-    given = {name: getattr(args, name) for name in ("device", "batch", "blocks", "threads")}
-    reports = []
-    jax.config.update("jax_platforms", "cpu")  # the device is for the sides' processes
-    for work in works(args.size, args.what, padded=not args.full, **given):
-        reports.append(compare(work, args.pairs, args.steps))
-        print(reports[-1].line(), flush=True)
-        text = json.dumps([report.to_json() for report in reports], indent=2)
-        pathlib.Path(args.out).write_text(text + "\n")

@@ -3,74 +3,62 @@
 from __future__ import annotations
 
 import copy
+import pathlib
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
 import torch
 from diffusers import QwenImageTransformer2DModel
 
 from qk_jax.bench import peer_work
-from qk_jax.bench.peer_work import ADAM, GUIDANCE, SIGMA_STEP, Work
+from qk_jax.bench.peer_work import ADAM, GUIDANCE, SIGMA_STEP, Built, Work
 
+Arrays = dict[str, torch.Tensor]
 # (x [B, N, C], t [B], text [B, T, J], mask [B, T] or None) -> float32 [B, N, C]
 Velocity = Callable[..., torch.Tensor]
 
 
-def build(folder: str) -> tuple[np.ndarray, Callable[[], float], Callable[[], int]]:
-    """As `peer_work.serve` asks for.
-
-    Raises:
-      DeviceMissing: PyTorch finds no device of the kind.
-    """
-    path, work, arrays = peer_work.load(folder)
-    if work.device == "cuda" and not torch.cuda.is_available():
+def build(folder: pathlib.Path, work: Work) -> Built:
+    """See `peer_work.serve`."""
+    on_gpu = work.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
         raise peer_work.DeviceMissing("PyTorch finds no cuda device")
     torch.set_num_threads(work.threads)
     torch.set_float32_matmul_precision("high")  # as JAX does on a GPU; nothing on a CPU
     model = QwenImageTransformer2DModel.from_pretrained(
-        path, torch_dtype=getattr(torch, work.weights), local_files_only=True
+        folder, torch_dtype=getattr(torch, work.weights), local_files_only=True
     ).to(work.device)
     (block,) = model.transformer_blocks
     for _ in range(work.blocks - 1):
         model.transformer_blocks.append(copy.deepcopy(block))
+    arrays = work.arrays(model.config.in_channels)
     batch = {name: torch.from_numpy(x).to(work.device) for name, x in arrays.items()}
-    if not work.padded:
-        batch["mask"] = None  # without one the attention has faster kernels
-    velocity = _velocity(model.train(), work)
-    with torch.no_grad():
-        before = velocity(batch["noise"], batch["t"], batch["text"], batch["mask"])
-    step = (_train if work.what == "train" else _sample)(velocity, model, batch)
-
-    def peak() -> int:
-        if work.device == "cuda":
-            return torch.cuda.max_memory_allocated()
-        return peer_work.resident()
-
-    return before.cpu().numpy(), step, peak
-
-
-def _velocity(model: torch.nn.Module, work: Work) -> Velocity:
-    """The model as a function of what changes."""
-    on_gpu = work.device == "cuda"
     compute, dtype = torch.compile(model) if on_gpu else model, getattr(torch, work.dtype)
 
-    def velocity(x: torch.Tensor, t: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None):
+    def velocity(
+        x: torch.Tensor, t: torch.Tensor, text: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
         with torch.autocast(work.device, dtype, enabled=work.weights != work.dtype):
             out = compute(
                 hidden_states=x.to(dtype),
                 encoder_hidden_states=text.to(dtype),
-                encoder_hidden_states_mask=mask,
+                # without a mask the attention has faster kernels
+                encoder_hidden_states_mask=mask if work.padded else None,
                 timestep=t,
                 img_shapes=[[(1, work.side, work.side)]] * len(x),
                 return_dict=False,
             )[0]
         return out.float()
 
-    return velocity
+    model.train()
+    with torch.no_grad():
+        before = velocity(batch["noise"], batch["t"], batch["text"], batch["mask"])
+    train = work.what == "train"
+    step = _train(velocity, model, batch) if train else _sample(velocity, batch)
+    peak = torch.cuda.max_memory_allocated if on_gpu else peer_work.resident
+    return before.cpu().numpy(), step, peak
 
 
-def _train(velocity: Velocity, model: torch.nn.Module, batch: dict[str, Any]):
+def _train(velocity: Velocity, model: torch.nn.Module, batch: Arrays) -> Callable[[], float]:
     """A training step; its value is the loss."""
     adam = torch.optim.AdamW(
         model.parameters(), ADAM["lr"], (ADAM["b1"], ADAM["b2"]), ADAM["eps"],
@@ -91,19 +79,16 @@ def _train(velocity: Velocity, model: torch.nn.Module, batch: dict[str, Any]):
     return step
 
 
-def _sample(velocity: Velocity, model: torch.nn.Module, batch: dict[str, Any]):
+def _sample(velocity: Velocity, batch: Arrays) -> Callable[[], float]:
     """A sampling step; its value is the mean square of the latents after it."""
     x = batch["noise"]
 
     @torch.no_grad()
     def step() -> float:
         nonlocal x
-        t, mask = batch["t"], batch["mask"]
-        text = torch.cat([batch["text"], batch["empty"]])
-        mask = None if mask is None else torch.cat([mask, mask])
-        out = velocity(torch.cat([x, x]), torch.cat([t, t]), text, mask)
-        given, empty = out.chunk(2)
-        x = x + SIGMA_STEP * (empty + GUIDANCE * (given - empty))
+        inputs = [(x, x), (batch["t"],) * 2, (batch["text"], batch["empty"]), (batch["mask"],) * 2]
+        prompted, empty = velocity(*map(torch.cat, inputs)).chunk(2)
+        x = x + SIGMA_STEP * (empty + GUIDANCE * (prompted - empty))
         return x.square().mean().item()
 
     return step

@@ -1,4 +1,4 @@
-"""What both sides of the comparison with PyTorch are given, and how a side is talked to.
+"""What both sides of the comparison with PyTorch compute, and how a side is talked to.
 
 A side is a process of its own, so that neither library's threads nor memory burden the other. It
 reads numbers of steps from its standard input, a line each, and answers each with a line of JSON.
@@ -19,12 +19,18 @@ from typing import Any
 
 import numpy as np
 
-WHATS = ("train", "sample")
 GUIDANCE = 4.0
 SIGMA_STEP = -0.02  # of 50 sampling steps
 # AdamW of both sides; each decays all parameters.
 ADAM = {"lr": 1e-4, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.05}
-MODEL, WORK, BATCH = "transformer", "work.json", "batch.npz"  # in the folder given to both
+MODEL, WORK = "transformer", "work.json"  # in the folder given to both
+# (velocity of the batch before any step, float32 [B, N, C]; a step -> a number that depends on all
+# that it computed; peak bytes)
+Built = tuple[np.ndarray, Callable[[], float], Callable[[], int]]
+
+
+class DeviceMissing(Exception):
+    """The library of a side finds no device of the kind that was asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +48,8 @@ class Work:
       context: channels of a text token.
       side: of the square of image tokens.
       text: text tokens.
-      batch: rows; guidance runs twice as many.
-      padded: rows have from half of `text` to all of it, and a mask hides the rest.
+      batch: examples; guidance runs twice as many.
+      padded: texts have from half of `text` to all of it, and a mask hides the rest.
       threads: of each side, on the CPU.
     """
 
@@ -69,40 +75,30 @@ class Work:
         """Dtype of the parameters."""
         return self.dtype if self.what == "sample" else "float32"
 
+    def arrays(self, channels: int) -> dict[str, np.ndarray]:
+        """One batch: latents and noise [B, N, channels], text [B, T, J], its mask [B, T], t [B].
 
-def batch(work: Work, channels: int) -> dict[str, np.ndarray]:
-    """One batch: latents and noise [B, N, channels], text [B, T, J], its mask [B, T] and t [B].
+        'empty' [B, T, J] is the text of the other half of guidance. Times are multiples of 1/128,
+        which bfloat16 holds exactly: diffusers rounds them to the compute dtype.
+        """
+        rng = np.random.default_rng(0)
 
-    Sampling has 'empty' [B, T, J] too, the text of the other half of guidance. Times are
-    multiples of 1/128, which bfloat16 holds exactly: diffusers rounds them to the compute dtype.
-    """
-    rng = np.random.default_rng(0)
+        def normal(*shape: int) -> np.ndarray:
+            return rng.standard_normal((self.batch, *shape), np.float32)
 
-    def normal(*shape: int) -> np.ndarray:
-        return rng.standard_normal((work.batch, *shape), np.float32)
-
-    lengths = np.linspace(work.text // 2, work.text, work.batch).round()
-    if not work.padded:
-        lengths[:] = work.text
-    out = {
-        "latents": normal(work.side**2, channels),
-        "noise": normal(work.side**2, channels),
-        "text": normal(work.text, work.context),
-        "mask": np.arange(work.text) < lengths[:, None],
-        "t": rng.integers(1, 128, work.batch).astype(np.float32) / 128,
-    }
-    if work.what == "sample":
-        out["empty"] = normal(work.text, work.context)
-        out["t"][:] = out["t"][0]  # all rows are at the same step
-    return out
-
-
-def load(folder: str) -> tuple[pathlib.Path, Work, dict[str, np.ndarray]]:
-    """The model's folder, the work and the batch that the comparison wrote."""
-    path = pathlib.Path(folder)
-    work = Work(**json.loads((path / WORK).read_text()))
-    with np.load(path / BATCH, allow_pickle=False) as arrays:
-        return path / MODEL, work, dict(arrays)
+        least = self.text // 2 if self.padded else self.text
+        lengths = np.linspace(least, self.text, self.batch).round()
+        out = {
+            "latents": normal(self.side**2, channels),
+            "noise": normal(self.side**2, channels),
+            "text": normal(self.text, self.context),
+            "mask": np.arange(self.text) < lengths[:, None],
+            "t": rng.integers(1, 128, self.batch).astype(np.float32) / 128,
+        }
+        if self.what == "sample":
+            out["empty"] = normal(self.text, self.context)
+            out["t"][:] = out["t"][0]  # all examples are at the same step
+        return out
 
 
 def resident() -> int:
@@ -111,15 +107,14 @@ def resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def serve(build: Callable[[Any], tuple[np.ndarray, Callable, Callable]]) -> None:
+def serve(build: Callable[[pathlib.Path, Work], Built]) -> None:
     """The process of a side: answers until its standard input ends.
 
     The first line says that the side is ready, or {'error': ...} that it cannot be. A number n is
     answered by n steps: {'seconds': [...], 'values': [...], 'peak_bytes': ...}.
 
     Args:
-      build: folder -> (velocity of the batch before any step, float32 [B, N, C]; step() -> a
-        number that depends on all that was computed, waiting for it; peak() -> bytes).
+      build: (folder of the model, work) -> the side; raises DeviceMissing.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not look like an answer
@@ -127,13 +122,14 @@ def serve(build: Callable[[Any], tuple[np.ndarray, Callable, Callable]]) -> None
     def answer(**values: Any) -> None:
         print(json.dumps(values), file=answers, flush=True)
 
-    folder, name = sys.argv[1:]
+    folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+    work = Work(**json.loads((folder / WORK).read_text()))
     try:
-        velocity, step, peak = build(folder)
+        velocity, step, peak = build(folder / MODEL, work)
     except DeviceMissing as error:
         answer(error=str(error))
         return
-    np.save(pathlib.Path(folder) / f"{name}.npy", velocity)
+    np.save(folder / f"{name}.npy", velocity)
     answer(ready=True)
     for line in sys.stdin:
         seconds, values = [], []
@@ -142,7 +138,3 @@ def serve(build: Callable[[Any], tuple[np.ndarray, Callable, Callable]]) -> None
             values.append(step())
             seconds.append(time.perf_counter() - start)
         answer(seconds=seconds, values=values, peak_bytes=peak())
-
-
-class DeviceMissing(Exception):
-    """The library of a side finds no device of the kind that was asked for."""

@@ -1,3 +1,5 @@
+"""The cases of a command: every combination that fits a target, and the search for meshes."""
+
 from __future__ import annotations
 
 import argparse
@@ -6,126 +8,122 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from qk_jax import sharding
 from qk_jax.base.errors import InputError
-from qk_jax.bench import shardings, slices
-from qk_jax.bench.slices import Place, Row
+from qk_jax.bench import shardings
+from qk_jax.bench.cases import NO_REMAT, Case, Target, layout_of, micro_batch, set_layout
+from qk_jax.bench.schedule.topologies import GIB
 from qk_jax.experiment import config as config_lib
 
-MOST = 24  # layouts of a search per slice
+MAX_MESHES = 24  # of a search per target
 
 
-def plan(
-    args: argparse.Namespace, given: Row, batches: Mapping[Place, Sequence[float]]
-) -> list[tuple[Place, str, float]]:
-    """(place, layout in full, rows per device) of everything that is to be compiled.
+def cases(
+    args: argparse.Namespace, given: Case, targets: Sequence[Target]
+) -> list[tuple[Case, Target]]:
+    """Every combination of target, layout, batch and remat; layouts are in full.
 
-    A layout or a batch that does not fit one place may fit another, and is left out of the first
+    A layout or a batch that does not fit one target may fit another, and is left out of the first
     with a line that says so.
 
     Args:
-      args, given: the command and its rows.
-      batches: rows per device on each place.
+      args: the command.
+      given: what all its cases have in common.
+      targets: to compile for.
 
     Raises:
-      InputError: something that is given fits nowhere, or a search finds no mesh for a place.
+      InputError: something that is given fits nowhere, or a search finds no mesh for a target.
     """
+    config = config_lib.load(given.config, given.overrides)
+    remats = args.remat or [config.model.remat or NO_REMAT]
+    micro = config.data.batch / config.optimizer.accumulation
     found, refused, used = [], [], set()
-    for at, sizes in batches.items():
-        for layout in search(given, at) if args.search else args.layout or [""]:
-            one = dataclasses.replace(given, layout=layout)
-            for batch in sizes:
-                try:
-                    found.append((at, fitted(one, at, batch).text, batch))
-                    used |= {at.name, layout, batch}
-                except InputError as error:
-                    refused.append(
-                        (
-                            {at.name, layout, batch},
-                            f"{at.name} {layout or 'as the config lies'}: {error}",
-                        )
-                    )
+    for target in targets:
+        layouts = search(given, target) if args.search else args.layout or [""]
+        batches = args.per_chip_batch or [micro / target.devices]
+        for layout, batch in itertools.product(layouts, batches):
+            names = {target.name, layout, batch}
+            one = dataclasses.replace(given, slice=target.name, layout=layout, per_chip_batch=batch)
+            try:
+                text, _ = fitted(one, target)
+                found.append((dataclasses.replace(one, layout=text), target))
+                used |= names
+            except InputError as error:
+                refused.append((names, f"{target.name} {layout or 'as configured'}: {error}"))
     for names, reason in refused:
         if not names <= used:
             raise InputError(reason)
         print(f"left out: {reason}")
-    return list(dict.fromkeys(found))
+    every = [
+        (dataclasses.replace(case, remat=remat), target) for case, target in found
+        for remat in remats
+    ]  # fmt: skip
+    return [one for number, one in enumerate(every) if one not in every[:number]]
 
 
-class Fitted(NamedTuple):
-    """A layout on a place: itself in full (`row.describe`), and bytes of parameters, gradients and
-    state on each device."""
-
-    text: str
-    nbytes: int
-
-
-@functools.lru_cache(maxsize=2 * MOST)
-def _parameters(config: str, devices: str) -> int:
-    """Bytes of parameters, gradients and state on each device; both arguments are JSON."""
-    mesh = sharding.abstract_mesh(json.loads(devices))
-    return sum(
-        r.held + r.gathered + r.gradient
-        for r in shardings.rows(config_lib.from_dict(json.loads(config)), mesh)
-    )
-
-
-def fitted(given: Row, at: Place, batch: float | None = None) -> Fitted:
-    """How the layout of a row fits.
+def fitted(case: Case, target: Target) -> tuple[str, int]:
+    """A layout in full, and its bytes of parameters, gradients and state on each device.
 
     Raises:
-      InputError: the devices, the parameters, or the rows of a micro-batch do not divide.
+      InputError: the devices, the parameters, or the examples of a micro-batch do not divide.
     """
-    config = config_lib.load(given.config, given.overrides)
-    slices.lay_out(config, given.layout, at)
+    config = config_lib.load(case.config, case.overrides)
+    set_layout(config, case.layout, target)
     sizes = {axis: size * config.slices.get(axis, 1) for axis, size in config.mesh.items()}
-    if batch is not None:
+    if case.per_chip_batch:
         mesh, towers = sharding.abstract_mesh(sizes), sharding.tables(config.sharding)
-        sharding.check_batch(slices.micro_batch(at, batch), mesh, towers)
-    nbytes = _parameters(config_lib.to_json(config), json.dumps(sizes))
-    return Fitted(slices.describe(config), nbytes)
+        sharding.check_batch(micro_batch(target, case.per_chip_batch), mesh, towers)
+    return layout_of(config), _held(config_lib.to_json(config), json.dumps(sizes))
 
 
-def search(given: Row, at: Place) -> list[str]:
-    """Meshes over fsdp, tensor and context whose state fits into HBM, the least split first.
+@functools.lru_cache(maxsize=2 * MAX_MESHES)
+def _held(config: str, mesh: str) -> int:
+    """Bytes of parameters, gradients and state on each device; both arguments are JSON."""
+    found = shardings.parameters(
+        config_lib.from_dict(json.loads(config)), sharding.abstract_mesh(json.loads(mesh))
+    )
+    return sum(one.held + one.gathered + one.gradient for one in found)
 
-    'tensor' must divide the heads of every tower that it splits, 'tensor' x 'context' those of the
-    generator; 'data' joins slices.
+
+def search(given: Case, target: Target) -> list[str]:
+    """Meshes over fsdp, tensor and context whose state fits into HBM, the least sharded first.
 
     Raises:
       InputError: none is left.
     """
-    devices = at.devices // at.slices
     found, left = [], []
-    for tensor, context in sorted(meshes(given, at), key=lambda pair: (math.prod(pair), pair)):
-        shape = {"fsdp": devices // tensor // context, "context": context, "tensor": tensor}
-        text = slices.mesh_text(shape)
+    for tensor, context in sorted(meshes(given, target), key=lambda two: (math.prod(two), two)):
+        rest = target.slice_devices // tensor // context
+        text = sharding.format_mesh({"fsdp": rest, "context": context, "tensor": tensor})
         try:
-            nbytes = fitted(dataclasses.replace(given, layout=text), at).nbytes
+            _, nbytes = fitted(dataclasses.replace(given, layout=text), target)
         except InputError as error:
             left.append(f"{text}: {error}")
             continue
-        if at.hbm_bytes and nbytes > at.hbm_bytes:
-            left.append(
-                f"{text}: parameters, gradients and state are {nbytes / slices.GIB:.1f} GiB"
-            )
+        if target.hbm_bytes and nbytes > target.hbm_bytes:
+            left.append(f"{text}: parameters, gradients and state are {nbytes / GIB:.1f} GiB")
         else:
             found.append(text)
     if not found:
-        raise InputError(f"no mesh of {at.name} holds {given.config}: {left[0]}; take a larger one")
+        raise InputError(
+            f"no mesh of {target.name} holds {given.config}: {left[0]}; take a larger one"
+        )
+    if len(found) > MAX_MESHES:
+        left.append(f"{' '.join(found[MAX_MESHES:])}, more than {MAX_MESHES}")
     for line in left:
-        print(f"left out: {at.name} {line}")
-    if len(found) > MOST:
-        print(f"left out: {at.name} {' '.join(found[MOST:])}, more than {MOST}")
-    print(f"search: {at.name} {' '.join(found[:MOST])}")
-    return found[:MOST]
+        print(f"left out: {target.name} {line}")
+    print(f"search: {target.name} {' '.join(found[:MAX_MESHES])}")
+    return found[:MAX_MESHES]
 
 
-def meshes(given: Row, at: Place) -> list[tuple[int, int]]:
-    """(tensor, context) sizes that divide the devices of a slice and the heads."""
+def meshes(given: Case, target: Target) -> list[tuple[int, int]]:
+    """(tensor, context) sizes that divide the devices of a slice and the heads.
+
+    'tensor' must divide the heads of every tower that it shards, 'tensor' x 'context' those of the
+    generator.
+    """
     config = config_lib.load(given.config, given.overrides)
     model, towers = config.model, sharding.tables(config.sharding)
     heads = {
@@ -133,18 +131,18 @@ def meshes(given: Row, at: Place) -> list[tuple[int, int]]:
         "text": [model.vlm.text.num_attention_heads, model.vlm.text.num_key_value_heads],
         "mmdit": [model.mmdit.num_attention_heads],
     }
-    split = [
+    sharded = [
         count
         for tower, counts in heads.items()
         for count in counts
         if "tensor" in towers[tower].activations.heads
     ]
-    devices = at.devices // at.slices
+    devices = target.slice_devices
     sizes = [size for size in range(1, devices + 1) if devices % size == 0]
     return [
         (tensor, context)
         for tensor, context in itertools.product(sizes, sizes)
         if devices % (tensor * context) == 0
-        and all(count % tensor == 0 for count in split)
+        and all(count % tensor == 0 for count in sharded)
         and model.mmdit.num_attention_heads % (tensor * context) == 0
     ]

@@ -1,31 +1,33 @@
+"""The file layouts.jsonl: a line per table row, its fields, and the work that fills it."""
+
 from __future__ import annotations
 
 import argparse
+import asyncio
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import sys
-import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
 
 import qk_jax
 from qk_jax.base import files
-from qk_jax.bench import processes, report, slices
-from qk_jax.bench.slices import Place, Row
+from qk_jax.bench import processes, report
+from qk_jax.bench.cases import Case, Target, config_of
+from qk_jax.bench.schedule.topologies import GIB
 from qk_jax.experiment import config as config_lib
 
 TABLE = "layouts.jsonl"
-# What a row depends on besides its definition.
+# What a table row depends on besides its case.
 SOURCES = (
     "models", "diffusion", "sharding", "experiment", "training", "bench/schedule", "bench/row.py",
-    "bench/slices.py", "bench/compile.py", "bench/measure.py", "bench/cost.py",
+    "bench/cases.py", "bench/compile.py", "bench/measure.py", "bench/batches.py",
 )  # fmt: skip
-# Fields of every row, in the order in which they are written; those of `Row` among them.
+# Fields of every table row, in the order in which they are written; those of `Case` among them.
 FIELDS = (
     "config", "slice", "layout", "remat", "per_chip_batch", "fits", "hbm_peak_gib",
     "hbm_limit_gib", "model_tflops_per_step", "compute_s", "attention_s", "exposed_comm_s",
@@ -39,10 +41,10 @@ FIELDS = (
 
 
 class Job(NamedTuple):
-    """A row, its place and what tells it from every other."""
+    """A case, its target, and a key that tells the table row from every other."""
 
-    row: Row
-    at: Place
+    case: Case
+    target: Target
     key: str
 
 
@@ -61,115 +63,114 @@ def versions() -> dict[str, str]:
     return found | {"qk_jax": hashlib.sha256(text).hexdigest()[:12]}
 
 
-def key(one: Row, at: Place, of: Mapping[str, str]) -> str:
-    """A digest of all that a row depends on: its definition, its config in full, versions."""
-    resolved = config_lib.to_json(slices.configured(one, at))
-    parts = [dataclasses.asdict(one), resolved, dict(of)]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+def job(case: Case, target: Target, of: Mapping[str, str]) -> Job:
+    """The job of a case; its key is a digest of case, config in full and versions `of`."""
+    parts = [dataclasses.asdict(case), config_lib.to_json(config_of(case, target)), dict(of)]
+    text = json.dumps(parts, sort_keys=True)
+    return Job(case, target, hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
 def work_through(
-    rows: Sequence[Row], places: Mapping[str, Place], out: pathlib.Path, args: argparse.Namespace
+    cases: Sequence[tuple[Case, Target]], out: files.Path, args: argparse.Namespace
 ) -> None:
-    """Runs the rows that the table does not have yet, and writes the report of all of it.
+    """Runs the cases that the table does not have yet, and writes the report of all of it.
 
     Raises:
       SystemExit: 130 after Ctrl-C.
     """
     table, of = out / TABLE, versions()
     known = {found["key"]: found for found in read(table)}
-    jobs = [Job(one, places[one.slice], key(one, places[one.slice], of)) for one in rows]
-    todo = [job for job in jobs if job.key not in known or known[job.key]["error"]]
-    print(f"{len(jobs)} rows, {len(jobs) - len(todo)} of them in {table} already", flush=True)
+    jobs = [job(case, target, of) for case, target in cases]
+    todo = [one for one in jobs if one.key not in known or known[one.key]["error"]]
+    print(f"{len(jobs)} table rows, {len(jobs) - len(todo)} of them in {table} already")
     print(report.header(), flush=True)
-    for job in jobs:
-        if job not in todo:
-            print(report.line(known[job.key]), flush=True)
+    for one in jobs:
+        if one not in todo:
+            print(report.line(known[one.key]), flush=True)
+
+    def done(found: dict[str, Any]) -> None:
+        append(table, found)
+        print(report.line(found), flush=True)
+
     try:
-        for found in run(todo, args, of):
-            append(table, found)
-            print(report.line(found), flush=True)
+        asyncio.run(run(todo, args, of, done))
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
-        found = latest(read(table))
-        if found:
-            report.write(out, found)
-    for warning in report.differing(found):
+        rows = latest(read(table))
+        if rows:
+            report.write(out, rows)
+    for warning in report.differing(rows):
         print(warning, file=sys.stderr)
-    print(f"{out / report.PAGE} and {out / report.PICTURE} are of {len(found)} rows")
+    print(f"{out / report.PAGE} and {out / report.PICTURE} are of {len(rows)} table rows")
 
 
 def latest(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of rows that were defined alike, the last: others are of another version."""
-    names = [field.name for field in dataclasses.fields(Row)]
-    found = {json.dumps([one[name] for name in names]): one for one in table}
+    """The last row of each case: the others are of another version."""
+    names = [field.name for field in dataclasses.fields(Case)]
+    found = {json.dumps([row[name] for name in names]): row for row in table}
     return list(found.values())
 
 
-def read(table: pathlib.Path) -> list[dict[str, Any]]:
-    """Rows of a table; a line that an interruption tore is taken out of the file."""
+def read(table: files.Path) -> list[dict[str, Any]]:
+    """Rows of a table; a torn line, of an interruption, is removed from it."""
     if not table.exists():
         return []
-    found, whole = [], []
-    for line in table.read_text(encoding="utf-8").splitlines():
+    text = table.read_text()
+    found, whole = [], ""
+    for line in text.splitlines():
         try:
             found.append(json.loads(line))
-            whole.append(f"{line}\n")
+            whole += f"{line}\n"
         except ValueError:
             print(f"{table}: a torn line is left out", file=sys.stderr)
-    text = "".join(whole)
-    if text != table.read_text(encoding="utf-8"):
-        files.write_text(table, text)
+    if text != whole:
+        files.write_text(table, whole)
     return found
 
 
-def append(table: pathlib.Path, found: Mapping[str, Any]) -> None:
+def append(table: files.Path, row: Mapping[str, Any]) -> None:
     """Writes one row to the end of a table, and waits until it is on the disk."""
-    with open(table, "a", encoding="utf-8") as file:
-        file.write(json.dumps(found) + "\n")
+    with table.open("a") as file:
+        file.write(json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def run(
-    jobs: Sequence[Job], args: argparse.Namespace, of: Mapping[str, str]
-) -> Iterator[dict[str, Any]]:
-    """Rows as their processes end; those that still run when it is left are killed.
+async def run(
+    jobs: Sequence[Job],
+    args: argparse.Namespace,
+    of: Mapping[str, str],
+    done: Callable[[dict[str, Any]], None],
+) -> None:
+    """Gives `done` each table row as its process ends; jobs that measure run one at a time."""
+    slots = asyncio.Semaphore(1 if args.measure else args.jobs)
 
-    Rows that are measured run one at a time.
-    """
-    at_once = 1 if args.measure else args.jobs
-    waiting: deque[Job] = deque(jobs)
-    running: list[tuple[Job, processes.Process]] = []
-    try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                job = waiting.popleft()
-                stem = pathlib.Path(args.out) / job.key
-                request = {
-                    "row": dataclasses.asdict(job.row),
-                    "hlo": f"{stem}.hlo.txt" if args.hlo else None,
-                }
-                log = stem.with_suffix(".log")
-                running.append((job, processes.Process(request, 60 * args.timeout, log)))
-            for job, process in [pair for pair in running if pair[1].ended()]:
-                running.remove((job, process))
-                yield whole(job, process.answer(), of)
-            time.sleep(0.1)
-    finally:
-        for _, process in running:
-            process.kill()
+    async def work(job: Job) -> None:
+        stem = files.Path(args.out) / job.key
+        request = {
+            "case": dataclasses.asdict(job.case),
+            "hlo": f"{stem}.hlo.txt" if args.hlo else None,
+        }
+        async with slots:
+            log = stem.with_suffix(".log")
+            found = await processes.ask(request, 60 * args.timeout, log)
+            done(row(job, found, of))
+
+    async with asyncio.TaskGroup() as group:
+        for job in jobs:
+            group.create_task(work(job))
 
 
-def whole(job: Job, found: Mapping[str, Any], of: Mapping[str, str]) -> dict[str, Any]:
-    """A row with all its fields; null is what is not known."""
-    given = dataclasses.asdict(job.row) | {
+def row(job: Job, found: dict[str, Any], of: Mapping[str, str]) -> dict[str, Any]:
+    """A table row with all its fields; null is what is unknown."""
+    target = job.target
+    given = dataclasses.asdict(job.case) | {
         "key": job.key,
         "versions": dict(of),
-        "devices": job.at.devices,
-        "chips": job.at.chips,
-        "hbm_limit_gib": job.at.hbm_bytes and job.at.hbm_bytes / slices.GIB,
+        "devices": target.devices,
+        "chips": target.chips,
+        "hbm_limit_gib": target.hbm_bytes and target.hbm_bytes / GIB,
     }
-    return dict.fromkeys(FIELDS) | given | found
+    return dict[str, Any].fromkeys(FIELDS) | given | found

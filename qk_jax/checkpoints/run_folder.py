@@ -21,7 +21,7 @@ from qk_jax.base.errors import InputError
 from qk_jax.base.types import Tree
 from qk_jax.checkpoints.digest import describe
 from qk_jax.checkpoints.store import Meta, Store, Trees
-from qk_jax.data.prompts import PromptLayout
+from qk_jax.data.prompts import PromptBuilder
 from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
 
@@ -148,7 +148,7 @@ def metadata(plan: Plan) -> Meta:
     }
 
 
-def keep_tokenizer(folder: files.Path, prompts: PromptLayout) -> None:
+def keep_tokenizer(folder: files.Path, prompts: PromptBuilder) -> None:
     """Writes the tokenizer into a stage folder, which then needs no other; once."""
     if jax.process_index() == 0 and not (folder / TOKENIZER).is_dir():
         with files.fresh_folder(folder / TOKENIZER, "tokenizer.json") as part:

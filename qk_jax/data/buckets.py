@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from qk_jax.base.errors import InputError
 from qk_jax.pictures.fitting import Size
@@ -54,18 +55,11 @@ def _nearest_sides(side: int, multiple: int, ratio: float) -> Size:
     return min(pairs, key=error)
 
 
-def nearest(height: np.ndarray, width: np.ndarray, sizes: Sequence[Size]) -> np.ndarray:
-    """Index of the size nearest in log aspect ratio, symmetric in portrait and landscape.
+def nearest(height: ArrayLike, width: ArrayLike, sizes: Sequence[Size]) -> np.ndarray:
+    """Index [...] of the size nearest in log aspect ratio to each height and width [...].
 
-    Of several equally near sizes the squarest, then the first is taken: a mirrored picture goes
-    to the mirrored size.
-
-    Args:
-      height, width: integer arrays of one shape.
-      sizes: (H, W) of the buckets.
-
-    Returns:
-      int64 array of that shape.
+    Symmetric in portrait and landscape: of several equally near sizes the squarest, then the first
+    is taken, so a mirrored picture goes to the mirrored size.
     """
     logs = np.log([size[1] / size[0] for size in sizes])
     order = np.argsort(np.abs(logs), kind="stable")

@@ -1,23 +1,15 @@
-"""A training example in memory: what every source of data gives and the batch plan reads."""
+"""A training example in memory, and the interface of everything that gives examples."""
 
 from __future__ import annotations
 
 import dataclasses
 import zlib
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from qk_jax.base.errors import BadRecord
 from qk_jax.pictures.fitting import Size
-
-
-def caption_of(value: object, name: str) -> str:
-    """A caption or instruction. Raises: BadRecord of kind 'no text' when it is no filled string."""
-    if not isinstance(value, str) or not value.strip():
-        raise BadRecord("no text", f"{name}: the caption is {value!r:.60}, no string of words")
-    return value
-
 
 TASKS = (
     "text_to_image",
@@ -36,7 +28,7 @@ class Example(NamedTuple):
 
     Attributes:
       instruction: what the user writes.
-      target: uint8 [H, W, 3], the truth.
+      target: uint8 [H, W, 3], the true picture.
       pictures: condition pictures, uint8 [h, w, 3] each, in order.
       roles: SOURCE or REFERENCE for each picture.
       task: one of TASKS.
@@ -70,6 +62,34 @@ class TaskSettings:
     seed: int = 0
 
 
+class Source(Protocol):
+    """The N examples of one task by number. It pickles to worker processes.
+
+    Attributes:
+      task: one of TASKS.
+      settings: with the target sizes.
+      size_of: int [N], index into `settings.sizes` of each target. The batch plan may change it.
+      pictures_of: int [N], number of condition pictures of each.
+    """
+
+    task: str
+    settings: TaskSettings
+    size_of: np.ndarray
+    pictures_of: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> Example:
+        """Example `number`. Raises: BadRecord."""
+
+
+def caption_of(value: object, name: str) -> str:
+    """A caption or instruction. Raises: BadRecord of kind 'no text' when it is empty or no text."""
+    if not isinstance(value, str) or not value.strip():
+        raise BadRecord("no text", f"{name}: the caption is {value!r:.60}, expected text")
+    return value
+
+
 def hashed(*parts: object) -> int:
-    """A 32-bit number from anything printable; differs for neighbouring seeds."""
+    """A 32-bit seed from anything printable; neighbouring seeds give unrelated ones."""
     return zlib.crc32("/".join(map(str, parts)).encode())

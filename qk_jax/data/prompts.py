@@ -1,12 +1,12 @@
-"""What the VLM reads: pictures as patches, and one row of tokens around an instruction.
+"""What the VLM reads: pictures as patches, and a sequence of tokens around an instruction.
 
-A row is left-padded and ends with the query slots:
+A sequence is left-padded and ends with the K queries:
 
     [pad | system turn | <|im_start|>user\\n | Picture 1: <|vision_start|>...<|vision_end|> ... |
-     text | <|im_end|>\\n<|im_start|>assistant\\n | K query slots]
+     text | <|im_end|>\\n<|im_start|>assistant\\n | K queries]
 
-Its length depends on the picture sizes only, so a bucket compiles once, and both the text window
-and the queries are static slices counted from the end.
+Its length depends on the picture sizes only, so a bucket compiles once, and text window and queries
+are static slices counted from the end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,8 +22,9 @@ import numpy as np
 import tokenizers
 from PIL import Image
 
-from qk_jax.base import hub
+from qk_jax.base import files, hub
 from qk_jax.base.errors import InputError
+from qk_jax.base.types import Request
 from qk_jax.pictures.grids import (
     MERGE,
     PATCH,
@@ -46,8 +46,7 @@ NEEDED = (
     "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
 )  # fmt: skip
 
-
-# A conversation as the training laid it out: pictures are numbered, the system prompt comes first.
+# A conversation as in training: pictures are numbered, the system prompt comes first.
 CHAT = r"""{%- set shown = namespace(pictures=0) -%}
 {%- for message in messages -%}
 {%- if loop.first and message.role != 'system' -%}
@@ -75,22 +74,22 @@ CHAT = r"""{%- set shown = namespace(pictures=0) -%}
 
 
 def chat_template(system: str = SYSTEM) -> str:
-    """The layout of prompts as a Jinja template for `apply_chat_template` of transformers."""
+    """The prompts of `PromptBuilder` as a Jinja template for transformers' chats."""
     return CHAT.replace("SYSTEM", json.dumps(system, ensure_ascii=False))
 
 
-def load_tokenizer(folder: str | pathlib.Path) -> Any:
+def load_tokenizer(folder: files.PathLike) -> Any:
     """The transformers tokenizer of a Hugging Face folder, from disk only.
 
     Raises:
       InputError: the folder has no tokenizer.json, it cannot be read, or it lacks a Qwen2.5-VL
         special token.
     """
-    # Only the tokenizer is used: that PyTorch is missing is no news to anybody.
+    # Only the tokenizer is used, so the advice to install PyTorch is of no use.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # slow to import, and only needed here
 
-    folder = pathlib.Path(folder)
+    folder = files.Path(folder)
     if not (folder / "tokenizer.json").is_file():
         raise InputError(
             f"{folder} has no tokenizer.json; give the folder of a Qwen2.5-VL tokenizer"
@@ -116,10 +115,8 @@ def patches(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
       float32 [P, 1176], patches in merge-block order, each (channel, frame twice, 14, 14).
 
     Raises:
-      InputError: the picture is not uint8 RGB, or the size no multiple of 28.
+      InputError: the size is no multiple of 28.
     """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-        raise InputError(f"a picture is {image.dtype}{list(image.shape)}; give uint8 [H, W, 3]")
     rows, columns = grid_of(*size)
     if image.shape[:2] != tuple(size):
         resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC)
@@ -132,18 +129,18 @@ def patches(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def pixel_values(pictures: Sequence[np.ndarray], vlm_pixels: int) -> np.ndarray:
     """Pictures uint8 [h, w, 3], one after another at their vision size: float32 [P, 1176]."""
-    shown = [patches(x, vision_size(*x.shape[:2], vlm_pixels)) for x in pictures]
+    shown = [patches(x, vision_size(x.shape[0], x.shape[1], vlm_pixels)) for x in pictures]
     return np.concatenate([np.zeros((0, PATCH_DIM), np.float32), *shown])
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptLayout:
-    """Builds rows of tokens of a fixed shape.
+class PromptBuilder:
+    """Builds sequences of tokens of a fixed length.
 
     Attributes:
       tokenizer: of `load_tokenizer`.
       max_text: T, at most so many tokens of the user's text.
-      queries: K, slots at the end of the row.
+      queries: K, tokens at the end.
       vlm_pixels: area at which the VLM sees a picture (`pictures.grids.vision_size`).
       system: the system prompt.
     """
@@ -153,6 +150,16 @@ class PromptLayout:
     queries: int
     vlm_pixels: int
     system: str = SYSTEM
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> PromptBuilder:
+        """As an experiment config says. Raises InputError when it has no tokenizer."""
+        model = config["model"]
+        origin = config["data"]["tokenizer"] or config["init"]["vlm"]
+        if not origin:
+            raise InputError("no tokenizer; give its folder as config.data.tokenizer")
+        tokenizer = load_tokenizer(hub.component_folder(origin, "tokenizer"))
+        return cls(tokenizer, model["max_text"], model["num_queries"], model["vlm_pixels"])
 
     @functools.cached_property
     def _prefix(self) -> np.ndarray:
@@ -192,28 +199,21 @@ class PromptLayout:
         shown = (vision_size(*size, self.vlm_pixels) for size in picture_sizes)
         return tuple(grid_of(*size) for size in shown)
 
-    def length(self, picture_sizes: Sequence[tuple[int, int]]) -> int:
-        """S, the length of every row with pictures of these (H, W)."""
-        fixed = len(self._prefix) + self.tail_tokens + self.queries
-        return fixed + len(self._pictures(self.grids(picture_sizes))) + self.max_text
-
     def _pictures(self, grids: Grids) -> np.ndarray:
         parts = [np.zeros(0, np.int32)]
         for number, grid in enumerate(grids, start=1):
             shown = self._encode(f"Picture {number}: <|vision_start|><|image_pad|><|vision_end|>")
             where = int(np.flatnonzero(shown == self.image_token_id)[0])
-            slots = np.full(picture_tokens((grid,)), self.image_token_id, np.int32)
-            parts += [shown[:where], slots, shown[where + 1 :]]
+            tokens = np.full(picture_tokens((grid,)), self.image_token_id, np.int32)
+            parts += [shown[:where], tokens, shown[where + 1 :]]
         return np.concatenate(parts)
 
     def encode_text(self, text: str, strict: bool = False) -> np.ndarray:
         """Ids [n], n <= T, of a user's text; special tokens in it are ordinary characters.
 
         Raises:
-          InputError: it is no string, or, when strict, has more than T tokens.
+          InputError: it is not valid Unicode, or, when strict, has more than T tokens.
         """
-        if not isinstance(text, str):
-            raise InputError(f"a prompt is {type(text).__name__} {text!r:.60}; give a string")
         try:
             text.encode()
         except UnicodeEncodeError as error:  # lone surrogates, which no tokenizer can read
@@ -227,19 +227,14 @@ class PromptLayout:
         return ids[: self.max_text]
 
     def build(
-        self,
-        text: str,
-        picture_sizes: Sequence[tuple[int, int]] = (),
-        pictures: bool = True,
-        strict: bool = False,
+        self, text: str, picture_sizes: Sequence[tuple[int, int]] = (), pictures: bool = True
     ) -> dict[str, np.ndarray]:
-        """One row of the static length S = `length(picture_sizes)`.
+        """One sequence, whose length S depends on `picture_sizes` only.
 
         Args:
-          text: the user's words.
+          text: the user's words; more than T tokens are cut.
           picture_sizes: (H, W) of the condition pictures in pixels, in order.
-          pictures: False drops the pictures from this row, which keeps its length.
-          strict: a text of more than T tokens is an error instead of being cut.
+          pictures: False drops the pictures from the sequence, which keeps its length.
 
         Returns:
           input_ids int32 [S], attention_mask bool [S], position_ids int32 [3, S] (M-RoPE) and
@@ -250,26 +245,52 @@ class PromptLayout:
         """
         grids = self.grids(picture_sizes)
         shown = self._pictures(grids)
-        words = self.encode_text(text, strict)
-        slots = np.full(self.queries, self.pad_id, np.int32)
-        content = [self._prefix, *([shown] if pictures else []), words, self._tail, slots]
-        row = np.concatenate(content)
-        whole = len(self._prefix) + len(shown) + self.max_text + self.tail_tokens + self.queries
-        input_ids = np.full(whole, self.pad_id, np.int32)
-        input_ids[whole - len(row) :] = row
-        mask = np.arange(whole) >= whole - len(row)
-        positions = mrope_positions(input_ids[None], mask[None], grids, self)[0]
-        text_mask = np.arange(self.max_text) >= self.max_text - len(words)
+        words = self.encode_text(text)
+        queries = np.full(self.queries, self.pad_id, np.int32)
+        content = [self._prefix, *([shown] if pictures else []), words, self._tail, queries]
+        used = np.concatenate(content)
+        length = len(self._prefix) + len(shown) + self.max_text + self.tail_tokens + self.queries
+        input_ids = np.full(length, self.pad_id, np.int32)
+        input_ids[length - len(used) :] = used
+        mask = np.arange(length) >= length - len(used)
         return {
             "input_ids": input_ids,
             "attention_mask": mask,
-            "position_ids": positions,
-            "text_mask": text_mask,
+            "position_ids": mrope_positions(input_ids[None], mask[None], grids, self)[0],
+            "text_mask": np.arange(self.max_text) >= self.max_text - len(words),
         }
+
+    def batch(
+        self,
+        texts: Sequence[str],
+        pictures: Sequence[Sequence[np.ndarray]],
+        roles: Sequence[Sequence[int]],
+        shown: Sequence[bool],
+    ) -> Request:
+        """What the model is asked in B slots, as numpy arrays.
+
+        Args:
+          texts: the user's words of each slot.
+          pictures: condition pictures uint8 [h, w, 3] of each, of the same sizes in all slots.
+          roles: SOURCE or REFERENCE for each picture.
+          shown: False drops the pictures of a slot.
+        """
+        sizes = [picture.shape[:2] for picture in pictures[0]]
+        built = [self.build(text, sizes, x) for text, x in zip(texts, shown, strict=True)]
+        return Request(
+            input_ids=np.stack([x["input_ids"] for x in built]),
+            attention_mask=np.stack([x["attention_mask"] for x in built]),
+            position_ids=np.stack([x["position_ids"] for x in built]),
+            text_mask=np.stack([x["text_mask"] for x in built]),
+            pixel_values=np.stack([pixel_values(x, self.vlm_pixels) for x in pictures]),
+            conditions=tuple(map(np.stack, zip(*pictures, strict=True))),
+            condition_mask=np.array(shown),
+            roles=np.array(roles, np.int32).reshape(len(texts), len(sizes)),
+        )
 
 
 def text_tokens(config: Mapping[str, Any], pictures: int) -> int:
-    """T, the text tokens of a batch's rows with so many condition pictures.
+    """T, the text tokens of a batch with so many condition pictures.
 
     Raises:
       InputError: config.data.text_tokens asks for more than the model reads, or for none.
@@ -284,13 +305,3 @@ def text_tokens(config: Mapping[str, Any], pictures: int) -> int:
             f"config.model.max_text = {most}"
         )
     return count
-
-
-def make_layout(config: Mapping[str, Any]) -> PromptLayout:
-    """The layout of token rows that a config asks for. Raises: InputError (no tokenizer)."""
-    model = config["model"]
-    place = config["data"]["tokenizer"] or config["init"]["vlm"]
-    if not place:
-        raise InputError("no tokenizer; give its folder as config.data.tokenizer")
-    tokenizer = load_tokenizer(hub.component_folder(place, "tokenizer"))
-    return PromptLayout(tokenizer, model["max_text"], model["num_queries"], model["vlm_pixels"])

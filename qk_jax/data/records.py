@@ -6,51 +6,65 @@ One record is
 
 The header names its blobs in order (`"blobs": [{"name": ..., "size": bytes}, ...]`); everything
 else in it is free (caption, task, licence, ...). Files are written with `group_size:1`, so that any
-record can be read by its number in one small read. Beside `NAME.array_record` lies
-`NAME.array_record.index.npy`, a structured array with one row per record (`INDEX_DTYPE`): what the
-batch plan must know before any record is opened.
+record can be read by its number in one small read. `NAME.array_record.index.npy`, a structured
+array with one element per record (`INDEX_DTYPE`), tells the batch plan what it must know before any
+record is opened.
 """
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import struct
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from array_record.python import array_record_module
 
+from qk_jax.base import files
 from qk_jax.base.errors import InputError
 
 INDEX_DTYPE = np.dtype(
-    [
-        ("width", "<u4"),
-        ("height", "<u4"),
-        ("pictures", "<u2"),
-        ("bytes", "<u4"),
-        ("task", "S24"),
-    ]
+    [("width", "<u4"), ("height", "<u4"), ("pictures", "<u2"), ("bytes", "<u4"), ("task", "S24")]
 )
 _HEADER_LENGTH = struct.Struct("<I")
 _HEADER_LIMIT = 1 << 24
 
 
 class Record(NamedTuple):
-    """One record: `header` (a dict without its blob table) and `blobs` by name."""
+    """One record: `header` (without its blob table) and `blobs` by name."""
 
-    header: dict
+    header: dict[str, Any]
     blobs: dict[str, bytes]
 
 
-def index_path(path: str | os.PathLike) -> Path:
-    """The side index that belongs to the record file `path`."""
-    return Path(f"{os.fspath(path)}.index.npy")
+class Entry(NamedTuple):
+    """A record to write, and what the side index says of it.
+
+    Attributes:
+      header: free JSON values.
+      blobs: encoded pictures and the like, by name, in order.
+      width, height: pixels of the picture that decides the bucket (the target).
+      pictures: number of condition pictures.
+      task: name of the task, empty for plain pictures; at most 24 ASCII characters.
+    """
+
+    header: Mapping[str, Any]
+    blobs: Mapping[str, bytes]
+    width: int
+    height: int
+    pictures: int = 0
+    task: str = ""
 
 
-def encode(header: Mapping, blobs: Mapping[str, bytes]) -> bytes:
+def index_path(path: files.PathLike) -> files.Path:
+    """The side index of the record file `path`."""
+    path = files.Path(path)
+    return path.with_name(f"{path.name}.index.npy")
+
+
+def encode(header: Mapping[str, Any], blobs: Mapping[str, bytes]) -> bytes:
     """One record as bytes. Raises: ValueError when the header already has a key 'blobs'."""
     if "blobs" in header:
         raise ValueError("the key 'blobs' of a record header is written by encode")
@@ -90,70 +104,29 @@ def decode(data: bytes, name: str = "record") -> Record:
     return Record(header, blobs)
 
 
-class RecordWriter:
-    """Writes a record file and its side index; both appear under their names only when complete.
+def write_records(path: files.PathLike, entries: Iterable[Entry]) -> int:
+    """Writes a record file and its side index; returns how many records.
 
-    Use as a context manager: an exception inside leaves nothing behind.
+    Both appear under their names only when complete; an error leaves nothing behind.
+
+    Raises: InputError when they cannot be written.
     """
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-        self._rows: list[tuple] = []
+    files.writable_folder(files.Path(path).parent, "the folder")
+    index = []
+    # The index gets its name first.
+    with files.beside(path) as part, files.beside(index_path(path)) as side:
+        writer = array_record_module.ArrayRecordWriter(str(part), "group_size:1")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._partial.touch()
-        except OSError as error:
-            raise InputError(
-                f"cannot write {self.path} ({error.strerror}); choose a folder that is writable"
-            ) from None
-        self._writer = array_record_module.ArrayRecordWriter(str(self._partial), "group_size:1")
-
-    def write(
-        self,
-        header: Mapping,
-        blobs: Mapping[str, bytes],
-        *,
-        width: int,
-        height: int,
-        pictures: int = 0,
-        task: str = "",
-    ) -> None:
-        """Appends one record.
-
-        Args:
-          header: free JSON values.
-          blobs: encoded pictures and the like, by name, in order.
-          width, height: pixels of the picture that decides the bucket (the target).
-          pictures: number of condition pictures.
-          task: name of the task, empty for plain pictures; at most 24 ASCII characters.
-        """
-        data = encode(header, blobs)
-        self._writer.write(data)
-        self._rows.append((width, height, pictures, len(data), task.encode("ascii")))
-
-    def __enter__(self) -> RecordWriter:
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        self._writer.close()
-        if kind is not None:
-            self._partial.unlink(missing_ok=True)
-            return
-        side = index_path(self._partial)
-        np.save(side, np.array(self._rows, INDEX_DTYPE))
-        os.replace(side, index_path(self.path))
-        os.replace(self._partial, self.path)
-
-
-def write_records(path: str | os.PathLike, rows: Iterable[Mapping]) -> int:
-    """Writes an iterable of keyword dicts for `RecordWriter.write`; returns how many."""
-    count = 0
-    with RecordWriter(path) as writer:
-        for row in rows:
-            writer.write(**row)
-            count += 1
-    return count
+            for entry in entries:
+                data = encode(entry.header, entry.blobs)
+                writer.write(data)
+                index.append((*entry[2:5], len(data), entry.task.encode("ascii")))
+        finally:
+            writer.close()
+        buffer = io.BytesIO()
+        np.save(buffer, np.array(index, INDEX_DTYPE))
+        side.write_bytes(buffer.getvalue())
+    return len(index)
 
 
 class RecordFile:
@@ -162,14 +135,14 @@ class RecordFile:
     Raises: InputError for a file that is missing, truncated, or does not fit its side index.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = os.fspath(path)
-        self._reader = None
-        if not os.path.isfile(self.path):
+    def __init__(self, path: files.PathLike):
+        self.path = files.Path(path)
+        self._reader: Any = None
+        if not self.path.is_file():
             raise InputError(f"there is no record file {self.path}; name one that exists")
         side = index_path(self.path)
         try:
-            self.index = np.load(side, allow_pickle=False)
+            self.index: np.ndarray = np.load(io.BytesIO(side.read_bytes()), allow_pickle=False)
         except FileNotFoundError:
             raise InputError(
                 f"the side index {side} is missing; copy it too or write the file again"
@@ -182,43 +155,41 @@ class RecordFile:
                 "it belongs to another version: write the file again"
             )
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_reader": None}
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def _open(self):
-        if self._reader is None:
-            try:
-                reader = array_record_module.ArrayRecordReader(self.path, "readahead_buffer_size:0")
-                count = reader.num_records()
-            except (ValueError, RuntimeError, OSError) as error:
-                raise InputError(
-                    f"{self.path} cannot be opened; it is truncated or no ArrayRecord file: "
-                    f"copy it again ({str(error).splitlines()[0]})"
-                ) from None
-            if count != len(self):
-                raise InputError(
-                    f"{self.path} has {count} records, its side index {len(self)}; "
-                    "file and index belong to different versions: copy both again"
-                )
-            self._reader = reader
-        return self._reader
+    def _open(self) -> Any:
+        try:
+            reader = array_record_module.ArrayRecordReader(
+                str(self.path), "readahead_buffer_size:0"
+            )
+            count = reader.num_records()
+        except (ValueError, RuntimeError, OSError) as error:
+            raise InputError(
+                f"{self.path} cannot be opened; it is truncated or no ArrayRecord file: "
+                f"copy it again ({str(error).splitlines()[0]})"
+            ) from None
+        if count != len(self):
+            raise InputError(
+                f"{self.path} has {count} records, its side index {len(self)}; "
+                "file and index belong to different versions: copy both again"
+            )
+        return reader
 
-    def raw(self, number: int) -> bytes:
-        """The bytes of record `number`. Raises: IndexError, InputError when it cannot be read."""
+    def __getitem__(self, number: int) -> Record:
+        """Record `number`. Raises: IndexError; InputError when it cannot be read."""
         if not 0 <= number < len(self):
             raise IndexError(f"record {number} of {len(self)} in {self.path}")
-        reader = self._open()
+        if self._reader is None:
+            self._reader = self._open()
         try:
-            (data,) = reader.read([int(number)])
+            (data,) = self._reader.read([int(number)])
         except (ValueError, RuntimeError, OSError, IndexError) as error:
             raise InputError(
                 f"record {number} of {self.path} cannot be read; the file is truncated or "
                 f"damaged: copy it again ({str(error).splitlines()[0]})"
             ) from None
-        return data
-
-    def __getitem__(self, number: int) -> Record:
-        return decode(self.raw(number), f"record {number} of {self.path}")
+        return decode(data, f"record {number} of {self.path}")

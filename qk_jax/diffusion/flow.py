@@ -1,4 +1,4 @@
-"""Flow matching: x_t = (1 - t) x0 + t noise, velocity noise - x0, and the law that t is drawn from.
+"""Flow matching: x_t = (1 - t) x0 + t noise, velocity noise - x0, and the distribution of t.
 
 t runs from 0 (the picture) to 1 (pure noise), as sigma does in diffusers' flow-matching scheduler.
 """
@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from qk_jax.base.errors import InputError
 
@@ -46,7 +47,7 @@ class TimeLaw:
     base_tokens: int = 256
     max_tokens: int = 8192
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.distribution not in DISTRIBUTIONS:
             raise InputError(
                 f"time.distribution is {self.distribution!r}; choose one of {DISTRIBUTIONS}"
@@ -66,15 +67,15 @@ class TimeLaw:
         )
 
 
-def shift(u: jax.Array, mu: float) -> jax.Array:
+def shift(u: Float[Array, "*any"], mu: float) -> Float[Array, "*any"]:
     """e^mu u / (1 + (e^mu - 1) u): moves times towards noise for mu > 0, keeps 0 and 1."""
     factor = math.exp(mu)
     return factor * u / (1.0 + (factor - 1.0) * u)
 
 
 def sample_timesteps(
-    rng: jax.Array, shape: tuple[int, ...], law: TimeLaw, tokens: int
-) -> jax.Array:
+    rng: Key[Array, ""], shape: tuple[int, ...], law: TimeLaw, tokens: int
+) -> Float[Array, "*shape"]:
     """Times in (0, 1), float32 of `shape`, for pictures of `tokens` packed target tokens."""
     if law.distribution == "uniform":
         u = jax.random.uniform(rng, shape, jnp.float32)
@@ -83,24 +84,30 @@ def sample_timesteps(
     return jnp.clip(shift(u, law.mu(tokens)), EDGE, 1.0 - EDGE)
 
 
-def interpolate(x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-    """x_t, float32 of x0's shape [B, ...], for t [B]."""
+def interpolate(
+    x0: Float[Array, " B *any"], noise: Float[Array, " B *any"], t: Float[Array, " B"]
+) -> Float[Array, " B *any"]:
+    """x_t, float32."""
     t = t.astype(jnp.float32).reshape(-1, *(1,) * (x0.ndim - 1))
     return (1.0 - t) * x0.astype(jnp.float32) + t * noise.astype(jnp.float32)
 
 
-def velocity_target(x0: jax.Array, noise: jax.Array) -> jax.Array:
+def velocity_target(
+    x0: Float[Array, " B *any"], noise: Float[Array, " B *any"]
+) -> Float[Array, " B *any"]:
     """dx_t / dt, float32."""
     return noise.astype(jnp.float32) - x0.astype(jnp.float32)
 
 
-def loss(prediction: jax.Array, target: jax.Array, weights: jax.Array | None = None) -> jax.Array:
-    """Mean squared error of each row, float32 [B].
+def loss(
+    prediction: Float[Array, "B tokens *any"],
+    target: Float[Array, "B tokens *any"],
+    weights: Shaped[Array, "B tokens"] | None = None,
+) -> Float[Array, " B"]:
+    """Mean squared error of each example, float32.
 
-    Args:
-      prediction, target: [B, N, ...].
-      weights: of the tokens, [B, N], for instance 0 for padding; a row's loss is the weighted
-        mean over its tokens, 0 when it has none. None weighs all alike.
+    With weights, for instance 0 for padding, it is the weighted mean over the tokens; 0 where all
+    are 0.
     """
     error = jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32))
     if weights is None:
@@ -111,6 +118,6 @@ def loss(prediction: jax.Array, target: jax.Array, weights: jax.Array | None = N
     return jnp.sum(tokens * weights, axis=1) / jnp.where(total > 0, total, 1.0)
 
 
-def t_bin(t: jax.Array, bins: int) -> jax.Array:
-    """The number of the equal part of [0, 1] that t lies in, int32 of t's shape."""
+def t_bin(t: Float[Array, " B"], bins: int) -> Int[Array, " B"]:
+    """Which of `bins` equal parts of [0, 1] has t."""
     return jnp.clip(jnp.floor(t * bins).astype(jnp.int32), 0, bins - 1)

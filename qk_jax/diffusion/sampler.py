@@ -14,13 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from qk_jax.base.errors import InputError
 from qk_jax.diffusion.flow import linear_shift
 
 SOLVERS = ("euler", "heun")
-# (x, sigma scalar) -> velocity of x's shape
-Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+Velocity = Callable[[Array, Array], Array]  # (x, sigma scalar) -> velocity of x's shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ScheduleConfig:
                 " give one of FlowMatchEulerDiscreteScheduler"
             )
         known = {field.name for field in dataclasses.fields(cls)}
-        arguments = dict(
+        arguments: dict[str, Any] = dict(
             use_dynamic_shifting=False, max_shift=1.15, max_image_seq_len=4096, shift_terminal=None
         )
         for key, value in values.items():
@@ -89,20 +89,15 @@ class ScheduleConfig:
         }
 
 
-def schedule(steps: int, tokens: int, config: ScheduleConfig) -> np.ndarray:
-    """Noise levels from 1 to 0, float32 [steps + 1].
-
-    Args:
-      steps: number of solver steps.
-      tokens: packed target tokens, height / 16 * width / 16 with an 8x VAE.
-      config: the schedule's.
+def schedule(steps: int, tokens: int, config: ScheduleConfig) -> Float[np.ndarray, " {steps}+1"]:
+    """Noise levels from 1 to 0, float32 [steps + 1], for packed target tokens (pixels / 16).
 
     Raises:
       InputError: fewer than one step.
     """
     if steps < 1:
         raise InputError(f"{steps} sampling steps are too few; take at least one")
-    sigmas = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
+    sigmas: np.ndarray = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
     if config.use_dynamic_shifting:
         factor = math.exp(config.mu(tokens))
         sigmas = factor / (factor + (1 / sigmas - 1))
@@ -115,14 +110,17 @@ def schedule(steps: int, tokens: int, config: ScheduleConfig) -> np.ndarray:
 
 
 def sample(
-    velocity: Velocity, noise: jax.Array, sigmas: jax.Array, solver: str = "euler"
-) -> jax.Array:
-    """Integrates dx / dsigma = velocity(x, sigma) along `sigmas`; float32 of noise's shape.
+    velocity: Velocity,
+    noise: Float[Array, "*any"],
+    sigmas: Float[Array | np.ndarray, " levels"],
+    solver: str = "euler",
+) -> Float[Array, "*any"]:
+    """Integrates dx / dsigma = velocity(x, sigma) along `sigmas`; float32.
 
     Args:
       velocity: the model; called once a step by 'euler', twice by 'heun'.
       noise: x at sigmas[0].
-      sigmas: [steps + 1], falling.
+      sigmas: falling noise levels, one more than steps.
       solver: 'euler' (first order) or 'heun' (second order; its last step is Euler's, so that the
         model is never asked at sigma = 0, which training does not reach).
 
@@ -133,11 +131,11 @@ def sample(
         raise InputError(f"there is no solver {solver!r}; choose one of {SOLVERS}")
     sigmas = jnp.asarray(sigmas, jnp.float32)
 
-    def euler(x, pair):
+    def euler(x: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
         now, after = pair
         return x + (after - now) * velocity(x, now).astype(jnp.float32), None
 
-    def heun(x, pair):
+    def heun(x: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
         now, after = pair
         first = velocity(x, now).astype(jnp.float32)
         second = velocity(x + (after - now) * first, after).astype(jnp.float32)
@@ -151,12 +149,12 @@ def sample(
 
 
 def guide(
-    full: jax.Array,
-    without_text: jax.Array,
-    without_both: jax.Array,
-    guidance: float | jax.Array,
-    image_guidance: float | jax.Array,
-) -> jax.Array:
+    full: Float[Array, "*any"],
+    without_text: Float[Array, "*any"],
+    without_both: Float[Array, "*any"],
+    guidance: float | Float[Array, ""],
+    image_guidance: float | Float[Array, ""],
+) -> Float[Array, "*any"]:
     """Classifier-free guidance over text and pictures (InstructPix2Pix, equation 3).
 
     Args:

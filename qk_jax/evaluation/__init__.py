@@ -1,19 +1,17 @@
-"""What a model has learnt, in figures, from records that it was not trained on.
+"""What a finished model has learnt, in figures, on subjects that it was not trained on.
 
-Evaluation during a training is `training.evals`; this room measures finished models.
+Evaluation during training is `training.evals`.
 """
 
 from qk_jax.evaluation.held_out import (
     LONG,
     SMOKE,
+    Case,
     Evaluator,
-    Example,
     Extent,
     captions,
     evaluate,
-    held_out_examples,
+    held_out_cases,
 )
 
-__all__ = [
-    "LONG", "SMOKE", "Evaluator", "Example", "Extent", "captions", "evaluate", "held_out_examples",
-]  # fmt: skip
+__all__ = ["LONG", "SMOKE", "Case", "Evaluator", "Extent", "captions", "evaluate", "held_out_cases"]

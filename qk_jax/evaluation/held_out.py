@@ -1,15 +1,14 @@
-"""What a model has learnt, in figures, from records that it was not trained on.
+"""What a model has learnt, in figures, on subjects that it was not trained on.
 
-Every figure is paired: the same records, the same noise and the same times for all phases of a
-training, so that phases can be compared.
+Every figure is paired: the same examples, noise and times for all phases of a training, so that
+phases can be compared.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -22,14 +21,13 @@ from qk_jax.data.synthesis.corpus import Corpus
 from qk_jax.evaluation import similarity
 from qk_jax.models.query_kontext import PACKED
 from qk_jax.painting.painter import Painter
-from qk_jax.painting.request import FULL, Request, Settings, request_of
+from qk_jax.painting.request import Request, Settings, request_of
 from qk_jax.pictures.grids import grid_of, vision_size
 
 Figures = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Example:
+class Case(NamedTuple):
     """A request with the picture that it should give, uint8 [H, W, 3] of the request's size."""
 
     request: Request
@@ -41,13 +39,14 @@ class Extent:
     """How much is measured.
 
     Attributes:
-      records: held-out records of each task; a multiple of `batch`.
-      batch: rows of every program.
+      records: held-out examples of each task; a multiple of `batch`.
+      batch: slots of every program.
       times: where on the way from picture (0) to noise (1) the loss is taken.
       captions: training captions among which a painted picture is looked up.
       words: settings of pictures painted from words alone, which have many right answers.
       pictures: settings of pictures painted from pictures, which have one: without guidance, since
         the squared error is judged.
+      sheet: pictures of each task that are shown to people.
     """
 
     records: int = 32
@@ -58,7 +57,7 @@ class Extent:
     pictures: Settings = Settings(steps=12, guidance=1.0, image_guidance=1.0)
     sheet: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.records < 2 or self.records % self.batch:
             raise ValueError(f"{self.records} records are no multiple of the batch {self.batch}")
 
@@ -76,36 +75,33 @@ LONG = Extent(
 
 
 class Evaluator:
-    """Figures of one painter. All examples of a task have the same shapes."""
+    """Figures of one painter. All cases of a task have the same shapes."""
 
     def __init__(self, painter: Painter, extent: Extent):
-        self.painter, self.extent = copy.copy(painter), extent
-        # Stages are compared in all tasks, also in those that they were not trained for.
-        self.painter.limits = dataclasses.replace(painter.limits, max_references=len(TASKS))
+        self.painter, self.extent = painter, extent
 
     # ---- validation loss, with the right condition and with another record's -------------------
 
-    def losses(self, examples: Sequence[Example], shift: int = 0) -> np.ndarray:
-        """Loss [N] of each example, averaged over `extent.times`.
+    def losses(self, cases: Sequence[Case], shift: int = 0) -> np.ndarray:
+        """Loss [N] of each case, averaged over `extent.times`.
 
-        With `shift` an example gets text and pictures of the example `shift` places further; its
-        target, noise and times stay.
+        With `shift` a case gets text and pictures of the one `shift` further; its target, noise and
+        times stay.
         """
-        painter, rows = self.painter, self.extent.batch
-        height, width = examples[0].request.size
+        painter, slots = self.painter, self.extent.batch
+        height, width = cases[0].request.size
         out = []
-        for start in range(0, len(examples), rows):
-            chunk = examples[start : start + rows]
-            given = [examples[(start + i + shift) % len(examples)].request for i in range(rows)]
-            batch = painter.rows(given, FULL)
+        for start in range(0, len(cases), slots):
+            chunk = cases[start : start + slots]
+            given = [cases[(start + i + shift) % len(cases)].request for i in range(slots)]
+            batch = painter.collate(given)
             context, mask = painter.programs.context(painter.params, batch)
-            target = painter.programs.encode(
-                painter.params, np.stack([example.truth for example in chunk])
-            )
+            truth = np.stack([case.truth for case in chunk])
+            target = painter.programs.encode(painter.params, truth)
             latents = painter.latents(batch)
             means = []
             for time in self.extent.times:
-                noise = [painter.noise(self._noised(e.request, time)) for e in chunk]
+                noise = [painter.noise(_noised(case.request, time)) for case in chunk]
                 means.append(
                     painter.programs.loss(
                         painter.params, target, np.stack(noise), time, context, mask, latents,
@@ -116,41 +112,37 @@ class Evaluator:
             out.append(np.mean(np.asarray(means, np.float64), axis=0))
         return np.concatenate(out)
 
-    def _noised(self, request: Request, time: float) -> Request:
-        """The same request with noise of its own for each time, unlike that of painting."""
-        return dataclasses.replace(request, number=1_000_000 + round(1000 * time))
-
-    def margin(self, examples: Sequence[Example]) -> Figures:
+    def margin(self, cases: Sequence[Case]) -> Figures:
         """Validation loss with right and with shuffled conditions, and their paired difference."""
-        right = self.losses(examples)
-        shuffled = self.losses(examples, shift=len(examples) // 2)
+        right = self.losses(cases)
+        shuffled = self.losses(cases, shift=len(cases) // 2)
         margin, error = similarity.mean_and_error(shuffled - right)
         return {
             "loss": float(right.mean()),
             "loss_shuffled": float(shuffled.mean()),
             "margin": margin,
             "margin_standard_error": error,
-            "records": len(examples),
+            "records": len(cases),
         }
 
     # ---- painted pictures against the truth ----------------------------------------------------
 
-    def fidelity(self, examples: Sequence[Example], painted: Sequence[np.ndarray]) -> Figures:
+    def fidelity(self, cases: Sequence[Case], painted: Sequence[np.ndarray]) -> Figures:
         """PSNR against the truth of the painted picture, and of copying a condition picture."""
-        truth = np.stack([example.truth for example in examples])
+        truth = np.stack([case.truth for case in cases])
         ours = similarity.psnr(np.stack(painted), truth)
         figures = {"psnr": float(ours.mean())}
         figures["psnr_standard_error"] = similarity.mean_and_error(ours)[1]
-        if examples[0].request.pictures:
-            copy = best_copies(examples)
+        if cases[0].request.pictures:
+            copy = best_copies(cases)
             figures["psnr_copy"] = float(copy.mean())
             gain, error = similarity.mean_and_error(ours - copy)
             figures |= {"gain_over_copy": gain, "gain_standard_error": error}
         return figures
 
-    def paint(self, examples: Sequence[Example]) -> list[np.ndarray]:
+    def paint(self, cases: Sequence[Case]) -> list[np.ndarray]:
         """The picture that the model paints for each example."""
-        requests = [example.request for example in examples]
+        requests = [case.request for case in cases]
         has_pictures = bool(requests[0].pictures)
         return self.painter.paint(
             requests, self.extent.pictures if has_pictures else self.extent.words
@@ -160,32 +152,33 @@ class Evaluator:
 
     def embed(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
         """Mean feature of the frozen vision tower: pictures of one size -> [N, D]."""
-        area, rows = self.painter.config.vlm_pixels, self.extent.batch
-        grid = grid_of(*vision_size(*pictures[0].shape[:2], area))
+        area, slots = self.painter.config.vlm_pixels, self.extent.batch
+        height, width = pictures[0].shape[:2]
+        grid = grid_of(*vision_size(height, width, area))
         out = []
-        for start in range(0, len(pictures), rows):
-            chunk = list(pictures[start : start + rows])
-            filled = chunk + chunk[-1:] * (rows - len(chunk))
+        for start in range(0, len(pictures), slots):
+            chunk = list(pictures[start : start + slots])
+            filled = chunk + chunk[-1:] * (slots - len(chunk))
             patches = np.stack([prompts.pixel_values([x], area) for x in filled])
             pooled = self.painter.programs.pool(self.painter.params, patches, grid=grid)
             out.append(np.asarray(pooled)[: len(chunk)])
         return np.concatenate(out)
 
-    def retrieval(self, examples: Sequence[Example], painted: Sequence[np.ndarray]) -> Figures:
+    def retrieval(self, cases: Sequence[Case], painted: Sequence[np.ndarray]) -> Figures:
         """How often the right picture is the nearest to the painted one, or among the nearest five.
 
         Two spaces: 'pixels' are the colours of an 8 x 8 grid, 'vision' the frozen vision tower's
         pooled features; see `similarity.ranks`. Chance is 1 / N and 5 / N.
         """
-        truth = [example.truth for example in examples]
+        truth = [case.truth for case in cases]
         spaces = {
             "pixels": lambda x: similarity.coarse(np.stack(x)),
             "vision": self.embed,
         }
         figures: Figures = {
-            "captions": len(examples),
-            "chance_top1": 1 / len(examples),
-            "chance_top5": min(1.0, 5 / len(examples)),
+            "captions": len(cases),
+            "chance_top1": 1 / len(cases),
+            "chance_top5": min(1.0, 5 / len(cases)),
         }
         for name, features in spaces.items():
             ranks = similarity.ranks(features(list(painted)), features(truth))
@@ -198,7 +191,7 @@ class Evaluator:
 
     # ---- the same picture as source and as reference (Table 9 of the paper) --------------------
 
-    def roles(self, examples: Sequence[Example]) -> Figures:
+    def roles(self, cases: Sequence[Case]) -> Figures:
         """Identity and freedom when one condition picture is given as source or as reference.
 
         Prompts, pictures, noise and weights are the same: only the positions of the picture's
@@ -206,12 +199,12 @@ class Evaluator:
         vision tower's pooled features, centred by the mean over all condition pictures. Freedom:
         `similarity.layout_change` and `similarity.displacement` of the contours.
         """
-        pictures = np.stack([example.request.pictures[0] for example in examples])
+        pictures = np.stack([case.request.pictures[0] for case in cases])
         shown = self.embed(list(pictures))
         centre = shown.mean(axis=0)
         measured: dict[str, dict[str, np.ndarray]] = {}
         for role in ("source", "reference"):
-            requests = [with_role(example.request, role) for example in examples]
+            requests = [with_role(case.request, role) for case in cases]
             painted = np.stack(self.painter.paint(requests, self.extent.pictures))
             likeness = similarity.cosine(self.embed(list(painted)) - centre, shown - centre)
             measured[role] = {
@@ -220,7 +213,7 @@ class Evaluator:
                 "layout_change": similarity.layout_change(pictures, painted),
                 "displacement": similarity.displacement(pictures, painted),
             }
-        figures: Figures = {"records": len(examples)}
+        figures: Figures = {"records": len(cases)}
         for name in measured["source"]:
             source, reference = measured["source"][name], measured["reference"][name]
             difference, error = similarity.mean_and_error(source - reference)
@@ -233,11 +226,16 @@ class Evaluator:
         return figures
 
 
-def held_out_examples(run: ConfigDict, count: int) -> dict[str, list[Example]]:
-    """`count` validation examples of every task, of one shape per task, fixed for good.
+def _noised(request: Request, time: float) -> Request:
+    """The same request with noise of its own for each time, unlike that of painting."""
+    return dataclasses.replace(request, number=1_000_000 + round(1000 * time))
+
+
+def held_out_cases(run: ConfigDict, count: int) -> dict[str, list[Case]]:
+    """`count` validation cases of every task, of one shape per task, always the same.
 
     All have the training's first size, compositions its widest and two references; so few programs
-    are compiled. Each example has a first subject of its own.
+    are compiled. Each case has a first subject of its own.
 
     Args:
       run: a training config, whose sizes and validation seed are used.
@@ -245,28 +243,26 @@ def held_out_examples(run: ConfigDict, count: int) -> dict[str, list[Example]]:
     """
     settings = _task_settings(run)
     widest = max(settings.sizes, key=lambda size: size[1] / size[0])
+    corpus = Corpus("validation", run.data.corpus)
     out = {}
     for task in TASKS:
         composed = task == "composition"
         found = tasks.examples(
-            "validation", task, count, settings=settings,
-            corpus=Corpus("validation", run.data.corpus or None),
-            size=widest if composed else settings.sizes[0],
-            pictures=2 if composed else None,
+            "validation", task, count, settings=settings, corpus=corpus,
+            size=widest if composed else settings.sizes[0], pictures=2 if composed else None,
         )  # fmt: skip
-        out[task] = [Example(request_of(x, number=n), x.target) for n, x in enumerate(found)]
+        out[task] = [Case(request_of(x, number=n), x.target) for n, x in enumerate(found)]
     return out
 
 
-def captions(run: ConfigDict, count: int) -> list[Example]:
+def captions(run: ConfigDict, count: int) -> list[Case]:
     """`count` captions of the training split with their pictures on white, for retrieval."""
     settings = _task_settings(run)
     found = tasks.examples(
         "train", "text_to_image", count, settings=settings,
-        corpus=Corpus("train", run.data.corpus or None),
-        size=settings.sizes[0], kind="plain",
+        corpus=Corpus("train", run.data.corpus), size=settings.sizes[0], kind="plain",
     )  # fmt: skip
-    return [Example(request_of(x, number=10_000 + n), x.target) for n, x in enumerate(found)]
+    return [Case(request_of(x, number=10_000 + n), x.target) for n, x in enumerate(found)]
 
 
 def _task_settings(run: ConfigDict) -> TaskSettings:
@@ -274,16 +270,15 @@ def _task_settings(run: ConfigDict) -> TaskSettings:
     return TaskSettings(sizes, run.data.reference_size, run.validation.seed)
 
 
-def best_copies(examples: Sequence[Example]) -> np.ndarray:
+def best_copies(cases: Sequence[Case]) -> np.ndarray:
     """PSNR [N] of the condition picture that is nearest to the truth, shown whole at its size."""
     best = []
-    for example in examples:
-        size = example.request.size[::-1]
+    for request, truth in cases:
         copies = [
-            np.asarray(ImageOps.pad(Image.fromarray(picture), size, color="white"))
-            for picture in example.request.pictures
+            np.asarray(ImageOps.pad(Image.fromarray(picture), request.size[::-1], color="white"))
+            for picture in request.pictures
         ]
-        best.append(max(float(similarity.psnr(copy, example.truth)) for copy in copies))
+        best.append(max(float(similarity.psnr(copy, truth)) for copy in copies))
     return np.asarray(best)
 
 
@@ -298,8 +293,8 @@ def with_role(request: Request, role: str) -> Request:
 def evaluate(
     painter: Painter,
     extent: Extent,
-    held_out: Mapping[str, Sequence[Example]],
-    captions: Sequence[Example],
+    held_out: Mapping[str, Sequence[Case]],
+    captions: Sequence[Case],
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Figures, dict[str, list[np.ndarray]]]:
     """All figures of one model.
@@ -307,8 +302,8 @@ def evaluate(
     Args:
       painter: with `batch` slots like the extent's.
       extent: how much is measured.
-      held_out: examples of each task, from subjects that were never trained on.
-      captions: text-to-image examples of the training split, for retrieval.
+      held_out: cases of each task, from subjects that were never trained on.
+      captions: text-to-image cases of the training split, for retrieval.
       say: called with a line for every finished part.
 
     Returns:
@@ -319,10 +314,9 @@ def evaluate(
     tasks: Figures = {}
     painted: dict[str, list[np.ndarray]] = {}
     for task in TASKS:
-        examples = held_out[task]
-        figures = evaluator.margin(examples)
-        painted[task] = evaluator.paint(examples)
-        figures |= evaluator.fidelity(examples, painted[task])
+        cases = held_out[task]
+        painted[task] = evaluator.paint(cases)
+        figures = evaluator.margin(cases) | evaluator.fidelity(cases, painted[task])
         tasks[task] = figures
         say(
             f"{task}: loss {figures['loss']:.4f}, with shuffled conditions "

@@ -9,10 +9,10 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import importlib.util
 import inspect
 import json
 import pathlib
+import runpy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -41,18 +41,16 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
         raise InputError(
             f"config file {path!r} does not exist; give --config configs/stage1.py:tiny"
         )
-    module_spec = importlib.util.spec_from_file_location(f"qk_config_{file.stem}", file)
-    module = importlib.util.module_from_spec(module_spec)
     root = str(file.parent.parent)  # so that `from configs import common` works from anywhere
     sys.path.insert(0, root)
     try:
-        module_spec.loader.exec_module(module)
+        get_config = runpy.run_path(str(file)).get("get_config")
     finally:
         sys.path.remove(root)
-    if not hasattr(module, "get_config"):
+    if get_config is None:
         raise InputError(f"config file {path!r} has no function get_config(size)")
-    takes_size = bool(inspect.signature(module.get_config).parameters)
-    config = module.get_config(size) if size and takes_size else module.get_config()
+    takes_size = bool(inspect.signature(get_config).parameters)
+    config = get_config(size) if size and takes_size else get_config()
     for name, text in (overrides or {}).items():
         override(config, name, text)
     return config.lock()
@@ -176,12 +174,10 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
     """The model's own config from the sections `model` and `lora`, of a ConfigDict or its JSON."""
     section = config["model"]
     vlm, kind = section["vlm"], section["vae"]["kind"]
-    kinds = {
-        "AutoencoderKL": vae.AutoencoderKLConfig,
-        "AutoencoderKLQwenImage": vae.QwenImageVAEConfig,
-    }
-    if kind not in kinds:
-        raise InputError(f"config field 'model.vae.kind' is {kind!r}; give one of {sorted(kinds)}")
+    if kind not in vae.KINDS:
+        raise InputError(
+            f"config field 'model.vae.kind' is {kind!r}; give one of {sorted(vae.KINDS)}"
+        )
     rank = config["lora"]["rank"]
     return _build(
         ModelConfig,
@@ -193,7 +189,7 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
             vision=_build(qwen_vision.VisionConfig, vlm["vision"]),
         ),
         mmdit=_build(mmdit.MMDiTConfig, section["mmdit"]),
-        vae=_build(kinds[kind], section["vae"]),
+        vae=_build(vae.KINDS[kind], section["vae"]),
         law=_build(rotary.PositionLaw, section["law"]),
         lora_scale=config["lora"]["alpha"] / rank if rank else 1.0,
         remat=section["remat"] or None,

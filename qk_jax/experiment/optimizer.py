@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import traverse_util
 
 from qk_jax.base import trees
 from qk_jax.base.errors import InputError
+from qk_jax.base.types import Tree
 from qk_jax.models.mmdit import UNUSED_IN_LAST_BLOCK
 
 
@@ -39,43 +39,44 @@ def schedule(config: Mapping[str, Any], steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, after], [warmup])
 
 
-def multipliers(params: Mapping[str, Any], rules: Sequence[tuple[str, float]], what: str) -> Any:
+def multipliers(params: Tree, rules: Sequence[tuple[str, float]], what: str) -> Tree:
     """A tree of factors: for each leaf the value of the first rule that matches its name.
+
+    Unlike the rules of a stage, some may match nothing: one table serves several stages.
 
     Raises:
       InputError: a leaf without a rule.
     """
-    flat = traverse_util.flatten_dict(params, sep="/")
     factors = {}
-    for name in flat:
+    for name in trees.flatten(params):
         index = trees.first_match(name, rules)
         if index is None:
             raise InputError(f"{what}: no rule covers {name!r}; end the rules with ('.*', number)")
         factors[name] = float(rules[index][1])
-    return traverse_util.unflatten_dict(factors, sep="/")
+    return trees.unflatten(factors)
 
 
-def decay_factors(params: Mapping[str, Any], rules: Sequence[tuple[str, float]]) -> Any:
+def decay_factors(params: Tree, rules: Sequence[tuple[str, float]]) -> Tree:
     """Weight-decay factors, zero for the last block's dead text branch.
 
     Its modules get no gradient, so that torch's AdamW skips them; here they get zeros, and decay
-    alone would shrink them. Blocks are stacked, hence a factor per layer [L, 1, ...].
+    alone would shrink them. Blocks are stacked, hence a factor per layer [layers, 1, ...].
     """
-    flat = traverse_util.flatten_dict(multipliers(params, rules, "optimizer.decay"), sep="/")
-    arrays = traverse_util.flatten_dict(params, sep="/")
+    flat = trees.flatten(multipliers(params, rules, "optimizer.decay"))
+    arrays = trees.flatten(params)
     for name, factor in flat.items():
         if re.fullmatch(rf"(lora/)?mmdit/{UNUSED_IN_LAST_BLOCK}", name):
             shape = arrays[name].shape
             column = np.full((shape[0],) + (1,) * (len(shape) - 1), factor, np.float32)
             column[-1] = 0.0
             flat[name] = column
-    return traverse_util.unflatten_dict(flat, sep="/")
+    return trees.unflatten(flat)
 
 
-def add_decay(weight: float, factors: Any) -> optax.GradientTransformation:
+def add_decay(weight: float, factors: Tree) -> optax.GradientTransformation:
     """Adds weight * factor * parameter to the update (decoupled decay, AdamW)."""
 
-    def update(updates, state, params):
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         return jax.tree.map(
             lambda u, p, f: u + (weight * f * p).astype(u.dtype), updates, params, factors
         ), state
@@ -83,10 +84,10 @@ def add_decay(weight: float, factors: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
-def scale_leaves(factors: Any) -> optax.GradientTransformation:
+def scale_leaves(factors: Tree) -> optax.GradientTransformation:
     """Multiplies each leaf's update by its own factor (rates per parameter name)."""
 
-    def update(updates, state, params=None):
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         return jax.tree.map(lambda u, f: u if f == 1.0 else u * f, updates, factors), state
 
@@ -100,7 +101,7 @@ class Optimizer(NamedTuple):
     rate: optax.Schedule
 
 
-def build(config: Mapping[str, Any], params: Mapping[str, Any], steps: int) -> Optimizer:
+def build(config: Mapping[str, Any], params: Tree, steps: int) -> Optimizer:
     """AdamW for the trained tree `params` (arrays or shapes), from the section `optimizer`.
 
     Order: clip by global norm, Adam moments (float32), decoupled decay, factor per name, rate.
@@ -115,7 +116,7 @@ def build(config: Mapping[str, Any], params: Mapping[str, Any], steps: int) -> O
     return Optimizer(optax.chain(*parts), rate)
 
 
-def ema_update(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
+def ema_update(ema: Tree, params: Tree, step: jax.Array, decay: float) -> Tree:
     """ema + (1 - d) (params - ema), d = min(decay, (1 + step) / (10 + step)).
 
     The rising d keeps the start of training from weighing on short runs. `step` counts finished

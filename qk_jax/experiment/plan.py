@@ -10,13 +10,13 @@ import dataclasses
 import functools
 import logging
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax.core import meta
 from flax.linen import LogicallyPartitioned
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from qk_jax import sharding
@@ -41,7 +41,7 @@ class Plan:
       config: of the run, locked.
       stage: its stage; `stage.parts` and `stage.rules` with the alignment head where it is on.
       model: modules and configs of the towers.
-      mesh: of the devices, which need not be here (AbstractMesh).
+      mesh: of the devices, which need not be here.
       boxed: abstract parameters of the whole stage with their logical axes.
       params: ShapeDtypeStructs of the trained leaves, float32, sharded as they are between steps.
       frozen: ShapeDtypeStructs of the frozen leaves, in dtype.frozen.
@@ -52,7 +52,7 @@ class Plan:
     config: ConfigDict
     stage: stages.Stage
     model: QueryKontext
-    mesh: Mesh | AbstractMesh
+    mesh: Mesh
     boxed: Tree
     params: Tree
     frozen: Tree
@@ -61,7 +61,7 @@ class Plan:
 
     @classmethod
     def build(
-        cls, config: ConfigDict, mesh: Mesh | AbstractMesh | None = None, *, check: bool = True
+        cls, config: ConfigDict, mesh: sharding.AnyMesh | None = None, *, check: bool = True
     ) -> Plan:
         """Resolves a config.
 
@@ -90,7 +90,7 @@ class Plan:
             config=config,
             stage=stage,
             model=model,
-            mesh=mesh,
+            mesh=cast(Mesh, mesh),  # an abstract one serves until something is compiled
             boxed=boxed,
             params=_sharded(trained, column(trained, "optimizer")),
             frozen=_sharded(frozen, column(frozen, "params")),
@@ -146,23 +146,23 @@ class Plan:
         )
 
     @functools.cached_property
-    def prompts(self) -> prompts.PromptLayout:
-        """The token layout: how instruction, pictures and queries become tokens.
+    def prompts(self) -> prompts.PromptBuilder:
+        """How instruction, pictures and queries become tokens.
 
         Raises:
           InputError: there is no tokenizer, or it is not the VLM's.
         """
-        layout, model = prompts.make_layout(self.config), self.config.model
+        builder, model = prompts.PromptBuilder.from_config(self.config), self.config.model
         for name, found, wanted in (
-            ("tail_tokens", layout.tail_tokens, model.tail_tokens),
-            ("vlm.image_token_id", layout.image_token_id, model.vlm.image_token_id),
+            ("tail_tokens", builder.tail_tokens, model.tail_tokens),
+            ("vlm.image_token_id", builder.image_token_id, model.vlm.image_token_id),
         ):
             if found != wanted:
                 raise InputError(
                     f"the tokenizer gives {name} = {found}, config.model.{name} is {wanted}; "
                     "set data.tokenizer to the VLM's tokenizer, or the field"
                 )
-        return layout
+        return builder
 
     @property
     def everything(self) -> Tree:

@@ -23,7 +23,7 @@ class TrainState(flax.struct.PyTreeNode):
       ema: moving average of `params`, float32, or {} when it is off.
     """
 
-    step: jax.Array
+    step: Any
     params: Tree
     opt_state: Any
     ema: Tree

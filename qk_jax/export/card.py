@@ -70,7 +70,7 @@ def settings(painter: Painter) -> dict[str, Any]:
     return {
         "max_text": config.max_text,
         "vlm_pixels": config.vlm_pixels,
-        "system": painter.layout.system,
+        "system": painter.prompts.system,
         "sizes": " ".join(f"{width}x{height}" for height, width in limits.sizes),
         "reference_size": limits.reference_size,
         "max_references": limits.max_references,

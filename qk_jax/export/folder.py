@@ -10,6 +10,7 @@ from qk_jax import painting
 from qk_jax.base import files, hub
 from qk_jax.base.errors import InputError
 from qk_jax.base.files import GIGABYTE
+from qk_jax.base.types import Tree
 from qk_jax.checkpoints.run_folder import Loaded
 from qk_jax.data import prompts
 from qk_jax.export import card
@@ -18,14 +19,7 @@ from qk_jax.painting import Painter
 from qk_jax.pictures.grids import MERGE, PATCH, vision_size
 from qk_jax.weights import safetensors, tables
 from qk_jax.weights.read import shapes_of
-from qk_jax.weights.write import (
-    Params,
-    export_lora,
-    export_mmdit,
-    export_vae,
-    export_vlm,
-    spill,
-)
+from qk_jax.weights.write import export_lora, export_model, torch_tensors
 
 HERE = files.Path(__file__).parent
 INDEX = "model_index.json"
@@ -40,8 +34,8 @@ class Adapter(NamedTuple):
       scale: alpha / rank.
     """
 
-    base: Params
-    weights: Params
+    base: Tree
+    weights: Tree
     scale: float
 
 
@@ -91,14 +85,16 @@ def export_pipeline(
     transformer = params["mmdit"] if adapter is None else adapter.base
     original = _original_vae(loaded)
     with files.fresh_folder(folder, INDEX) as part:
-        shards = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
-        export_vlm(params["vlm"], config.vlm, part / "text_encoder", **shards)
-        export_mmdit(transformer, config.mmdit, part / "transformer", **shards)
-        export_vae(params["vae"], config.vae, part / "vae", original=original, **shards)
+        for name, tree, its_config, source in (
+            ("text_encoder", params["vlm"], config.vlm, None),
+            ("transformer", transformer, config.mmdit, None),
+            ("vae", params["vae"], config.vae, original),
+        ):
+            export_model(tree, its_config, part / name, dtype, max_shard_bytes, source)
         if adapter is not None:
-            export_lora(adapter.weights, adapter.scale, tables.mmdit(), part, dtype)
+            export_lora(adapter.weights, adapter.scale, part, dtype)
         _export_kontext(painter, part / "kontext", dtype)
-        _export_tokenizer(painter.layout, part / "tokenizer")
+        _export_tokenizer(painter.prompts, part / "tokenizer")
         _export_processor(painter, part / "processor")
         files.write_json(part / "scheduler" / "scheduler_config.json", painter.schedule.to_hf())
         (HERE / "pipeline.py").copy(part / "pipeline.py")
@@ -118,12 +114,12 @@ def _original_vae(loaded: Loaded) -> files.Path | None:
         values = files.read_json(folder / "config.json")
     except InputError:
         return None
-    return folder if values.get("_class_name") == config.to_hf()["_class_name"] else None
+    return folder if values.get("_class_name") == vae.kind(config) else None
 
 
-def _export_tokenizer(layout: prompts.PromptLayout, folder: files.Path) -> None:
-    """The tokenizer for transformers 4 and 5, with the training's layout as its chat template."""
-    layout.tokenizer.save_pretrained(str(folder))
+def _export_tokenizer(builder: prompts.PromptBuilder, folder: files.Path) -> None:
+    """The tokenizer for transformers 4 and 5, with the training's prompts as its chat template."""
+    builder.tokenizer.save_pretrained(str(folder))
     file = folder / "tokenizer_config.json"
     values = files.read_json(file)
     # transformers 4 knows the list under its old name only, 5 under both.
@@ -131,7 +127,7 @@ def _export_tokenizer(layout: prompts.PromptLayout, folder: files.Path) -> None:
     for name in ("is_local", "local_files_only"):  # of the folder that it was read from
         values.pop(name, None)
     files.write_json(file, values)
-    template = prompts.chat_template(layout.system)
+    template = prompts.chat_template(builder.system)
     files.write_text(folder / "chat_template.jinja", template)
 
 
@@ -156,14 +152,14 @@ def _export_processor(painter: Painter, folder: files.Path) -> None:
         "image_mean": [round(float(mean), 8) for mean in prompts.CLIP_MEAN],
         "image_std": [round(float(std), 8) for std in prompts.CLIP_STD],
     }
-    _export_tokenizer(painter.layout, folder)
+    _export_tokenizer(painter.prompts, folder)
     files.write_json(folder / "preprocessor_config.json", values)
 
 
 def _export_kontext(painter: Painter, folder: files.Path, dtype: Any) -> None:
     """Queries and connector, which have no class in transformers or diffusers."""
     params = {name: painter.params[name] for name in ("queries", "connector")}
-    tensors = spill(tables.glue(), params, shapes_of(params), dtype)
+    tensors = torch_tensors(tables.glue(), params, shapes_of(params), dtype)
     safetensors.write_tensors(folder, "diffusion_pytorch_model", tensors)
     values = {
         "_class_name": "Kontext",
@@ -176,7 +172,6 @@ def _export_kontext(painter: Painter, folder: files.Path, dtype: Any) -> None:
 
 def _index(painter: Painter) -> dict[str, Any]:
     """The content of model_index.json."""
-    is_video = isinstance(painter.config.vae, vae.QwenImageVAEConfig)
     return {
         "_class_name": ["pipeline", "QueryKontextPipeline"],
         "kontext": ["kontext", "Kontext"],
@@ -184,6 +179,6 @@ def _index(painter: Painter) -> dict[str, Any]:
         "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
         "tokenizer": ["transformers", "Qwen2TokenizerFast"],
         "transformer": ["diffusers", "QwenImageTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKLQwenImage" if is_video else "AutoencoderKL"],
+        "vae": ["diffusers", vae.kind(painter.config.vae)],
         **card.settings(painter),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,9 +21,9 @@ from qk_jax.export import card
 from qk_jax.export.folder import INDEX, Adapter, separate
 from qk_jax.models import lora, mmdit, query_kontext
 from qk_jax.weights import tables
-from qk_jax.weights.read import mmdit_shapes, shapes_of, vae_shapes, vae_table, vlm_shapes
-from qk_jax.weights.safetensors import TensorFolder
-from qk_jax.weights.write import lora_tensors, spill
+from qk_jax.weights.read import shapes, shapes_of
+from qk_jax.weights.safetensors import Tensor, TensorFolder
+from qk_jax.weights.write import lora_tensors, torch_tensors
 
 # What float32 sums in another order explain: relative to the largest value, and of 255.
 TOLERANCE = 1e-4
@@ -89,34 +89,37 @@ def tensors(
     config, params, folder = painter.config, painter.params, files.Path(folder)
     glue = {name: params[name] for name in ("queries", "connector")}
     generator = params["mmdit"] if adapter is None else adapter.base
-    vlm_table = tables.vlm(config.vlm.tie_word_embeddings)
-    for name, table, tree, shapes in (
-        ("text_encoder", vlm_table, params["vlm"], vlm_shapes(config.vlm)),
-        ("transformer", tables.mmdit(), generator, mmdit_shapes(config.mmdit)),
-        ("vae", vae_table(config.vae), params["vae"], vae_shapes(config.vae)),
-        ("kontext", tables.glue(), glue, shapes_of(glue)),
+    for name, tree, its_config in (
+        ("text_encoder", params["vlm"], config.vlm),
+        ("transformer", generator, config.mmdit),
+        ("vae", params["vae"], config.vae),
     ):
-        ours = spill(table, tree, shapes)
+        table = tables.of(its_config)
+        ours = torch_tensors(table, tree, shapes(its_config))
         yield _compared(name, TensorFolder(folder / name), table, ours)
+    ours = torch_tensors(tables.glue(), glue, shapes_of(glue))
+    yield _compared("kontext", TensorFolder(folder / "kontext"), tables.glue(), ours)
     if adapter is not None:
-        ours = lora_tensors(adapter.weights, adapter.scale, tables.mmdit())
-        table = tables.lora(tables.mmdit(), "transformer.")
-        yield _compared("adapter", TensorFolder(folder / card.LORA_FILE), table, ours)
+        ours = lora_tensors(adapter.weights, adapter.scale)
+        source = TensorFolder(folder / card.LORA_FILE)
+        yield _compared("adapter", source, tables.lora(), ours)
 
 
 def _compared(
-    name: str, source: TensorFolder, table: tables.Table, tensors: Iterable[tuple[str, np.ndarray]]
+    name: str, source: TensorFolder, table: tables.Table, tensors: Mapping[str, Tensor]
 ) -> Line:
     """The largest difference between our tensors, in the file's dtype, and the file's."""
     worst = 0.0
-    for tensor, ours in tensors:
+    for tensor, lazy in tensors.items():
+        ours = lazy.make()
         if source.shapes.get(tensor) != ours.shape:
             found = source.shapes.get(tensor)
             raise InputError(
                 f"{source.path} has {tensor} of shape {found}, not {ours.shape}; export again"
             )
         theirs = source.read(tensor)
-        if table.locate(tensor).transform.taps:  # the others are for videos, and not ours
+        target = table.locate(tensor)
+        if target is not None and target.transform.taps:  # the others are for videos, and not ours
             ours, theirs = ours[:, :, -1], theirs[:, :, -1]
         ours = ours.astype(theirs.dtype).astype(np.float32)
         worst = max(worst, float(np.abs(ours - theirs.astype(np.float32)).max(initial=0)))
@@ -153,7 +156,7 @@ def _steps(painter: painting.Painter, pipe: Any, request: painting.Request) -> l
     """The lines of one example, in the order of the computation."""
     import torch
 
-    params, programs, batch = painter.params, painter.programs, painter.rows([request])
+    params, programs, batch = painter.params, painter.programs, painter.collate([request])
     states, velocity = _probes(programs.model)
     words, queries = states(params, {k: v for k, v in batch.items() if k != "roles"})
     context, mask = programs.context(params, batch)
@@ -166,7 +169,7 @@ def _steps(painter: painting.Painter, pipe: Any, request: painting.Request) -> l
     )  # fmt: skip
     decoded = programs.decode(params, noise[None])
     settings = painting.Settings(steps=4)
-    (painted,) = painter.paint_with_noise([request], [noise], settings)
+    (painted,) = painter.paint([request], settings, [noise])
 
     with torch.no_grad():
         their_states = pipe.encode_states(request.prompt, request.pictures)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Float
 
 from qk_jax.models import layers
 
@@ -14,7 +15,7 @@ from qk_jax.models import layers
 class Queries(nn.Module):
     """K learnable embeddings that the VLM turns into the kontext (paper, section 3; K = 128).
 
-    embedding [K, D], drawn from a normal of standard deviation `std`.
+    They are drawn from a normal of standard deviation `std`.
     """
 
     num_queries: int
@@ -22,7 +23,7 @@ class Queries(nn.Module):
     std: float = 0.02
 
     @nn.compact
-    def __call__(self) -> jax.Array:
+    def __call__(self) -> Float[Array, "K D"]:
         init = layers.boxed(nn.initializers.normal(self.std), ("queries", "embed"))
         return self.param("embedding", init, (self.num_queries, self.features), jnp.float32)
 
@@ -39,13 +40,13 @@ def _plus_minus(axis: int) -> layers.Initializer:
 
 
 class Connector(nn.Module):
-    """Two-layer MLP D -> 2 D -> D_out with a tanh GELU, applied to [text ; kontext] token-wise.
+    """Two-layer MLP D -> 2 D -> J with a tanh GELU, applied to [text ; kontext] token-wise.
 
-    With D = D_out it starts as the identity, since gelu(x) - gelu(-x) = x: a generator that was
+    With D = J it starts as the identity, since gelu(x) - gelu(-x) = x: a generator that was
     pretrained on the VLM's own states (Qwen-Image) understands the text from the first step, and
     what stage 1 adds is a change to it. With another width the start is random.
 
-    With D = D_out = 3584 it has 51.4 M parameters, the size the paper gives; the output width stays
+    With D = J = 3584 it has 51.4 M parameters, the size the paper gives; the output width stays
     that of the VLM so that one connector serves the head and, after it, the large generator, each
     of which normalises and projects its own context (`txt_norm`, `txt_in`).
     """
@@ -54,8 +55,7 @@ class Connector(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, states: jax.Array) -> jax.Array:
-        """states [B, T, D] -> [B, T, features]."""
+    def __call__(self, states: Float[Array, "B L D"]) -> Float[Array, "B L J"]:
         width = states.shape[-1]
         first, second = layers.lecun, layers.lecun
         if self.features == width:

@@ -1,6 +1,6 @@
 """Kernels that never write the scores to memory: splash attention on TPUs, cuDNN's on GPUs.
 
-Both see what one device holds, without a mesh. Block sizes are a table by TPU generation.
+Both see what one device holds, without a mesh. Shapes are those of `attention.attention`.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention
+from jaxtyping import Array, Bool, Float, Int
 
 from qk_jax import sharding
 
 MIN_LENGTH = 256  # tokens; below, scores are small and a kernel pads them to whole blocks
 LANES = 128  # of a TPU's vector registers: blocks of tokens are multiples
 PADDED = -1  # segment of the tokens that fill the last block
-Segments = tuple[jax.Array, jax.Array] | None
+Segments = tuple[Int[Array, "B query"], Int[Array, "B key"]] | None
 
 
 class Blocks(NamedTuple):
-    """Most tokens of a block for heads of 128, by how much VMEM a TensorCore lends to a kernel.
+    """Largest blocks in tokens for heads of 128, by the VMEM that a TensorCore lends to a kernel.
 
     Attributes:
-      query: rows of scores at a time.
+      query: queries at a time.
       key: keys and values fetched at a time.
       compute: keys and values multiplied at a time.
       backward: the three of the backward pass.
@@ -35,12 +36,10 @@ class Blocks(NamedTuple):
     compute: int
     backward: tuple[int, int, int]
 
-    def of(self, dim: int) -> Blocks:
-        """Those for heads of `dim` channels: wider ones, as the autoencoder's, take more VMEM."""
-        parts = -(-dim // LANES)
-        sizes = (*self[:3], *self.backward)
-        most = [max(LANES, size // parts // LANES * LANES) for size in sizes]
-        return Blocks(*most[:3], tuple(most[3:]))
+    def of(self, head_dim: int) -> Blocks:
+        """Those for heads of `head_dim`: wider ones, as the autoencoder's, take more VMEM."""
+        parts = -(-head_dim // LANES)
+        return jax.tree.map(lambda size: max(LANES, size // parts // LANES * LANES), self)
 
 
 # By JAX's device_kind. v5e, v5p and v4 lend 16 MiB by default, v6e and TPU7x 32 MiB.
@@ -59,21 +58,16 @@ BLOCKS = {
 }
 
 
-def tpu(kind: str) -> Blocks | None:
-    """The blocks of a kind of TPU, or None for one without."""
-    return BLOCKS.get(kind)
-
-
 def block(length: int, most: int) -> int:
-    """The block of at most `most` tokens that fills up `length` with the fewest; the largest such.
+    """The block of at most `most` tokens that pads `length` least; the largest such.
 
     A multiple of LANES. Among blocks of half of `most` or more, so that few are started.
     """
-    whole = -(-length // LANES) * LANES
+    whole = _padded(length, LANES)
     if whole <= most:
         return whole
     sizes = range(most - most % LANES, most // 2 - 1, -LANES)
-    return min(sizes, key=lambda size: -(-length // size) * size)
+    return min(sizes, key=lambda size: _padded(length, size))
 
 
 def _part(size: int, most: int) -> int:
@@ -82,100 +76,94 @@ def _part(size: int, most: int) -> int:
 
 
 def _padded(length: int, size: int) -> int:
-    """`length` filled up to whole blocks."""
     return -(-length // size) * size
 
 
-def _kernel(query: jax.Array, key: jax.Array, causal: bool):
-    """(the kernel for shapes [B, T, H, D] and [B, S, K, D], its padded numbers of either)."""
+def splash(
+    query: Float[Array, "B query heads head_dim"],
+    key: Float[Array, "B key kv_heads head_dim"],
+    value: Float[Array, "B key kv_heads head_dim"],
+    segments: Segments,
+    causal: bool,
+) -> Float[Array, "B query heads head_dim"]:
+    """Splash attention (jax.experimental.pallas.ops.tpu); interpreted outside a TPU."""
     platform, kind = sharding.target()
-    _, length, heads, dim = query.shape
+    batch, length, heads, dim = query.shape
     span = key.shape[1]
-    table = BLOCKS.get(kind, _SMALL).of(dim)
-    rows, columns = block(length, table.query), block(span, table.key)
-    length_padded, span_padded = _padded(length, rows), _padded(span, columns)
-    # Blocks of the backward pass divide what the forward pass padded.
-    back_query = _part(length_padded, table.backward[0])
-    back_key = _part(span_padded, table.backward[1])
-    sizes = splash_attention.BlockSizes(
-        block_q=rows,
-        block_kv=columns,
-        block_kv_compute=_part(columns, table.compute),
-        block_q_dkv=back_query,
-        block_kv_dkv=back_key,
-        block_kv_dkv_compute=_part(back_key, table.backward[2]),
-        use_fused_bwd_kernel=True,
-    )
-    shape = (length_padded, span_padded)
-    one = (
-        splash_attention.CausalMask(shape, offset=span - length)
+    most = BLOCKS.get(kind, _SMALL).of(dim)
+    query_block, key_block = block(length, most.query), block(span, most.key)
+    padded = (_padded(length, query_block), _padded(span, key_block))
+    back_key = _part(padded[1], most.backward[1])  # divides what the forward pass padded
+    one_head = (
+        splash_attention.CausalMask(padded, offset=span - length)
         if causal
-        else splash_attention.FullMask(shape)
+        else splash_attention.FullMask(padded)
     )
     kernel = splash_attention.make_splash_mha(
-        splash_attention.MultiHeadMask([one] * heads),
-        block_sizes=sizes,
+        splash_attention.MultiHeadMask([one_head] * heads),
+        block_sizes=splash_attention.BlockSizes(
+            block_q=query_block,
+            block_kv=key_block,
+            block_kv_compute=_part(key_block, most.compute),
+            block_q_dkv=_part(padded[0], most.backward[0]),
+            block_kv_dkv=back_key,
+            block_kv_dkv_compute=_part(back_key, most.backward[2]),
+            use_fused_bwd_kernel=True,
+        ),
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name="attention",
         interpret=platform != "tpu",
     )
-    return kernel, length_padded, span_padded
-
-
-def splash(
-    query: jax.Array, key: jax.Array, value: jax.Array, segments: Segments, causal: bool
-) -> jax.Array:
-    """Splash attention (jax.experimental.pallas.ops.tpu); shapes as `attention.attention`.
-
-    Outside a TPU it is interpreted.
-    """
-    rows, length, _, dim = query.shape
-    span = key.shape[1]
-    kernel, padded, span_padded = _kernel(query, key, causal)
-    if segments is None and (padded, span_padded) != (length, span):
-        segments = (jnp.zeros((rows, length), jnp.int32), jnp.zeros((rows, span), jnp.int32))
+    if segments is None and padded != (length, span):
+        segments = (jnp.zeros((batch, length), jnp.int32), jnp.zeros((batch, span), jnp.int32))
 
     def heads_first(x: jax.Array, count: int) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, count - x.shape[1]), (0, 0), (0, 0)))
         return jnp.swapaxes(x, 1, 2)
 
+    ids = None
     if segments is not None:
-        counts = (padded, span_padded)
-        segments = splash_attention.SegmentIds(*(
-            jnp.pad(ids, ((0, 0), (0, count - ids.shape[1])), constant_values=PADDED)
-            for ids, count in zip(segments, counts, strict=True)
+        ids = splash_attention.SegmentIds(*(
+            jnp.pad(x, ((0, 0), (0, count - x.shape[1])), constant_values=PADDED)
+            for x, count in zip(segments, padded, strict=True)
         ))  # fmt: skip
-    taken = named(
-        heads_first(query * dim**-0.5, padded),
-        heads_first(key, span_padded),
-        heads_first(value, span_padded),
+    inputs = named(
+        heads_first(query * dim**-0.5, padded[0]),
+        heads_first(key, padded[1]),
+        heads_first(value, padded[1]),
     )
-    out = jax.vmap(kernel)(*taken, segments)
+    out = jax.vmap(kernel)(*inputs, ids)
     return jnp.swapaxes(out, 1, 2)[:, :length].astype(query.dtype)
 
 
-def named(*taken: jax.Array) -> tuple[jax.Array, ...]:
-    """What attention takes, by the name that rematerialisation policies know it by."""
-    return tuple(checkpoint_name(x, "joint") for x in taken)
+def named(*inputs: jax.Array) -> tuple[jax.Array, ...]:
+    """The inputs of attention under the name by which rematerialisation policies know them."""
+    return tuple(checkpoint_name(x, "joint") for x in inputs)
 
 
-def cudnn_takes(query: jax.Array) -> bool:
+def cudnn_supports(query: Float[Array, "B query heads head_dim"]) -> bool:
     """Whether cuDNN's flash attention computes this: half precision, heads of up to 128."""
     return query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= 128
 
 
 def cudnn(
-    query: jax.Array, key: jax.Array, value: jax.Array, segments: Segments, causal: bool
-) -> jax.Array:
-    """cuDNN's flash attention; shapes as `attention.attention`."""
+    query: Float[Array, "B query heads head_dim"],
+    key: Float[Array, "B key kv_heads head_dim"],
+    value: Float[Array, "B key kv_heads head_dim"],
+    segments: Segments,
+    causal: bool,
+) -> Float[Array, "B query heads head_dim"]:
+    """cuDNN's flash attention."""
     query, key, value = named(query, key, value)
     hidden = mask(segments, query.shape[1], key.shape[1], causal)
     return jax.nn.dot_product_attention(query, key, value, mask=hidden, implementation="cudnn")
 
 
-def mask(segments: Segments, length: int, span: int, causal: bool) -> jax.Array | None:
-    """bool [B or 1, 1, T, S], True where a query may attend; None where everything may."""
+def mask(
+    segments: Segments, length: int, span: int, causal: bool
+) -> Bool[Array, "B_or_1 1 query key"] | None:
+    """True where a query may attend; None where everything may."""
     found = None
     if segments is not None:
         found = (segments[0][:, :, None] == segments[1][:, None, :])[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -12,16 +13,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
 
 from qk_jax.base.errors import InputError
+from qk_jax.base.types import Tree
+from qk_jax.sharding.rules import Rules
 
-LOGICAL_AXES = frozenset({
-    "embed", "mlp", "mlp_in", "heads", "heads_in", "kv_heads", "vocab", "modulation", "adapter",
-    "layers", "queries", "conv_in", "conv_out", "patch", "norm",
-})  # fmt: skip
+LOGICAL_AXES = frozenset(field.name for field in dataclasses.fields(Rules))
 
 Axes = tuple[str | None, ...]
-Initializer = Callable[..., jax.Array]
+Initializer = Callable[..., Any]
 lecun = nn.initializers.lecun_normal()
 
 
@@ -46,8 +47,8 @@ class Dense(nn.Module):
     in lora_b (`lora.scaled`), so that no model knows whether it is adapted (peft's LoraLayer).
 
     With `to_heads` the output is [..., heads, out / heads], with `from_heads` the input
-    [..., heads, in / heads]. The product itself has the axis of heads then, so that a compiler may
-    lay it before that of the tokens, as attention wants it, without a copy.
+    [..., heads, in / heads]. The product itself then has the axis of heads, so that a compiler may
+    order it before that of the tokens, as attention wants it, without a copy.
     """
 
     features: int
@@ -60,9 +61,9 @@ class Dense(nn.Module):
     bias_init: Initializer = nn.initializers.zeros_init()
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*any"]) -> Float[Array, "*features"]:
         entering = x.shape[-2:] if self.from_heads else x.shape[-1:]
-        leaving = (self.features,)
+        leaving: tuple[int, ...] = (self.features,)
         if self.to_heads:
             leaving = (self.to_heads, self.features // self.to_heads)
         shape = (math.prod(entering), self.features)
@@ -71,8 +72,8 @@ class Dense(nn.Module):
         kernel = kernel.astype(self.dtype).reshape(entering + leaving)
         y = jnp.tensordot(x, kernel, len(entering))
         if self.has_variable("lora", "lora_a"):
-            a = self.get_variable("lora", "lora_a").astype(self.dtype)
-            b = self.get_variable("lora", "lora_b").astype(self.dtype)
+            a: jax.Array = self.get_variable("lora", "lora_a").astype(self.dtype)
+            b: jax.Array = self.get_variable("lora", "lora_b").astype(self.dtype)
             low = jnp.tensordot(x, a.reshape(*entering, -1), len(entering))
             low = checkpoint_name(low, "lora")
             y = y + jnp.tensordot(low, b.reshape(-1, *leaving), 1)
@@ -89,7 +90,7 @@ class RMSNorm(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*any width"]) -> Float[Array, "*any width"]:
         ones = nn.initializers.ones_init()
         scale = self.param("scale", boxed(ones, ("norm",)), (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
@@ -98,27 +99,26 @@ class RMSNorm(nn.Module):
 
 
 class Embed(nn.Module):
-    """A table [vocab, embed]; `attend` gives logits with tied weights."""
+    """A table [vocab, D] of token embeddings."""
 
     num_embeddings: int
     features: int
     dtype: Any = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         init = boxed(nn.initializers.normal(0.02), ("vocab", "embed"))
         shape = (self.num_embeddings, self.features)
         self.embedding = self.param("embedding", init, shape, jnp.float32)
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        """ids [B, S] -> [B, S, D]."""
+    def __call__(self, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         return jnp.take(self.embedding.astype(self.dtype), ids, axis=0)
 
-    def attend(self, x: jax.Array) -> jax.Array:
-        """x [B, S, D] -> logits [B, S, vocab]."""
+    def attend(self, x: Float[Array, "B S D"]) -> Float[Array, "B S vocab"]:
+        """Logits with tied weights."""
         return x @ self.embedding.astype(self.dtype).T
 
 
-def layer_norm(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+def layer_norm(x: Float[Array, "*any width"], epsilon: float = 1e-6) -> Float[Array, "*any width"]:
     """LayerNorm without parameters over the last axis; statistics in float32, float32 out."""
     x = x.astype(jnp.float32)
     x = x - jnp.mean(x, axis=-1, keepdims=True)
@@ -126,7 +126,7 @@ def layer_norm(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
 
 
 @jax.custom_jvp
-def gelu_tanh(x: jax.Array) -> jax.Array:
+def gelu_tanh(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
     """Tanh-approximated GELU (jax.nn.gelu) that keeps its derivative for the backward pass.
 
     As large as x, which is kept otherwise, and saves computing the tanh anew for each gradient
@@ -136,7 +136,9 @@ def gelu_tanh(x: jax.Array) -> jax.Array:
 
 
 @gelu_tanh.defjvp
-def _gelu_tanh_jvp(primals, tangents):
+def _gelu_tanh_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     (x,), (tangent,) = primals, tangents
     plain = functools.partial(jax.nn.gelu, approximate=True)
     y, slope = jax.jvp(plain, (x,), (jnp.ones_like(x),))
@@ -144,9 +146,9 @@ def _gelu_tanh_jvp(primals, tangents):
 
 
 # What a block may keep for its backward pass, by the name that its tensors carry: projections of
-# queries, keys and values before their norms; the same as attention takes them, after norms and
-# rotary turn; the result of attention (and, of splash attention, the sums of its rows); what each
-# residual branch adds; the MLP before its activation; adapters' inputs at their low rank.
+# queries, keys and values before their norms; the inputs of attention, after norms and rotation;
+# the result of attention (and the softmax statistics of splash attention); what each residual
+# branch adds; the MLP before its activation; adapters' inputs at their low rank.
 REMAT_NAMES = ("qkv", "joint", "attention", "out", "mlp", "lora")
 ON_HOST = "host:"
 
@@ -187,14 +189,16 @@ def remat_policy(name: str) -> Any:
     )
 
 
-def scan_blocks(block: type[nn.Module], length: int, policy: str | None, in_axes: Sequence[Any]):
-    """`block` scanned `length` times over stacked parameters, rematerialised by `policy`.
+def scan_blocks(
+    block: type[nn.Module], layers: int, policy: str | None, in_axes: Sequence[Any]
+) -> Callable[..., Any]:
+    """`block` scanned over parameters [layers, ...], rematerialised by `policy`.
 
     Args:
       block: a module whose __call__(carry, *inputs) returns (carry, None).
-      length: number of layers L; parameters get a leading axis 'layers' of that size.
+      layers: length of the scan; parameters get a leading axis 'layers' of that size.
       policy: None keeps every activation; else see `remat_policy`.
-      in_axes: per input after the carry: nn.broadcast, or 0 for a per-layer input [L, ...].
+      in_axes: per input after the carry: nn.broadcast, or 0 for a per-layer input [layers, ...].
     """
     if policy is not None:
         block = nn.remat(block, policy=remat_policy(policy), prevent_cse=False)
@@ -203,21 +207,20 @@ def scan_blocks(block: type[nn.Module], length: int, policy: str | None, in_axes
         variable_axes={"params": 0, "lora": 0},
         split_rngs={"params": True},
         in_axes=tuple(in_axes),
-        length=length,
+        length=layers,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
 
 
-def init_params(module: nn.Module, rng: jax.Array, *args, **kwargs) -> dict:
+def init_params(module: nn.Module, rng: jax.Array, *args: Any, **kwargs: Any) -> Tree:
     """Plain-dict parameters of `module` (boxes removed)."""
     return meta.unbox(module.init(rng, *args, **kwargs)["params"])
 
 
-def abstract_params(module: nn.Module, *args, **kwargs) -> dict:
+def abstract_params(module: nn.Module, *args: Any, **kwargs: Any) -> Tree:
     """Shapes of `module`'s parameters without computing any: a tree of LogicallyPartitioned boxes.
 
-    Unbox with flax.core.meta.unbox for ShapeDtypeStructs; nn.get_partition_spec gives the logical
-    axes.
+    flax.core.meta.unbox gives ShapeDtypeStructs.
     """
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))
     return shapes["params"]

@@ -1,9 +1,10 @@
 """Low-rank adapters with peft's semantics, applied from outside the model and merged exactly.
 
 An adapter is a tree of its own that mirrors module paths: where the parameters hold
-`.../to_q/kernel` [L, in, out], the adapter holds `.../to_q/lora_a` [L, in, r] and `lora_b`
-[L, r, out]. `layers.Dense` adds x A B when the `lora` collection has these; the factor alpha / r is
-folded into B by `scaled`, so that the trained leaves stay those of peft (`LoraLayer`).
+`.../to_q/kernel` [layers, in, out], the adapter holds `.../to_q/lora_a` [layers, in, rank] and
+`lora_b` [layers, rank, out]. `layers.Dense` adds x A B when the `lora` collection has these; the
+factor alpha / rank is folded into B by `scaled`, so that the trained leaves stay those of peft
+(`LoraLayer`).
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax.core import meta
-from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Key
 
 from qk_jax.base.errors import InputError
-
-Params = dict[str, Any]
+from qk_jax.base.trees import flatten, unflatten
+from qk_jax.base.types import Tree
 
 # What the VLM adapts in stage 1: every Linear of the language model's blocks.
 VLM_TARGETS = r"(.*/)?language_model/layers/(self_attn/[qkvo]_proj|mlp/(gate|up|down)_proj)"
@@ -32,14 +33,13 @@ MMDIT_TARGETS = (
 )
 
 
-def _kernels(params: Params) -> dict[str, Any]:
-    """Linear kernels [..., in, out] by module path 'a/b/c'."""
-    flat = flatten_dict(meta.unbox(params), sep="/")
-    suffix = "/kernel"
-    return {path.removesuffix(suffix): leaf for path, leaf in flat.items() if path.endswith(suffix)}
+def _kernels(params: Tree) -> dict[str, Any]:
+    """Kernels [..., in, out] by module path 'a/b/c'."""
+    paths = ((path.rpartition("/"), leaf) for path, leaf in flatten(meta.unbox(params)).items())
+    return {module: leaf for (module, _, name), leaf in paths if name == "kernel"}
 
 
-def targets(params: Params, pattern: str | Iterable[str]) -> list[str]:
+def targets(params: Tree, pattern: str | Iterable[str]) -> list[str]:
     """Module paths whose whole name matches the pattern, as peft's string `target_modules`.
 
     Args:
@@ -73,12 +73,12 @@ def targets(params: Params, pattern: str | Iterable[str]) -> list[str]:
 
 
 def init(
-    rng: jax.Array,
-    params: Params,
+    rng: Key[Array, ""],
+    params: Tree,
     pattern: str | Iterable[str],
     rank: int,
     kind: Literal["kaiming", "gaussian"] = "kaiming",
-) -> Params:
+) -> Tree:
     """A fresh adapter in float32; it changes nothing until it is trained.
 
     Args:
@@ -106,44 +106,40 @@ def init(
             a = jax.random.uniform(key, (*lead, fan_in, rank), minval=-bound, maxval=bound)
         flat[f"{name}/lora_a"] = a
         flat[f"{name}/lora_b"] = jnp.zeros((*lead, rank, fan_out))
-    return unflatten_dict(flat, sep="/")
+    return unflatten(flat)
 
 
-def logical_axes(params: Params, adapter: Params) -> Params:
+def logical_axes(params: Tree, adapter: Tree) -> Tree:
     """Logical axes of every adapter leaf: the kernel's 'embed' or 'adapter', the rank unsharded.
 
-    A factor has one long axis where its kernel has two, so that what splits the kernel's other
-    axis is free: a rule of its own lets 'adapter' be split over both.
+    A factor has one long axis where its kernel has two, so that the mesh axes of the kernel's
+    other axis are free: a rule of its own lets 'adapter' be sharded over both.
 
     Args:
       params: boxed parameters or shapes, as `layers.abstract_params` gives.
-      adapter: the adapter.
-
-    Returns:
-      The adapter's tree with a tuple of axis names at each leaf.
+      adapter: the adapter; the result has its tree, with a tuple of axis names at each leaf.
     """
-    boxes = flatten_dict(params, sep="/")
+    boxes = flatten(params)
     axes = {}
-    for path in flatten_dict(adapter, sep="/"):
+    for path in flatten(adapter):
         name, factor = path.rsplit("/", 1)
         *lead, fan_in, fan_out = boxes[f"{name}/kernel"].names
         long = fan_in if factor == "lora_a" else fan_out
         long = long if long == "embed" else "adapter"
         axes[path] = (*lead, long, None) if factor == "lora_a" else (*lead, None, long)
-    return unflatten_dict(axes, sep="/")
+    return unflatten(axes)
 
 
-def scaled(adapter: Params, scale: float | jax.Array) -> Params:
+def scaled(adapter: Tree, scale: float | jax.Array) -> Tree:
     """The adapter as the `lora` collection wants it: scale = alpha / rank inside lora_b."""
+    flat = flatten(adapter)
+    return unflatten({
+        path: leaf * scale if path.endswith("/lora_b") else leaf for path, leaf in flat.items()
+    })  # fmt: skip
 
-    def fold(path, leaf):
-        return leaf * scale if path[-1].key == "lora_b" else leaf
 
-    return jax.tree_util.tree_map_with_path(fold, adapter)
-
-
-def merge(params: Params, adapter: Params, scale: float | jax.Array) -> Params:
-    """W + scale A B for every adapted module; all other leaves are passed on as they are.
+def merge(params: Tree, adapter: Tree, scale: float | jax.Array) -> Tree:
+    """W + scale A B for every adapted module; all other leaves are returned as they are.
 
     The product and the sum are float32 at full precision, rounded once to the kernel's dtype
     (peft's merge_and_unload).
@@ -151,8 +147,8 @@ def merge(params: Params, adapter: Params, scale: float | jax.Array) -> Params:
     Raises:
       InputError: the adapter belongs to other parameters.
     """
-    flat = flatten_dict(params, sep="/")
-    factors = flatten_dict(adapter, sep="/")
+    flat = flatten(params)
+    factors = flatten(adapter)
     for path in factors:
         name, factor = path.rsplit("/", 1)
         if factor != "lora_a":
@@ -167,7 +163,7 @@ def merge(params: Params, adapter: Params, scale: float | jax.Array) -> Params:
                 "give the adapter and the model of the same run"
             )
         flat[f"{name}/kernel"] = _merged(kernel, a, b, scale)
-    return unflatten_dict(flat, sep="/")
+    return unflatten(flat)
 
 
 def _merged(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float | jax.Array) -> jax.Array:

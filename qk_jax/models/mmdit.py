@@ -10,12 +10,12 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
 
 from qk_jax.base.errors import InputError
 from qk_jax.models import layers, rotary
@@ -25,9 +25,6 @@ from qk_jax.sharding.specs import constrain
 
 CLASS_NAME = "QwenImageTransformer2DModel"
 TIME_CHANNELS = 256
-# Keys of the config that diffusers ignores, and features that a public config may say it has not.
-UNUSED = {"pooled_projection_dim"}
-ABSENT = {"guidance_embeds", "use_additional_t_cond", "use_layer3d_rope"}
 
 # The text branch after the last attention feeds nothing: these modules of the last block get no
 # gradient, and weight decay alone would move them (torch leaves them alone).
@@ -63,7 +60,7 @@ class MMDiTConfig:
     axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
     zero_cond_t: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         sizes = dataclasses.asdict(self)
         if type(sizes.pop("zero_cond_t")) is not bool:
             raise InputError(f"{CLASS_NAME} config: zero_cond_t must be true or false")
@@ -85,42 +82,6 @@ class MMDiTConfig:
         """Channels of both streams."""
         return self.num_attention_heads * self.attention_head_dim
 
-    @classmethod
-    def from_hf(cls, config: dict) -> MMDiTConfig:
-        """Reads diffusers' config.json.
-
-        Raises:
-          InputError: the config is of another class, or asks for something this model has not
-            (guidance embeddings, additional t condition, 3-D layer rotary).
-        """
-        kind = config.get("_class_name", CLASS_NAME)
-        if kind != CLASS_NAME:
-            raise InputError(f"the transformer config is of class {kind!r}; give a {CLASS_NAME}")
-        names = {field.name for field in dataclasses.fields(cls)}
-        for name, value in config.items():
-            if name not in names and name not in UNUSED and not name.startswith("_"):
-                if name not in ABSENT or value not in (False, None):
-                    raise InputError(
-                        f"{CLASS_NAME} config: {name} = {value!r} is not supported; "
-                        "use weights of the plain Qwen-Image or Qwen-Image-Edit architecture"
-                    )
-        values = {name: config[name] for name in names & config.keys()}
-        if values.get("out_channels", 16) is None:
-            values["out_channels"] = values.get("in_channels", cls.in_channels)
-        axes = values.get("axes_dims_rope", cls.axes_dims_rope)
-        if not isinstance(axes, list | tuple):
-            raise InputError(f"{CLASS_NAME} config: axes_dims_rope is {axes!r}; give a list of 3")
-        values["axes_dims_rope"] = tuple(axes)
-        return cls(**values)
-
-    def to_hf(self) -> dict:
-        """The content of diffusers' config.json."""
-        values = dataclasses.asdict(self)
-        values["axes_dims_rope"] = list(self.axes_dims_rope)
-        if not self.zero_cond_t:  # which diffusers knows since 0.36 only
-            del values["zero_cond_t"]
-        return {"_class_name": CLASS_NAME, **values, "guidance_embeds": False}
-
 
 _TINY = MMDiTConfig(
     num_layers=5,  # 6.2 MB in float16: the tiny parts ship inside the package
@@ -139,19 +100,21 @@ PRESETS = {
 }
 
 
-def pack(z: jax.Array, patch: int = 2) -> jax.Array:
-    """Latents [B, h, w, C] -> tokens [B, h/p * w/p, C p p]; channel order (C, row, column)."""
+def pack(z: Float[Array, "B h w C"], patch: int = 2) -> Float[Array, "B tokens packed"]:
+    """Latents -> tokens [B, h/p * w/p, C p p]; channel order (C, row, column)."""
     return rearrange(z, "b (h p) (w q) c -> b (h w) (c p q)", p=patch, q=patch)
 
 
-def unpack(x: jax.Array, h: int, w: int, patch: int = 2) -> jax.Array:
-    """Tokens [B, h/p * w/p, C p p] -> latents [B, h, w, C]; h and w count latent pixels."""
+def unpack(
+    x: Float[Array, "B tokens packed"], h: int, w: int, patch: int = 2
+) -> Float[Array, "B h w C"]:
+    """The inverse of `pack`."""
     sizes = {"h": h // patch, "w": w // patch, "p": patch, "q": patch}
     return rearrange(x, "b (h w) (c p q) -> b (h p) (w q) c", **sizes)
 
 
-def timestep_embedding(timestep: jax.Array) -> jax.Array:
-    """Sinusoids of t in [0, 1], scaled by 1000: float32 [B, 256], cosines first."""
+def timestep_embedding(timestep: Float[Array, " B"]) -> Float[Array, "B 256"]:
+    """Sinusoids of t in [0, 1], scaled by 1000, in float32: cosines first."""
     half = TIME_CHANNELS // 2
     # The exponents are rounded as diffusers rounds them: at 1000 rad one bit more moves the output.
     exponent = np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
@@ -161,12 +124,12 @@ def timestep_embedding(timestep: jax.Array) -> jax.Array:
 
 
 class TimestepEmbedder(nn.Module):
-    """t [B] -> float32 [B, width]; float32 throughout, since bfloat16 moves t by up to 1.7/1000."""
+    """t -> features in float32 throughout, since bfloat16 moves t by up to 1.7/1000."""
 
     width: int
 
     @nn.compact
-    def __call__(self, timestep: jax.Array) -> jax.Array:
+    def __call__(self, timestep: Float[Array, " B"]) -> Float[Array, "B width"]:
         init = nn.initializers.normal(0.02)
         x = timestep_embedding(timestep)
         x = layers.Dense(self.width, (None, "embed"), kernel_init=init, name="linear_1")(x)
@@ -179,27 +142,31 @@ class TimeTextEmbed(nn.Module):
 
     width: int
 
-    def setup(self):
+    def setup(self) -> None:
         self.timestep_embedder = TimestepEmbedder(self.width)
 
-    def __call__(self, timestep: jax.Array) -> jax.Array:
+    def __call__(self, timestep: Float[Array, " B"]) -> Float[Array, "B width"]:
         return self.timestep_embedder(timestep)
 
 
 class FeedForward(nn.Module):
-    """Linear, tanh-GELU, Linear at four times the width: [B, S, D] -> [B, S, D]."""
+    """Linear, tanh-GELU, Linear at four times the width."""
 
     dtype: Any = jnp.float32
-    places: Activations | None = None
+    activations: Activations | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B tokens width"]) -> Float[Array, "B tokens width"]:
         width = x.shape[-1]
         x = layers.Dense(4 * width, ("embed", "mlp"), dtype=self.dtype, name="net_0_proj")(x)
-        x = checkpoint_name(constrain(x, self.places, "batch", "sequence", "mlp"), "mlp")
+        x = checkpoint_name(constrain(x, self.activations, "batch", "sequence", "mlp"), "mlp")
         x = layers.gelu_tanh(x)
         x = layers.Dense(width, ("mlp_in", None), dtype=self.dtype, name="net_2")(x)
         return checkpoint_name(x, "out")
+
+
+Table = tuple[Array, Array]  # (cos, sin), float32 [(B,) tokens, head_dim / 2]
+Streams = tuple[Float[Array, "B N width"], Float[Array, "B L width"]]  # (image, text)
 
 
 class JointAttention(nn.Module):
@@ -207,31 +174,27 @@ class JointAttention(nn.Module):
 
     config: MMDiTConfig
     dtype: Any = jnp.float32
-    places: Activations | None = None
+    activations: Activations | None = None
 
     @nn.compact
-    def __call__(self, image, text, image_table, text_table, segments):
-        """Attends.
-
-        Args:
-          image: [B, N, D].
-          text: [B, T, D].
-          image_table: (cos, sin), each float32 [B, N, head_dim / 2].
-          text_table: the same for the text, [T, ...] or [B, T, ...].
-          segments: int32 [B, T + N]; tokens attend those with their own number.
-
-        Returns:
-          (image [B, N, D], text [B, T, D]) after their output projections.
-        """
+    def __call__(
+        self,
+        image: Float[Array, "B N width"],
+        text: Float[Array, "B L width"],
+        image_table: Table,
+        text_table: Table,
+        segments: Int[Array, "B L+N"],
+    ) -> Streams:
+        """(image, text) after their output projections; tokens attend those of their segment."""
         heads, dim = self.config.num_attention_heads, self.config.attention_head_dim
 
-        def project(x, name):
+        def project(x: Array, name: str) -> Array:
             axes = ("embed", "heads")
             x = layers.Dense(heads * dim, axes, dtype=self.dtype, to_heads=heads, name=name)(x)
-            x = constrain(x, self.places, "batch", "sequence", "heads", None)
+            x = constrain(x, self.activations, "batch", "sequence", "heads", None)
             return checkpoint_name(x, "qkv")
 
-        def normed(x, name, table):
+        def normed(x: Array, name: str, table: Table) -> Array:
             x = layers.RMSNorm(dtype=self.dtype, name=name)(x)
             return rotary.apply_interleaved(x, *table)
 
@@ -247,13 +210,12 @@ class JointAttention(nn.Module):
             (project(text, "add_v_proj"), project(image, "to_v")),
         ]
         query, key, value = (jnp.concatenate(pair, axis=1) for pair in joint)
-        out = attention(query, key, value, (segments, segments), places=self.places)
+        out = attention(query, key, value, (segments, segments), activations=self.activations)
         text, image = jnp.split(out, [text.shape[1]], axis=1)
 
-        def merged(x, name):
-            axes = ("heads_in", None)
+        def merged(x: Array, name: str) -> Array:
             dense = layers.Dense(
-                self.config.width, axes, dtype=self.dtype, from_heads=True, name=name
+                heads * dim, ("heads_in", None), dtype=self.dtype, from_heads=True, name=name
             )
             return checkpoint_name(dense(x), "out")
 
@@ -265,28 +227,37 @@ class Block(nn.Module):
 
     config: MMDiTConfig
     dtype: Any = jnp.float32
-    places: Activations | None = None
+    activations: Activations | None = None
 
-    def setup(self):
-        dtype, places = self.dtype, self.places
+    def setup(self) -> None:
+        dtype, activations = self.dtype, self.activations
         self.img_mod_1 = _modulation(6 * self.config.width, dtype)
         self.txt_mod_1 = _modulation(6 * self.config.width, dtype)
-        self.attn = JointAttention(self.config, dtype, places)
-        self.img_mlp, self.txt_mlp = FeedForward(dtype, places), FeedForward(dtype, places)
+        self.attn = JointAttention(self.config, dtype, activations)
+        self.img_mlp = FeedForward(dtype, activations)
+        self.txt_mlp = FeedForward(dtype, activations)
 
-    def __call__(self, streams, time, clean, image_table, text_table, segments):
-        """(image, text) -> ((image, text), None).
+    def __call__(
+        self,
+        streams: Streams,
+        time: Float[Array, "B width"],
+        clean: tuple[Float[Array, "1 width"], Bool[Array, " N"]] | None,
+        image_table: Table,
+        text_table: Table,
+        segments: Int[Array, "B L+N"],
+    ) -> tuple[Streams, None]:
+        """Both streams after the block.
 
-        time [B, D] is SiLU(embedding), float32; clean is None or (the same at t = 0 [1, D], bool
-        [N], True for the image tokens that it modulates).
+        `time` is SiLU(embedding) in float32; `clean` is None or (the same at t = 0, True for the
+        image tokens that it modulates).
         """
-        image, text = (self._laid(x) for x in streams)
-        image_mod = _modulations(self.img_mod_1, time, 6, self.places)
+        image, text = (self._sharded(x) for x in streams)
+        image_mod = _modulations(self.img_mod_1, time, 6, self.activations)
         if clean is not None:
-            zeros = _modulations(self.img_mod_1, clean[0], 6, self.places)
+            zeros = _modulations(self.img_mod_1, clean[0], 6, self.activations)
             pairs = zip(image_mod, zeros, strict=True)
             image_mod = [jnp.where(clean[1][:, None], zero, now) for now, zero in pairs]
-        text_mod = _modulations(self.txt_mod_1, time, 6, self.places)
+        text_mod = _modulations(self.txt_mod_1, time, 6, self.activations)
         image_out, text_out = self.attn(
             self._modulated(image, *image_mod[:2]),
             self._modulated(text, *text_mod[:2]),
@@ -300,15 +271,15 @@ class Block(nn.Module):
         text_out = self.txt_mlp(self._modulated(text, *text_mod[3:5]))
         image = self._gated(image, image_mod[5], image_out)
         text = self._gated(text, text_mod[5], text_out)
-        return (self._laid(image), self._laid(text)), None
+        return (self._sharded(image), self._sharded(text)), None
 
-    def _laid(self, x):
-        return constrain(x, self.places, "batch", "sequence", "embed")
+    def _sharded(self, x: Array) -> Array:
+        return constrain(x, self.activations, "batch", "sequence", "embed")
 
-    def _modulated(self, x, shift, scale):
+    def _modulated(self, x: Array, shift: Array, scale: Array) -> Array:
         return (layers.layer_norm(x) * (1 + scale) + shift).astype(self.dtype)
 
-    def _gated(self, x, gate, update):
+    def _gated(self, x: Array, gate: Array, update: Array) -> Array:
         return (x.astype(jnp.float32) + gate * update.astype(jnp.float32)).astype(self.dtype)
 
 
@@ -316,13 +287,14 @@ class NormOut(nn.Module):
     """diffusers' AdaLayerNormContinuous: its Linear gives scale first, then shift."""
 
     dtype: Any = jnp.float32
-    places: Activations | None = None
+    activations: Activations | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
-        """x [B, N, D], time [B, D] = SiLU(embedding) -> [B, N, D]."""
+    def __call__(
+        self, x: Float[Array, "B N width"], time: Float[Array, "B width"]
+    ) -> Float[Array, "B N width"]:
         linear = _modulation(2 * x.shape[-1], self.dtype, name="linear")
-        scale, shift = _modulations(linear, time, 2, self.places)
+        scale, shift = _modulations(linear, time, 2, self.activations)
         return (layers.layer_norm(x) * (1 + scale) + shift).astype(self.dtype)
 
 
@@ -333,23 +305,23 @@ class MMDiT(nn.Module):
       config: the architecture.
       dtype: compute dtype; modulation sums, norms, rotary and softmax stay float32.
       remat: which activations of a block are kept (`layers.remat_policy`).
-      places: where activations lie over a mesh; None leaves that to the compiler.
+      activations: their sharding; None leaves it to the compiler.
     """
 
     config: MMDiTConfig
     dtype: Any = jnp.float32
     remat: str | None = None
-    places: Activations | None = None
+    activations: Activations | None = None
 
-    def setup(self):
+    def setup(self) -> None:
         config, dtype = self.config, self.dtype
         self.img_in = layers.Dense(config.width, ("patch", "embed"), dtype=dtype)
         self.txt_norm = layers.RMSNorm(dtype=dtype)
         self.txt_in = layers.Dense(config.width, (None, "embed"), dtype=dtype)
         self.time_text_embed = TimeTextEmbed(config.width)
         blocks = layers.scan_blocks(Block, config.num_layers, self.remat, (nn.broadcast,) * 5)
-        self.transformer_blocks = blocks(config, dtype, self.places)
-        self.norm_out = NormOut(dtype, self.places)
+        self.transformer_blocks = blocks(config, dtype, self.activations)
+        self.norm_out = NormOut(dtype, self.activations)
         self.proj_out = layers.Dense(
             config.out_channels * config.patch_size**2,
             ("embed", "patch"),
@@ -359,31 +331,28 @@ class MMDiT(nn.Module):
 
     def __call__(
         self,
-        hidden_states: jax.Array,
-        encoder_hidden_states: jax.Array,
-        encoder_mask: jax.Array,
-        timestep: jax.Array,
-        image_positions: jax.Array,
-        text_positions: jax.Array,
-        hidden_mask: jax.Array | None = None,
+        hidden_states: Float[Array, "B N in_channels"],
+        encoder_hidden_states: Float[Array, "B L J"],
+        encoder_mask: Bool[Array, "B L"],
+        timestep: Float[Array, " B"],
+        image_positions: Int[Array, "B N 3"],
+        text_positions: Int[Array, "*B_or_none L 3"],
+        hidden_mask: Bool[Array, "B N"] | None = None,
         target_tokens: int | None = None,
-    ) -> jax.Array:
-        """Runs all blocks.
+    ) -> Float[Array, "B N packed"]:
+        """The velocity [B, N, out_channels * patch_size^2] in `dtype`, meant at the target only.
 
         Args:
-          hidden_states: [B, N, in_channels], packed [target ; condition pictures].
-          encoder_hidden_states: [B, T, joint_attention_dim], the context.
-          encoder_mask: bool [B, T], False for padding: it is attended by nobody.
-          timestep: [B], t in [0, 1]; 1 is pure noise.
-          image_positions: int [B, N, 3], from rotary.image_positions.
-          text_positions: int [T, 3] or [B, T, 3], from rotary.text_positions.
-          hidden_mask: bool [B, N], False for image tokens that nobody may attend (condition
-            pictures dropped from a row); None attends to all.
+          hidden_states: packed [target ; condition pictures].
+          encoder_hidden_states: the context.
+          encoder_mask: False on padding, which no token attends.
+          timestep: t in [0, 1]; 1 is pure noise.
+          image_positions: from rotary.image_positions.
+          text_positions: from rotary.text_positions.
+          hidden_mask: False for image tokens that no other token attends (condition pictures
+            dropped from a slot); None attends to all.
           target_tokens: how many of the N are the target's; None for all. The others are modulated
             at t = 0 with `zero_cond_t`.
-
-        Returns:
-          [B, N, out_channels * patch_size^2] in `dtype`; only the target's tokens mean something.
         """
         axes = self.config.axes_dims_rope
         tables = (rotary.cos_sin(image_positions, axes), rotary.cos_sin(text_positions, axes))
@@ -392,15 +361,23 @@ class MMDiT(nn.Module):
         segments = jnp.concatenate([encoder_mask, hidden_mask], axis=1).astype(jnp.int32)
         # Every modulation begins with the same SiLU: it is applied once.
         time = nn.silu(self.time_text_embed(timestep))
-        time = constrain(time, self.places, "modulation_batch", "embed")
+        time = constrain(time, self.activations, "modulation_batch", "embed")
         count, clean = hidden_states.shape[1], None
-        if self.config.zero_cond_t and (target_tokens or count) < count:
+        target_tokens = target_tokens or count
+        if self.config.zero_cond_t and target_tokens < count:
             zero = nn.silu(self.time_text_embed(jnp.zeros_like(timestep[:1])))
             clean = (zero, jnp.arange(count) >= target_tokens)
         image = self.img_in(hidden_states)
         text = self.txt_in(self.txt_norm(encoder_hidden_states))
         (image, _), _ = self.transformer_blocks((image, text), time, clean, *tables, segments)
         return self.proj_out(self.norm_out(image, time))
+
+    def example(self) -> tuple[Array, ...]:
+        """Arguments of the smallest call that makes all parameters."""
+        tokens = jnp.zeros((1, 1, self.config.in_channels))
+        context = jnp.zeros((1, 1, self.config.joint_attention_dim))
+        positions = jnp.zeros((1, 1, 3), jnp.int32)
+        return tokens, context, jnp.ones((1, 1), bool), jnp.zeros((1,)), positions, positions
 
 
 def _modulation(features: int, dtype: Any, name: str | None = None) -> layers.Dense:
@@ -411,9 +388,9 @@ def _modulation(features: int, dtype: Any, name: str | None = None) -> layers.De
 
 
 def _modulations(
-    linear: layers.Dense, time: jax.Array, parts: int, places: Activations | None
-) -> list[jax.Array]:
-    """time [B, D] -> parts times float32 [B, 1, D], ready for sums with tokens."""
-    x = constrain(linear(time), places, "modulation_batch", "modulation")
-    x = constrain(x, places, "batch", "embed")
+    linear: layers.Dense, time: Array, parts: int, activations: Activations | None
+) -> list[Array]:
+    """time [B, width] -> parts times float32 [B, 1, width], to be added to tokens."""
+    x = constrain(linear(time), activations, "modulation_batch", "modulation")
+    x = constrain(x, activations, "batch", "embed")
     return jnp.split(x.astype(jnp.float32)[:, None], parts, axis=-1)

@@ -1,7 +1,7 @@
 """Query-Kontext: VLM, queries, connector, MMDiT and VAE composed; pure functions of one tree.
 
 The tree holds `vlm`, `queries`, `connector`, `mmdit`, `vae` and, where a stage adapts a tower,
-`lora/vlm` or `lora/mmdit`. Nothing here knows of stages: what is trained is the trainer's matter.
+`lora/vlm` or `lora/mmdit`. Nothing here knows of stages or of what is trained.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
+from qk_jax.base.types import Batch, Encoded, Prompt, Tree
 from qk_jax.models import layers, lora, mmdit, qwen_vl, rotary, vae
 from qk_jax.models.connector import Connector, Queries
-from qk_jax.pictures.grids import PATCH_DIM, grid_of, vision_size
+from qk_jax.pictures.grids import grid_of, vision_size
 from qk_jax.sharding.rules import Activations
 
-Params = dict[str, Any]
 PACKED = 16  # pixels along a side of one packed token: 8x VAE, 2x2 packing
 
 
@@ -60,92 +61,65 @@ class QueryKontext:
         self,
         config: ModelConfig,
         dtype: Any = jnp.float32,
-        places: Mapping[str, Activations] | None = None,
+        activations: Mapping[str, Activations] | None = None,
     ):
-        """`places` says by tower where activations lie; None leaves that to the compiler."""
+        """`activations` has the sharding of each tower's; None leaves it to the compiler."""
         self.config = config
         self.dtype = dtype
-        width, remat, places = config.vlm.text.hidden_size, config.remat, places or {}
-        vision, text = places.get("vision"), places.get("text")
-        self.vlm = qwen_vl.QwenVL(config.vlm, dtype, remat, vision, text)
+        width, remat, of = config.vlm.text.hidden_size, config.remat, (activations or {}).get
+        self.vlm = qwen_vl.QwenVL(config.vlm, dtype, remat, of("vision"), of("text"))
         self.queries = Queries(config.num_queries, width, config.query_std)
         self.connector = Connector(config.mmdit.joint_attention_dim, dtype=dtype)
-        self.mmdit = mmdit.MMDiT(config.mmdit, dtype, remat, places.get("mmdit"))
-        self.vae = vae.VAE(config.vae, dtype, places.get("vae"))
+        self.mmdit = mmdit.MMDiT(config.mmdit, dtype, remat, of("mmdit"))
+        self.vae = vae.VAE(config.vae, dtype, of("vae"))
 
-    def _inits(self) -> dict[str, tuple[Any, tuple, dict]]:
-        """Per tower: module, example arguments and keywords that touch every parameter."""
-        ids = jnp.zeros((1, 8), jnp.int32)
-        positions = jnp.zeros((1, 3, 8), jnp.int32)
-        pixels = jnp.zeros((1, 16, PATCH_DIM))
-        cfg = self.config.mmdit
-        context = jnp.zeros((1, 2, cfg.joint_attention_dim))
-        tokens = jnp.zeros((1, 4, cfg.in_channels))
-
-        def autoencode(module, x):
-            return module.decode(module.encode(x)[0])
-
+    def _modules(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+        """Per tower: its module, and arguments of a call that makes all its parameters."""
+        states = jnp.zeros((1, 1, self.config.vlm.text.hidden_size))
         return {
-            "vlm": (self.vlm, (ids, positions, ids == 0, pixels, ((4, 4),)), {}),
-            "queries": (self.queries, (), {}),
-            "connector": (
-                self.connector,
-                (jnp.zeros((1, 1, self.config.vlm.text.hidden_size)),),
-                {},
-            ),
-            "mmdit": (
-                self.mmdit,
-                (
-                    tokens,
-                    context,
-                    jnp.ones((1, 2), bool),
-                    jnp.zeros((1,)),
-                    jnp.zeros((1, 4, 3), jnp.int32),
-                    jnp.zeros((2, 3), jnp.int32),
-                ),
-                {},
-            ),
-            "vae": (self.vae, (jnp.zeros((1, 32, 32, 3)),), {"method": autoencode}),
+            "vlm": (self.vlm, self.vlm.example()),
+            "queries": (self.queries, ()),
+            "connector": (self.connector, (states,)),
+            "mmdit": (self.mmdit, self.mmdit.example()),
+            "vae": (self.vae, self.vae.example()),
         }
 
-    def abstract(self) -> Params:
+    def abstract(self) -> Tree:
         """Shapes of all towers, boxed with logical axes; computes nothing."""
-        return {
-            name: layers.abstract_params(module, *args, **kwargs)
-            for name, (module, args, kwargs) in self._inits().items()
-        }
+        modules = self._modules().items()
+        return {name: layers.abstract_params(module, *args) for name, (module, args) in modules}
 
     def init(
-        self, rng: jax.Array, parts: tuple[str, ...] = ("queries", "connector", "mmdit")
-    ) -> Params:
+        self, rng: Key[Array, ""], parts: tuple[str, ...] = ("queries", "connector", "mmdit")
+    ) -> Tree:
         """Fresh parameters of the named towers; each tower has its own key, whatever the others."""
-        inits = self._inits()
-        fresh = {}
-        for index, name in enumerate(inits):
-            if name in parts:
-                module, args, kwargs = inits[name]
-                key = jax.random.fold_in(rng, index)
-                fresh[name] = layers.init_params(module, key, *args, **kwargs)
-        return fresh
+        return {
+            name: layers.init_params(module, jax.random.fold_in(rng, index), *args)
+            for index, (name, (module, args)) in enumerate(self._modules().items())
+            if name in parts
+        }
 
-    def _variables(self, params: Params, tower: str) -> dict[str, Params]:
-        """Variables of `tower`, with its adapter when there is one."""
-        adapter = params.get("lora", {}).get(tower)
-        if not adapter:
-            return {"params": params[tower]}
-        return {"params": params[tower], "lora": lora.scaled(adapter, self.config.lora_scale)}
+    def _apply(self, tower: str, params: Tree, *args: Any, **kwargs: Any) -> Any:
+        """Applies a tower to its parameters, with its adapter when there is one."""
+        variables = {"params": params[tower]}
+        if adapter := params.get("lora", {}).get(tower):
+            variables["lora"] = lora.scaled(adapter, self.config.lora_scale)
+        return getattr(self, tower).apply(variables, *args, **kwargs)
 
-    def states(self, params: Params, batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-        """VLM states of the text window [B, T, D] and of the queries, the kontext [B, K, D].
+    def states(
+        self, params: Tree, batch: Prompt
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B K D"]]:
+        """VLM states of the text window and of the queries, the kontext.
 
-        Rows are left-padded, so both windows are static slices: the text ends right before the
-        assistant header, and the queries end the row. T is the batch's own, `text_mask`'s width.
+        Sequences are left-padded, so both windows are static slices: the text ends right before
+        the assistant header, and the queries end the sequence. T is the batch's own.
         """
         cfg, words = self.config, batch["text_mask"].shape[1]
-        sizes = [picture.shape[1:3] for picture in batch["conditions"]]
-        grids = tuple(grid_of(*vision_size(*size, cfg.vlm_pixels)) for size in sizes)
-        hidden = self.vlm.apply(
-            self._variables(params, "vlm"),
+        sizes = [x.shape[1:3] for x in batch["conditions"]]
+        grids = tuple(grid_of(*vision_size(h, w, cfg.vlm_pixels)) for h, w in sizes)
+        hidden = self._apply(
+            "vlm",
+            params,
             batch["input_ids"],
             batch["position_ids"],
             batch["attention_mask"],
@@ -157,47 +131,54 @@ class QueryKontext:
         return hidden[:, end - words : end], hidden[:, -cfg.num_queries :]
 
     def connect(
-        self, params: Params, text: jax.Array, kontext: jax.Array, text_mask: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """The generator's context [B, T + K, J] and its mask from VLM states."""
+        self,
+        params: Tree,
+        text: Float[Array, "B T D"],
+        kontext: Float[Array, "B K D"],
+        text_mask: Bool[Array, "B T"],
+    ) -> tuple[Float[Array, "B T+K J"], Bool[Array, "B T+K"]]:
+        """The generator's context and its mask from VLM states."""
         states = jnp.concatenate([text, kontext], axis=1)
-        context = self.connector.apply({"params": params["connector"]}, states)
+        context = self._apply("connector", params, states)
         kontext_mask = jnp.ones(kontext.shape[:2], bool)
         return context, jnp.concatenate([text_mask, kontext_mask], axis=1)
 
-    def context(self, params: Params, batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-        """The generator's context [B, T + K, J] and its mask [B, T + K] for a batch."""
+    def context(
+        self, params: Tree, batch: Prompt
+    ) -> tuple[Float[Array, "B L J"], Bool[Array, "B L"]]:
+        """The generator's context and its mask for a batch."""
         return self.connect(params, *self.states(params, batch), batch["text_mask"])
 
-    def posterior(self, params: Params, pictures: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """uint8 pictures [B, H, W, 3] -> mean and log variance of latents [B, H/8, W/8, C]."""
+    def posterior(
+        self, params: Tree, pictures: UInt8[Array, "B H W 3"]
+    ) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
+        """Mean and log variance of the latents of pictures, not yet normalised."""
         x = pictures.astype(jnp.float32) / 127.5 - 1.0
-        return self.vae.apply({"params": params["vae"]}, x, method="encode")
+        return self._apply("vae", params, x, method="encode")
 
-    def encode_pictures(self, params: Params, pictures: jax.Array) -> jax.Array:
-        """uint8 pictures [B, H, W, 3] -> normalised latents [B, H/8, W/8, C] in float32: the mode
-        of their posterior, as diffusers' pipelines take it for condition pictures."""
+    def encode_pictures(
+        self, params: Tree, pictures: UInt8[Array, "B H W 3"]
+    ) -> Float[Array, "B h w C"]:
+        """Normalised latents of pictures in float32: the mode of their posterior, as diffusers'
+        pipelines take it for condition pictures."""
         return vae.normalize(self.posterior(params, pictures)[0], self.config.vae)
 
-    def encode(self, params: Params, batch: dict[str, Any]) -> dict[str, Any]:
-        """What the autoencoder makes of a batch, all that `loss` needs of its pixels.
-
-        Returns:
-          `posterior`, (mean, log variance) of the target [B, H/8, W/8, C], not yet normalised, and
-          `latents` of the condition pictures.
-        """
+    def encode(self, params: Tree, batch: Batch) -> Encoded:
+        """What the autoencoder makes of a batch, all that a loss needs of its pixels."""
         return {
             "posterior": self.posterior(params, batch["target"]),
             "latents": self.condition_latents(params, batch),
         }
 
-    def decode(self, params: Params, latents: jax.Array) -> jax.Array:
-        """Normalised latents [B, h, w, C] -> pictures [B, 8 h, 8 w, 3] in [-1, 1], float32."""
+    def decode(self, params: Tree, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+        """Normalised latents -> pictures in [-1, 1], float32."""
         z = vae.denormalize(latents, self.config.vae)
-        x = self.vae.apply({"params": params["vae"]}, z, method="decode")
+        x = self._apply("vae", params, z, method="decode")
         return jnp.clip(x.astype(jnp.float32), -1.0, 1.0)
 
-    def condition_latents(self, params: Params, batch: dict[str, Any]) -> tuple[jax.Array, ...]:
+    def condition_latents(
+        self, params: Tree, batch: Prompt
+    ) -> tuple[Float[Array, "B _h _w C"], ...]:
         """Latents of the condition pictures, or () for a model without VAE tokens."""
         if not self.config.condition_latents:
             return ()
@@ -205,28 +186,28 @@ class QueryKontext:
 
     def velocity(
         self,
-        params: Params,
-        x_t: jax.Array,
-        t: jax.Array,
-        context: jax.Array,
-        mask: jax.Array,
+        params: Tree,
+        x_t: Float[Array, "B target packed"],
+        t: Float[Array, " B"],
+        context: Float[Array, "B L J"],
+        mask: Bool[Array, "B L"],
         grid: tuple[int, int],
-        latents: tuple[jax.Array, ...] = (),
-        roles: jax.Array | None = None,
-        condition_mask: jax.Array | None = None,
-    ) -> jax.Array:
+        latents: tuple[Float[Array, "B _h _w C"], ...] = (),
+        roles: Int[Array, "B n"] | None = None,
+        condition_mask: Bool[Array, " B"] | None = None,
+    ) -> Float[Array, "B target packed"]:
         """The generator's velocity at the target tokens, float32.
 
         Args:
           params: the tree.
-          x_t: packed noisy target [B, N, 4 C].
-          t: [B] in [0, 1]; 1 is noise.
-          context: [B, T + K, J]; mask [B, T + K] hides padded text.
-          mask: see context.
-          grid: (rows, columns) of the packed target, rows * columns = N.
-          latents: condition latents [B, h, w, C] each, in the order of the pictures.
-          roles: int32 [B, n]; 0 a source, 1 a reference.
-          condition_mask: bool [B]; False hides all condition tokens of a row.
+          x_t: packed noisy target.
+          t: in [0, 1]; 1 is noise.
+          context: from `context`.
+          mask: False on padded text.
+          grid: (rows, columns) of the packed target.
+          latents: of the condition pictures, in their order.
+          roles: SOURCE or REFERENCE for each of `latents`.
+          condition_mask: False hides all condition tokens of a slot.
         """
         law = self.config.law
         grids = tuple((z.shape[1] // 2, z.shape[2] // 2) for z in latents)
@@ -237,8 +218,9 @@ class QueryKontext:
         if latents and condition_mask is not None:
             is_target = jnp.arange(stream.shape[1]) < x_t.shape[1]
             hidden_mask = is_target[None, :] | condition_mask[:, None]
-        out = self.mmdit.apply(
-            self._variables(params, "mmdit"),
+        out = self._apply(
+            "mmdit",
+            params,
             stream,
             context,
             mask,

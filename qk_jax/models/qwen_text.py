@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
 
 from qk_jax.models import mrope
 from qk_jax.models.attention import attention
@@ -40,9 +41,10 @@ class TextConfig:
         return self.hidden_size // self.num_attention_heads
 
 
-# A row in consecutive pieces. What precedes the trained queries depends on nothing trained when the
-# language model is frozen; as a piece of its own it has no backward pass.
-Segments = tuple[jax.Array, ...]
+# A sequence in consecutive segments [B, S_i, ...]. What precedes the trained queries depends on
+# nothing trained when the language model is frozen: a segment of its own without backward pass.
+Segments = tuple[Array, ...]
+Tables = tuple[tuple[Array, Array], ...]  # (cos, sin) of each segment
 
 
 class SelfAttention(nn.Module):
@@ -50,20 +52,21 @@ class SelfAttention(nn.Module):
 
     config: TextConfig
     dtype: Any = jnp.float32
-    places: Activations | None = None
+    activations: Activations | None = None
 
     @nn.compact
-    def __call__(self, segments: Segments, tables, present: jax.Array) -> Segments:
-        """Segments [B, S_i, D]; (cos, sin) [B, S_i, head_dim] of each; present int32 [B, S], 0 on
+    def __call__(self, segments: Segments, tables: Tables, present: Int[Array, "B S"]) -> Segments:
+        """Segments [B, S_i, D] -> the same, with tables [B, S_i, head_dim]; present is 0 on
         padding."""
-        cfg, width, places = self.config, segments[0].shape[-1], self.places
+        cfg, width = self.config, segments[0].shape[-1]
 
-        def projection(count, axis, name):
-            axes, width = ("embed", axis), count * cfg.head_dim
-            layer = Dense(width, axes, dtype=self.dtype, to_heads=count, name=name)
+        def projection(heads: int, axis: str, name: str) -> Callable[[Array], Array]:
+            layer = Dense(
+                heads * cfg.head_dim, ("embed", axis), dtype=self.dtype, to_heads=heads, name=name
+            )
 
-            def project(x):
-                y = constrain(layer(x), places, "batch", "sequence", axis, None)
+            def project(x: Array) -> Array:
+                y = constrain(layer(x), self.activations, "batch", "sequence", axis, None)
                 return checkpoint_name(y, "qkv")
 
             return project
@@ -82,7 +85,7 @@ class SelfAttention(nn.Module):
             key, value = jnp.concatenate(keys, 1), jnp.concatenate(values, 1)
             query, seen = mrope.rotate(q_proj(x), cos, sin), present[:, : key.shape[1]]
             ids = (seen[:, -x.shape[1] :], seen)
-            y = attention(query, key, value, ids, causal=True, places=places)
+            y = attention(query, key, value, ids, causal=True, activations=self.activations)
             out.append(checkpoint_name(o_proj(y), "out"))
         return tuple(out)
 
@@ -92,19 +95,21 @@ class DecoderLayer(nn.Module):
 
     config: TextConfig
     dtype: Any = jnp.float32
-    places: Activations | None = None
+    activations: Activations | None = None
 
     @nn.compact
-    def __call__(self, segments: Segments, tables, present: jax.Array):
-        """Segments [B, S_i, D] -> (segments, None)."""
-        cfg, dtype, places = self.config, self.dtype, self.places
-        segments = tuple(constrain(x, places, "batch", "sequence", "embed") for x in segments)
+    def __call__(
+        self, segments: Segments, tables: Tables, present: Int[Array, "B S"]
+    ) -> tuple[Segments, None]:
+        cfg, dtype, activations = self.config, self.dtype, self.activations
+        segments = tuple(constrain(x, activations, "batch", "sequence", "embed") for x in segments)
         norm = RMSNorm(cfg.rms_norm_eps, dtype, name="input_layernorm")
-        attend = SelfAttention(cfg, dtype, places, name="self_attn")
+        attend = SelfAttention(cfg, dtype, activations, name="self_attn")
         attended = attend(tuple(map(norm, segments)), tables, present)
         norm = RMSNorm(cfg.rms_norm_eps, dtype, name="post_attention_layernorm")
-        down = ("mlp_in", None)
-        mlp = GatedMLP(cfg.intermediate_size, False, dtype, places, down, name="mlp")
+        mlp = GatedMLP(
+            cfg.intermediate_size, False, dtype, activations, ("mlp_in", None), name="mlp"
+        )
         mixed = [x + y for x, y in zip(segments, attended, strict=True)]
         return tuple(x + mlp(norm(x)) for x in mixed), None
 
@@ -112,47 +117,43 @@ class DecoderLayer(nn.Module):
 class TextModel(nn.Module):
     """Embeddings -> last hidden states after the final norm.
 
-    `remat` says which activations are kept (`layers.remat_policy`), `places` where they lie.
+    `remat` names the activations that are kept (`layers.remat_policy`), `activations` has their
+    sharding.
     """
 
     config: TextConfig
     dtype: Any = jnp.float32
     remat: str | None = None
-    places: Activations | None = None
+    activations: Activations | None = None
 
-    def setup(self):
+    def setup(self) -> None:
         cfg = self.config
         self.embed_tokens = Embed(cfg.vocab_size, cfg.hidden_size, self.dtype)
-        scanned = scan_blocks(
-            DecoderLayer, cfg.num_hidden_layers, self.remat, (nn.broadcast,) * 2
-        )  # fmt: skip
-        self.layers = scanned(cfg, self.dtype, self.places)
+        stack = scan_blocks(DecoderLayer, cfg.num_hidden_layers, self.remat, (nn.broadcast,) * 2)
+        self.layers = stack(cfg, self.dtype, self.activations)
         self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype)
 
-    def embed(self, ids: jax.Array) -> jax.Array:
-        """ids [B, S] -> [B, S, D]."""
+    def embed(self, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         return self.embed_tokens(ids)
 
-    def attend(self, hidden: jax.Array) -> jax.Array:
-        """hidden [B, S, D] -> logits [B, S, vocab] with the embedding's weights (tied)."""
+    def attend(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S vocab"]:
+        """Logits with the embedding's weights (tied)."""
         return self.embed_tokens.attend(hidden)
 
     def __call__(
         self,
-        inputs_embeds: jax.Array,
-        position_ids: jax.Array,
-        attention_mask: jax.Array,
-        queries: jax.Array | None = None,
-    ) -> jax.Array:
-        """The last hidden states after the final norm [B, S, D].
-
-        A padded position holds finite numbers without meaning.
+        inputs_embeds: Float[Array, "B words D"],
+        position_ids: Int[Array, "B 3 S"],
+        attention_mask: Bool[Array, "B S"],
+        queries: Float[Array, "B K D"] | None = None,
+    ) -> Float[Array, "B S D"]:
+        """The last hidden states after the final norm; finite and meaningless on padding.
 
         Args:
-          inputs_embeds: [B, S, D]; with queries, of the S - K positions before them.
-          position_ids: int [B, 3, S].
-          attention_mask: bool [B, S].
-          queries: [B, K, D], embeddings of the last K positions: a segment of their own.
+          inputs_embeds: of all S positions; with queries, of the S - K before them.
+          position_ids: M-RoPE (time, row, column).
+          attention_mask: False on padding.
+          queries: embeddings of the last K positions: a segment of their own.
         """
         cfg = self.config
         segments = (inputs_embeds,) if queries is None else (inputs_embeds, queries)
@@ -161,6 +162,6 @@ class TextModel(nn.Module):
             position_ids, cfg.head_dim, cfg.rope_theta, cfg.mrope_section, self.dtype
         )
         tables = ((cos[:, :cut], sin[:, :cut]), (cos[:, cut:], sin[:, cut:]))[: len(segments)]
-        present = attention_mask.astype(bool).astype(jnp.int32)
+        present = attention_mask.astype(jnp.int32)
         segments, _ = self.layers(tuple(x.astype(self.dtype) for x in segments), tables, present)
         return self.norm(jnp.concatenate(segments, axis=1))

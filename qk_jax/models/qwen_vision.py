@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
 
 from qk_jax.models import mrope
 from qk_jax.models.attention import attention
 from qk_jax.models.layers import Dense, RMSNorm, scan_blocks
+from qk_jax.models.mrope import Table
 from qk_jax.pictures.grids import MERGE, PATCH, Grids
 from qk_jax.sharding.rules import Activations
 from qk_jax.sharding.specs import constrain
@@ -45,68 +47,85 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Windows:
-    """How P patches fall into W windows of at most L patches; all arrays are constants.
+    """How P patches fall into windows of at most `length` patches; all arrays are constants.
 
-    order [P / 4]: merge blocks sorted by window; back [P / 4]: its inverse.
-    picture [P]: picture of each sorted patch.
-    slots [W, L]: sorted patch in each window place, valid [W, L] whether there is one.
-    place [P]: place in the flattened [W * L] of each sorted patch.
+    Attributes:
+      order: merge blocks sorted by window.
+      back: the inverse of `order`.
+      picture: picture of each sorted patch.
+      slots: sorted patch in each slot of a window.
+      valid: whether there is one.
+      position: index of each sorted patch in the flattened windows.
     """
 
-    order: np.ndarray
-    back: np.ndarray
-    picture: np.ndarray
-    slots: np.ndarray
-    valid: np.ndarray
-    place: np.ndarray
+    order: Int[np.ndarray, " P//4"]
+    back: Int[np.ndarray, " P//4"]
+    picture: Int[np.ndarray, " P"]
+    slots: Int[np.ndarray, "windows length"]
+    valid: Bool[np.ndarray, "windows length"]
+    position: Int[np.ndarray, " P"]
 
 
 @functools.lru_cache(maxsize=256)
 def windows_of(grids: Grids, window_size: int) -> Windows:
     """Cuts pictures into windows of `window_size` pixels, smaller at the right and lower edges."""
     side = window_size // PATCH // MERGE
-    window, picture, used = [], [], 0
+    windows, pictures, used = [], [], 0
     for number, (rows, columns) in enumerate(grids):
         rows, columns = rows // MERGE, columns // MERGE
         across = -(-columns // side)
         row, column = np.divmod(np.arange(rows * columns), columns)
-        window.append(used + row // side * across + column // side)
-        picture.append(np.full(rows * columns, number))
+        windows.append(used + row // side * across + column // side)
+        pictures.append(np.full(rows * columns, number))
         used += across * -(-rows // side)
-    window = np.concatenate(window)
+    window = np.concatenate(windows)
     order = np.argsort(window, kind="stable")
     counts = np.bincount(window) * MERGE**2
     first = np.cumsum(counts) - counts
     valid = np.arange(counts.max()) < counts[:, None]
     slots = np.where(valid, first[:, None] + np.arange(counts.max()), 0)
-    place = np.flatnonzero(valid)
-    picture = np.repeat(np.concatenate(picture)[order], MERGE**2)
-    return Windows(order, np.argsort(order), picture, slots, valid, place)
+    picture = np.repeat(np.concatenate(pictures)[order], MERGE**2)
+    return Windows(order, np.argsort(order), picture, slots, valid, np.flatnonzero(valid))
 
 
-def window_attention(query, key, value, windows: Windows, places: Activations | None) -> jax.Array:
-    """Attention within windows: [B, P, H, D] three times -> [B, P, H, D]."""
+def window_attention(
+    query: Float[Array, "B P heads head_dim"],
+    key: Float[Array, "B P heads head_dim"],
+    value: Float[Array, "B P heads head_dim"],
+    windows: Windows,
+    activations: Activations | None,
+) -> Float[Array, "B P heads head_dim"]:
+    """Attention within windows."""
     batch, patches, heads, dim = query.shape
     count, length = windows.slots.shape
     whole = count * length == patches
 
-    def cut(x):
+    def cut(x: Array) -> Array:
         x = x if whole else x[:, windows.slots.reshape(-1)]
         return x.reshape(batch * count, length, heads, dim)
 
-    valid = None if whole else jnp.tile(windows.valid.astype(np.int32), (batch, 1))
-    ids = None if whole else (valid, valid)
-    out = attention(cut(query), cut(key), cut(value), ids, places=places)
+    ids = None
+    if not whole:
+        valid = jnp.tile(windows.valid.astype(np.int32), (batch, 1))
+        ids = (valid, valid)
+    out = attention(cut(query), cut(key), cut(value), ids, activations=activations)
     out = out.reshape(batch, count * length, heads, dim)
-    return out if whole else out[:, windows.place]
+    return out if whole else out[:, windows.position]
 
 
-def picture_attention(query, key, value, windows: Windows, places: Activations | None) -> jax.Array:
-    """Attention within each picture: [B, P, H, D] three times -> [B, P, H, D]."""
+def picture_attention(
+    query: Float[Array, "B P heads head_dim"],
+    key: Float[Array, "B P heads head_dim"],
+    value: Float[Array, "B P heads head_dim"],
+    windows: Windows,
+    activations: Activations | None,
+) -> Float[Array, "B P heads head_dim"]:
+    """Attention within each picture."""
     ids = None
     if windows.picture.any():
-        ids = (jnp.tile(windows.picture.astype(np.int32), (query.shape[0], 1)),) * 2
-    return attention(query, key, value, ids, places=places)
+        picture = jnp.tile(windows.picture.astype(np.int32), (query.shape[0], 1))
+        ids = (picture, picture)
+    return attention(query, key, value, ids, activations=activations)
 
 
 class VisionAttention(nn.Module):
@@ -115,11 +134,13 @@ class VisionAttention(nn.Module):
     config: VisionConfig
     grids: Grids
     dtype: Any = jnp.float32
-    places: Activations | None = None
+    activations: Activations | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, cos, sin, full: jax.Array) -> jax.Array:
-        """x [B, P, D] sorted by window, `full` bool [] -> [B, P, D]."""
+    def __call__(
+        self, x: Float[Array, "B P width"], cos: Table, sin: Table, full: Bool[Array, ""]
+    ) -> Float[Array, "B P width"]:
+        """Attends within windows, or within pictures where `full`; patches sorted by window."""
         cfg = self.config
         fused = Dense(3 * cfg.hidden_size, ("embed", "heads"), dtype=self.dtype, name="qkv")(x)
         fused = checkpoint_name(fused, "qkv")
@@ -130,8 +151,8 @@ class VisionAttention(nn.Module):
         windows = windows_of(self.grids, cfg.window_size)
         out = jax.lax.cond(
             full,
-            functools.partial(picture_attention, windows=windows, places=self.places),
-            functools.partial(window_attention, windows=windows, places=self.places),
+            functools.partial(picture_attention, windows=windows, activations=self.activations),
+            functools.partial(window_attention, windows=windows, activations=self.activations),
             query, key, value,
         )  # fmt: skip
         out = out.reshape(x.shape)
@@ -145,22 +166,20 @@ class GatedMLP(nn.Module):
     hidden: int
     use_bias: bool
     dtype: Any = jnp.float32
-    places: Activations | None = None
+    activations: Activations | None = None
     down: tuple[str | None, str | None] = ("mlp", "embed")  # 3420 hidden features divide by little
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., D] -> [..., D]."""
+    def __call__(self, x: Float[Array, "B tokens width"]) -> Float[Array, "B tokens width"]:
+        dense = functools.partial(Dense, use_bias=self.use_bias, dtype=self.dtype)
 
-        def dense(features, axes, name):
-            return Dense(features, axes, use_bias=self.use_bias, dtype=self.dtype, name=name)
-
-        def hidden(name):
-            y = dense(self.hidden, ("embed", "mlp"), name)(x)
-            return checkpoint_name(constrain(y, self.places, "batch", "sequence", "mlp"), "mlp")
+        def hidden(name: str) -> Array:
+            y = dense(self.hidden, ("embed", "mlp"), name=name)(x)
+            y = constrain(y, self.activations, "batch", "sequence", "mlp")
+            return checkpoint_name(y, "mlp")
 
         mixed = jax.nn.silu(hidden("gate_proj")) * hidden("up_proj")
-        return checkpoint_name(dense(x.shape[-1], self.down, "down_proj")(mixed), "out")
+        return checkpoint_name(dense(x.shape[-1], self.down, name="down_proj")(mixed), "out")
 
 
 class VisionBlock(nn.Module):
@@ -169,18 +188,20 @@ class VisionBlock(nn.Module):
     config: VisionConfig
     grids: Grids
     dtype: Any = jnp.float32
-    places: Activations | None = None
+    activations: Activations | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, cos, sin, full: jax.Array):
-        """x [B, P, D], `full` bool [] -> ([B, P, D], None)."""
-        cfg, dtype, places = self.config, self.dtype, self.places
-        x = constrain(x, places, "batch", "sequence", "embed")
+    def __call__(
+        self, x: Float[Array, "B P width"], cos: Table, sin: Table, full: Bool[Array, ""]
+    ) -> tuple[Float[Array, "B P width"], None]:
+        cfg, dtype, activations = self.config, self.dtype, self.activations
+        x = constrain(x, activations, "batch", "sequence", "embed")
         normed = RMSNorm(NORM_EPSILON, dtype, name="norm1")(x)
-        attend = VisionAttention(cfg, self.grids, dtype, places, name="attn")
+        attend = VisionAttention(cfg, self.grids, dtype, activations, name="attn")
         x = x + attend(normed, cos, sin, full)
         normed = RMSNorm(NORM_EPSILON, dtype, name="norm2")(x)
-        return x + GatedMLP(cfg.intermediate_size, True, dtype, places, name="mlp")(normed), None
+        mlp = GatedMLP(cfg.intermediate_size, True, dtype, activations, name="mlp")
+        return x + mlp(normed), None
 
 
 class PatchEmbed(nn.Module):
@@ -190,21 +211,19 @@ class PatchEmbed(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, patches: jax.Array) -> jax.Array:
-        """patches [B, P, 1176] -> [B, P, D]."""
+    def __call__(self, patches: Float[Array, "B P 1176"]) -> Float[Array, "B P width"]:
         axes = ("patch", "embed")
         return Dense(self.features, axes, use_bias=False, dtype=self.dtype, name="proj")(patches)
 
 
 class Merger(nn.Module):
-    """2x2 patches -> one token of the language model's width, exact GELU between."""
+    """2x2 patches -> one token of the language model's width, with an exact GELU between."""
 
     config: VisionConfig
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, P, D] -> [B, P / 4, out_hidden_size]."""
+    def __call__(self, x: Float[Array, "B P width"]) -> Float[Array, "B P//4 D"]:
         cfg = self.config
         x = RMSNorm(NORM_EPSILON, self.dtype, name="ln_q")(x)
         x = x.reshape(x.shape[0], -1, cfg.hidden_size * MERGE**2)
@@ -216,19 +235,22 @@ class Merger(nn.Module):
 class VisionTower(nn.Module):
     """Pictures as patches -> tokens for the language model.
 
-    `remat` says which activations are kept (`layers.remat_policy`), `places` where they lie.
+    `remat` names the activations that are kept (`layers.remat_policy`), `activations` has their
+    sharding.
     """
 
     config: VisionConfig
     dtype: Any = jnp.float32
     remat: str | None = None
-    places: Activations | None = None
+    activations: Activations | None = None
 
     @nn.compact
-    def __call__(self, pixel_values: jax.Array, grids: Grids) -> jax.Array:
-        """pixel_values [B, P, 1176]: the pictures of `grids` in turn, patches in merge-block order.
+    def __call__(
+        self, pixel_values: Float[Array, "B P 1176"], grids: Grids
+    ) -> Float[Array, "B P//4 D"]:
+        """Tokens of the pictures of `grids` in turn, each in row-major order.
 
-        Returns [B, P / 4, out_hidden_size], the merge blocks of each picture in row-major order.
+        The patches of a picture are in merge-block order, as Qwen2VLImageProcessor gives them.
         """
         cfg = self.config
         windows = windows_of(grids, cfg.window_size)
@@ -237,8 +259,7 @@ class VisionTower(nn.Module):
         x = PatchEmbed(cfg.hidden_size, self.dtype, name="patch_embed")(pixel_values)
         x = x[:, patch_order]
         full = jnp.asarray([i in cfg.fullatt_block_indexes for i in range(cfg.depth)])
-        blocks = scan_blocks(
-            VisionBlock, cfg.depth, self.remat, (nn.broadcast, nn.broadcast, 0)
-        )(cfg, grids, self.dtype, self.places, name="blocks")  # fmt: skip
+        stack = scan_blocks(VisionBlock, cfg.depth, self.remat, (nn.broadcast, nn.broadcast, 0))
+        blocks = stack(cfg, grids, self.dtype, self.activations, name="blocks")
         x, _ = blocks(x, cos, sin, full)
         return Merger(cfg, self.dtype, name="merger")(x)[:, windows.back]

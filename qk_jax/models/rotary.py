@@ -1,8 +1,8 @@
-"""Rotary positions of the diffusion transformer: the laws that place tokens, and the rotation.
+"""Rotary positions of the diffusion transformer: position laws, and the rotation.
 
-A position is an integer triple (frame, row, column). All images of a sample share one coordinate
-space, so a law decides how a picture to be edited (a *source*) and pictures of subjects
-(*references*) lie relative to the picture that is painted (the *target*).
+A position is an integer triple (frame, row, column). All pictures of an example share one
+coordinate space: a law gives the positions of a picture to be edited (a *source*) and of pictures
+of subjects (*references*) relative to the picture that is painted (the *target*).
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from qk_jax.pictures.roles import REFERENCE
 
-Grid = tuple[int, int]
+Grid = tuple[int, int]  # (rows, columns) of a picture in packed tokens (pixels / 16)
 
 
 @dataclasses.dataclass(frozen=True)
 class PositionLaw:
-    """Where the tokens of each picture lie.
+    """Positions of the tokens of each picture.
 
     Attributes:
       kind: 'shifted' is the shifted 2-D law of Query-Kontext (arXiv 2509.26641, section 5.3);
@@ -42,7 +42,7 @@ class PositionLaw:
     source_mode: Literal["reflect", "reflect_minus_one", "translate"] = "reflect"
     index_base: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in ("shifted", "qwen_image"):
             raise ValueError(f"position law kind {self.kind!r} is not 'shifted' or 'qwen_image'")
         if self.source_mode not in ("reflect", "reflect_minus_one", "translate"):
@@ -55,20 +55,19 @@ class PositionLaw:
 
 
 def _cells(grid: Grid) -> np.ndarray:
-    """(row, column) of a picture's tokens in row-major order: int32 [h * w, 2], from 0."""
+    """(row, column) of a picture's tokens in row-major order: int [rows * columns, 2], from 0."""
     return np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), -1).reshape(-1, 2)
 
 
 def _centred(frame: int, grid: Grid) -> np.ndarray:
-    """Rows and columns around zero, the picture's number as frame: [h * w, 3]."""
-    half = np.array([side - side // 2 for side in grid])
-    cells = _cells(grid) - half
-    return np.concatenate([np.full((len(cells), 1), frame), cells], -1)
+    """Rows and columns around zero, the picture's number as frame: [rows * columns, 3]."""
+    cells = _cells(grid) - [side - side // 2 for side in grid]
+    return np.pad(cells, ((0, 0), (1, 0)), constant_values=frame)
 
 
 def _shifted(
-    law: PositionLaw, target: Grid, conditions: Sequence[Grid], roles: jax.Array
-) -> jax.Array:
+    law: PositionLaw, target: Grid, conditions: Sequence[Grid], roles: Array | np.ndarray
+) -> Array:
     """The shifted law: rows and columns [B, N, 2].
 
     The first reference begins where the target ends, each further one where the one before it
@@ -76,8 +75,8 @@ def _shifted(
     and unequal sizes never overlap. Further sources move on in the negative quadrant likewise.
     """
     batch = roles.shape[0]
-    cells = _cells(target) + law.index_base
-    parts = [jnp.broadcast_to(jnp.asarray(cells, jnp.int32), (batch, *cells.shape))]
+    cells = jnp.asarray(_cells(target) + law.index_base, jnp.int32)
+    parts = [jnp.broadcast_to(cells, (batch, *cells.shape))]
     past_references = jnp.broadcast_to(jnp.asarray(target, jnp.int32), (batch, 2))
     past_sources = jnp.zeros((batch, 2), jnp.int32)
     for index, grid in enumerate(conditions):
@@ -102,26 +101,29 @@ def _shifted(
 
 
 def image_positions(
-    law: PositionLaw, target_grid: Grid, condition_grids: Sequence[Grid], roles: jax.Array
-) -> jax.Array:
-    """Positions of the image stream [target ; condition pictures].
+    law: PositionLaw,
+    target_grid: Grid,
+    condition_grids: Sequence[Grid],
+    roles: Int[Array | np.ndarray, "B n"],
+) -> Int[Array, "B N 3"]:
+    """Positions (frame, row, column) of the image tokens [target ; condition pictures].
 
     Args:
       law: the position law.
-      target_grid: (rows, columns) of the target in packed tokens (pixels / 16).
-      condition_grids: the same of each condition picture, in the order of their tokens.
-      roles: int32 [B, n], SOURCE or REFERENCE for each condition picture; may be traced, so that
-        a change of role needs no compilation. The 'qwen_image' law does not know roles.
+      target_grid: that of the target.
+      condition_grids: of each condition picture, in the order of their tokens.
+      roles: SOURCE or REFERENCE for each condition picture; may be traced, so that a change of
+        role needs no compilation. The 'qwen_image' law ignores roles.
 
-    Returns:
-      int32 [B, N, 3], N = all tokens of target and condition pictures; axes (frame, row, column).
+    Raises:
+      ValueError: the roles are not those of the condition pictures.
     """
-    if roles.ndim != 2 or roles.shape[1] != len(condition_grids):
-        raise ValueError(f"roles {roles.shape} do not name {len(condition_grids)} pictures per row")
+    if roles.shape[1] != len(condition_grids):
+        raise ValueError(f"roles {roles.shape} are not those of {len(condition_grids)} pictures")
     if law.kind == "qwen_image":
         grids = (target_grid, *condition_grids)
-        positions = np.concatenate([_centred(n, grid) for n, grid in enumerate(grids)])
-        positions = jnp.asarray(positions, jnp.int32)
+        centred = np.concatenate([_centred(n, grid) for n, grid in enumerate(grids)])
+        positions = jnp.asarray(centred, jnp.int32)
         return jnp.broadcast_to(positions, (roles.shape[0], *positions.shape))
     cells = _shifted(law, target_grid, condition_grids, roles)
     return jnp.pad(cells, ((0, 0), (0, 0), (1, 0)))
@@ -129,8 +131,8 @@ def image_positions(
 
 def text_positions(
     law: PositionLaw, length: int, target_grid: Grid, condition_grids: Sequence[Grid]
-) -> jax.Array:
-    """Positions of `length` text tokens: int32 [T, 3].
+) -> Int[Array, "L 3"]:
+    """Positions of `length` context tokens.
 
     Zero in the shifted law, whose references occupy the diagonal of the positive quadrant. In the
     Qwen-Image law token k has the same index on all axes, beyond the largest half side.
@@ -142,17 +144,14 @@ def text_positions(
 
 
 def cos_sin(
-    positions: jax.Array, axes_dims: Sequence[int], theta: float = 10000.0
-) -> tuple[jax.Array, jax.Array]:
-    """Rotary tables of 3-axis positions.
+    positions: Int[Array, "*any 3"], axes_dims: Sequence[int], theta: float = 10000.0
+) -> tuple[Float[Array, "*any half_dim"], Float[Array, "*any half_dim"]]:
+    """Rotary tables (cos, sin) of 3-axis positions, float32: [frame ; row ; column] frequencies.
 
     Args:
-      positions: int [..., 3].
-      axes_dims: even channel count of each axis; they sum to the head dimension D.
+      positions: (frame, row, column).
+      axes_dims: even channel count of each axis; they sum to the head dimension.
       theta: base of the frequencies theta^(-2k / axis channels).
-
-    Returns:
-      (cos, sin), each float32 [..., D / 2]: first the frame's frequencies, then rows', columns'.
     """
     angles = []
     for axis, dim in enumerate(axes_dims):
@@ -164,22 +163,17 @@ def cos_sin(
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def apply_interleaved(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates channel pairs (2k, 2k+1) of x [B, S, H, D] by the angles of cos, sin.
-
-    Args:
-      x: queries or keys.
-      cos: float32 [S, D / 2] or [B, S, D / 2].
-      sin: as cos.
-
-    Returns:
-      As x, in its dtype; the rotation itself is done in float32.
-    """
+def apply_interleaved(
+    x: Float[Array, "B tokens heads head_dim"],
+    cos: Float[Array, "*B_or_none tokens head_dim//2"],
+    sin: Float[Array, "*B_or_none tokens head_dim//2"],
+) -> Float[Array, "B tokens heads head_dim"]:
+    """Rotates channel pairs (2k, 2k+1) of x in float32 by the angles of cos, sin; x's dtype."""
     cos, sin = (jnp.repeat(table, 2, axis=-1)[..., None, :] for table in (cos, sin))
-    # (a, b) -> (-b, a) as a product with a constant, which is exact: apart, the two halves of a
-    # pair would cost a TPU a copy of x in an order that nothing else wants.
+    # (a, b) -> (-b, a) as a product with a constant, which is exact: to separate the two halves of
+    # each pair would cost a TPU a copy of x in an order that nothing else wants.
     turn = np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [-1, 0]]).astype(np.float32)
-    turned = jnp.matmul(  # at full precision, or float32 would be cut to bfloat16 on the way
+    turned = jnp.matmul(  # at full precision, or float32 would be rounded to bfloat16
         x, turn.astype(x.dtype), precision="highest", preferred_element_type=jnp.float32
     )
     return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)

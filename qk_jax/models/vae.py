@@ -12,35 +12,21 @@ never reached. The parameter tree holds that 2-D view.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import itertools
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jaxtyping import Array, Float, Key
 
 from qk_jax.base.errors import InputError
-from qk_jax.models.vae_blocks import (
-    ChannelNorm,
-    Conv,
-    GroupNorm,
-    MidBlock,
-    Resample,
-    ResnetBlock,
-    Stage,
-)
+from qk_jax.models.vae_blocks import Conv, MidBlock, Resample, ResnetBlock, Stage, norm
 from qk_jax.sharding.rules import Activations
 from qk_jax.sharding.specs import constrain
-from qk_jax.weights.hub_configs import fields_of
 
 LOGVAR_RANGE = (-30.0, 20.0)
-
-
-def _json(config: Any) -> dict:
-    """Dataclass fields with lists in place of tuples, as they stand in a config.json."""
-    values = dataclasses.asdict(config)
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +49,7 @@ class AutoencoderKLConfig:
     sample_size: int = 32
     force_upcast: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         bad = [c for c in self.block_out_channels if c % self.norm_num_groups]
         if bad or not self.block_out_channels:
             raise InputError(
@@ -84,43 +70,13 @@ class AutoencoderKLConfig:
         """Picture pixels per latent position along one side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
-    def shift_and_scale(self) -> tuple[np.ndarray, np.ndarray]:
-        """(shift, scale), float32 [C]: model space is (z - shift) * scale."""
+    def shift_and_scale(self) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
+        """(shift, scale) in float32: model space is (z - shift) * scale."""
         shift = np.full(self.latent_channels, self.shift_factor or 0.0)
         scale = np.full(self.latent_channels, self.scaling_factor)
         if self.latents_mean is not None and self.latents_std is not None:
             shift, scale = np.asarray(self.latents_mean), scale / np.asarray(self.latents_std)
         return shift.astype(np.float32), scale.astype(np.float32)
-
-    @classmethod
-    def from_hf(cls, values: Mapping[str, Any]) -> AutoencoderKLConfig:
-        """From the content of a diffusers config.json.
-
-        Raises:
-          InputError: another class, an unknown or missing key, or a variant that this model does
-            not have.
-        """
-        channels = values.get("block_out_channels")
-        count = len(channels) if isinstance(channels, list | tuple) else 0
-        fixed = {
-            "act_fn": "silu",
-            "down_block_types": ("DownEncoderBlock2D",) * count,
-            "up_block_types": ("UpDecoderBlock2D",) * count,
-        }
-        # The class has other values where these are absent than any public model.
-        required = ("block_out_channels", "layers_per_block", "latent_channels", *fixed)
-        return cls(**fields_of(cls, values, "AutoencoderKL", fixed, required))
-
-    def to_hf(self) -> dict:
-        """The content of a diffusers config.json."""
-        count = len(self.block_out_channels)
-        return {
-            "_class_name": "AutoencoderKL",
-            "act_fn": "silu",
-            "down_block_types": ["DownEncoderBlock2D"] * count,
-            "up_block_types": ["UpDecoderBlock2D"] * count,
-            **_json(self),
-        }
 
 
 QWEN_MEAN = (
@@ -146,7 +102,13 @@ class QwenImageVAEConfig:
     latents_mean: tuple[float, ...] = QWEN_MEAN
     latents_std: tuple[float, ...] = QWEN_STD
 
-    def __post_init__(self):
+    # What AutoencoderKL's config chooses is fixed here.
+    norm_num_groups: ClassVar[None] = None
+    use_quant_conv: ClassVar[bool] = True
+    use_post_quant_conv: ClassVar[bool] = True
+    mid_block_add_attention: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
         if len(self.temperal_downsample) != len(self.dim_mult) - 1:
             raise InputError(
                 f"temperal_downsample {self.temperal_downsample} of AutoencoderKLQwenImage needs"
@@ -160,35 +122,37 @@ class QwenImageVAEConfig:
 
     @property
     def latent_channels(self) -> int:
-        """Channels of a latent."""
         return self.z_dim
+
+    @property
+    def out_channels(self) -> int:
+        return self.input_channels
+
+    @property
+    def layers_per_block(self) -> int:
+        return self.num_res_blocks
+
+    @property
+    def block_out_channels(self) -> tuple[int, ...]:
+        return tuple(self.base_dim * multiple for multiple in self.dim_mult)
 
     @property
     def downscale(self) -> int:
         """Picture pixels per latent position along one side."""
         return 2 ** (len(self.dim_mult) - 1)
 
-    def shift_and_scale(self) -> tuple[np.ndarray, np.ndarray]:
-        """(shift, scale), float32 [C]: model space is (z - shift) * scale."""
-        return np.float32(self.latents_mean), np.float32(1.0 / np.asarray(self.latents_std))
-
-    @classmethod
-    def from_hf(cls, values: Mapping[str, Any]) -> QwenImageVAEConfig:
-        """From the content of a diffusers config.json.
-
-        Raises:
-          InputError: another class, an unknown key, or a variant that this model does not have.
-        """
-        fixed = {"attn_scales": (), "dropout": 0.0}
-        return cls(**fields_of(cls, values, "AutoencoderKLQwenImage", fixed))
-
-    def to_hf(self) -> dict:
-        """The content of a diffusers config.json."""
-        fixed = {"_class_name": "AutoencoderKLQwenImage", "attn_scales": [], "dropout": 0.0}
-        return {**fixed, **_json(self)}
+    def shift_and_scale(self) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
+        """(shift, scale) in float32: model space is (z - shift) * scale."""
+        scale = 1.0 / np.asarray(self.latents_std)
+        return np.asarray(self.latents_mean, np.float32), scale.astype(np.float32)
 
 
 VAEConfig = AutoencoderKLConfig | QwenImageVAEConfig
+# The autoencoders by diffusers' class name.
+KINDS: dict[str, type[VAEConfig]] = {
+    "AutoencoderKL": AutoencoderKLConfig,
+    "AutoencoderKLQwenImage": QwenImageVAEConfig,
+}
 _SDXL = AutoencoderKLConfig(
     block_out_channels=(128, 256, 512, 512),
     layers_per_block=2,
@@ -221,30 +185,22 @@ PRESETS: dict[str, VAEConfig] = {
 }
 
 
-def config_from_hf(values: Mapping[str, Any]) -> VAEConfig:
-    """The config that a diffusers config.json describes, by its `_class_name`.
-
-    Raises:
-      InputError: neither of the two classes, or a config that its class refuses.
-    """
-    classes = {"AutoencoderKL": AutoencoderKLConfig, "AutoencoderKLQwenImage": QwenImageVAEConfig}
-    name = values.get("_class_name")
-    if not isinstance(name, str) or name not in classes:
-        raise InputError(f"the VAE config is of class {name!r}; give one of {sorted(classes)}")
-    return classes[name].from_hf(values)
+def kind(config: VAEConfig) -> str:
+    """diffusers' class name of the autoencoder."""
+    return next(name for name, cls in KINDS.items() if type(config) is cls)
 
 
 class Encoder(nn.Module):
-    """AutoencoderKL's encoder: picture [B, H, W, 3] -> moments [B, H/8, W/8, 2 C]."""
+    """AutoencoderKL's encoder: pictures -> moments [B, H/8, W/8, 2 C]."""
 
     config: AutoencoderKLConfig
     dtype: Any = jnp.float32
-    places: Activations | None = None
+    activations: Activations | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w moments"]:
         config, dtype, groups = self.config, self.dtype, self.config.norm_num_groups
-        widths = config.block_out_channels
+        widths, attends = config.block_out_channels, config.mid_block_add_attention
         x = Conv(widths[0], dtype=dtype, name="conv_in")(x)
         for index, width in enumerate(widths):
             resampled = width if index + 1 < len(widths) else None
@@ -253,35 +209,9 @@ class Encoder(nn.Module):
                 name=f"down_blocks_{index}",
             )  # fmt: skip
             x = stage(x)
-        attends = config.mid_block_add_attention
-        x = MidBlock(widths[-1], groups, attends, dtype, places=self.places, name="mid_block")(x)
-        x = nn.silu(GroupNorm(groups, dtype, name="conv_norm_out")(x))
+        x = MidBlock(widths[-1], groups, attends, dtype, self.activations, name="mid_block")(x)
+        x = nn.silu(norm(groups, dtype, "conv_norm_out")(x))
         return Conv(2 * config.latent_channels, dtype=dtype, name="conv_out")(x)
-
-
-class Decoder(nn.Module):
-    """AutoencoderKL's decoder: latent [B, h, w, C] -> picture [B, 8 h, 8 w, 3], not clamped."""
-
-    config: AutoencoderKLConfig
-    dtype: Any = jnp.float32
-    places: Activations | None = None
-
-    @nn.compact
-    def __call__(self, z: jax.Array) -> jax.Array:
-        config, dtype, groups = self.config, self.dtype, self.config.norm_num_groups
-        widths = config.block_out_channels[::-1]
-        x = Conv(widths[0], dtype=dtype, name="conv_in")(z)
-        attends = config.mid_block_add_attention
-        x = MidBlock(widths[0], groups, attends, dtype, places=self.places, name="mid_block")(x)
-        for index, width in enumerate(widths):
-            resampled = width if index + 1 < len(widths) else None
-            stage = Stage(
-                width, config.layers_per_block + 1, groups, resampled, upsamples=True, dtype=dtype,
-                name=f"up_blocks_{index}",
-            )  # fmt: skip
-            x = stage(x)
-        x = nn.silu(GroupNorm(groups, dtype, name="conv_norm_out")(x))
-        return Conv(config.out_channels, dtype=dtype, name="conv_out")(x)
 
 
 class QwenEncoder(nn.Module):
@@ -289,105 +219,120 @@ class QwenEncoder(nn.Module):
 
     config: QwenImageVAEConfig
     dtype: Any = jnp.float32
-    places: Activations | None = None
+    activations: Activations | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        config, dtype = self.config, self.dtype
-        widths = [config.base_dim * multiple for multiple in config.dim_mult]
+    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w moments"]:
+        config, dtype, names = (
+            self.config,
+            self.dtype,
+            map("down_blocks_{}".format, itertools.count()),
+        )
+        widths = config.block_out_channels
         x = Conv(config.base_dim, dtype=dtype, name="conv_in")(x)
-        index = 0
         for level, width in enumerate(widths):
             for _ in range(config.num_res_blocks):
-                x = ResnetBlock(width, None, dtype, name=f"down_blocks_{index}")(x)
-                index += 1
+                x = ResnetBlock(width, None, dtype, name=next(names))(x)
             if level + 1 < len(widths):
-                name = f"down_blocks_{index}"
-                x = Resample(width, "resample_1", False, dtype, name=name)(x)
-                index += 1
-        x = MidBlock(widths[-1], None, dtype=dtype, places=self.places, name="mid_block")(x)
-        x = nn.silu(ChannelNorm(dtype, name="norm_out")(x))
+                x = Resample(width, "resample_1", False, dtype, name=next(names))(x)
+        x = MidBlock(widths[-1], None, True, dtype, self.activations, name="mid_block")(x)
+        x = nn.silu(norm(None, dtype, "norm_out")(x))
         return Conv(2 * config.z_dim, dtype=dtype, name="conv_out")(x)
 
 
-class QwenDecoder(nn.Module):
-    """QwenImageDecoder3d for one frame; each upsampling convolution halves the channels."""
+class Decoder(nn.Module):
+    """AutoencoderKL's decoder, or QwenImageDecoder3d for one frame: latents -> pictures.
 
-    config: QwenImageVAEConfig
+    Nothing is clamped. Each upsampling convolution of the latter halves the channels.
+    """
+
+    config: VAEConfig
     dtype: Any = jnp.float32
-    places: Activations | None = None
+    activations: Activations | None = None
 
     @nn.compact
-    def __call__(self, z: jax.Array) -> jax.Array:
-        config, dtype = self.config, self.dtype
-        widths = [config.base_dim * multiple for multiple in config.dim_mult[::-1]]
+    def __call__(self, z: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+        config, dtype, groups = self.config, self.dtype, self.config.norm_num_groups
+        widths, attends = config.block_out_channels[::-1], config.mid_block_add_attention
         x = Conv(widths[0], dtype=dtype, name="conv_in")(z)
-        x = MidBlock(widths[0], None, dtype=dtype, places=self.places, name="mid_block")(x)
+        x = MidBlock(widths[0], groups, attends, dtype, self.activations, name="mid_block")(x)
+        conv, shrink, last = ("conv", 1, "conv_norm_out")
+        if isinstance(config, QwenImageVAEConfig):
+            conv, shrink, last = ("resample_1", 2, "norm_out")
         for index, width in enumerate(widths):
-            resampled = width // 2 if index + 1 < len(widths) else None
+            resampled = width // shrink if index + 1 < len(widths) else None
             stage = Stage(
-                width, config.num_res_blocks + 1, None, resampled, "resample_1", True, dtype,
+                width, config.layers_per_block + 1, groups, resampled, conv, True, dtype,
                 name=f"up_blocks_{index}",
             )  # fmt: skip
             x = stage(x)
-        x = nn.silu(ChannelNorm(dtype, name="norm_out")(x))
-        return Conv(config.input_channels, dtype=dtype, name="conv_out")(x)
+        x = nn.silu(norm(groups, dtype, last)(x))
+        return Conv(config.out_channels, dtype=dtype, name="conv_out")(x)
 
 
 class VAE(nn.Module):
     """diffusers' AutoencoderKL, or the image path of AutoencoderKLQwenImage, as `config` says.
 
-    `encode` and `decode` are the methods to apply; `places` says where activations lie over a mesh.
+    `encode` and `decode` are the methods to apply; `activations` has the sharding of activations.
     """
 
     config: VAEConfig
     dtype: Any = jnp.float32
-    places: Activations | None = None
+    activations: Activations | None = None
 
-    def setup(self):
-        config, dtype, channels = self.config, self.dtype, self.config.latent_channels
-        self.qwen = isinstance(config, QwenImageVAEConfig)
-        self.encoder = (QwenEncoder if self.qwen else Encoder)(config, dtype, self.places)
-        self.decoder = (QwenDecoder if self.qwen else Decoder)(config, dtype, self.places)
-        if self.qwen or config.use_quant_conv:
-            self.quant_conv = Conv(2 * channels, size=1, dtype=dtype)
-        if self.qwen or config.use_post_quant_conv:
-            self.post_quant_conv = Conv(channels, size=1, dtype=dtype)
+    def setup(self) -> None:
+        config, channels = self.config, self.config.latent_channels
+        self.encoder: nn.Module = (
+            QwenEncoder(config, self.dtype, self.activations)
+            if isinstance(config, QwenImageVAEConfig)
+            else Encoder(config, self.dtype, self.activations)
+        )
+        self.decoder = Decoder(config, self.dtype, self.activations)
+        if config.use_quant_conv:
+            self.quant_conv = Conv(2 * channels, size=1, dtype=self.dtype)
+        if config.use_post_quant_conv:
+            self.post_quant_conv = Conv(channels, size=1, dtype=self.dtype)
 
-    def encode(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Pictures [B, H, W, 3] in [-1, 1] -> (mean, logvar), float32 [B, H/8, W/8, C]."""
-        h = self.encoder(constrain(x, self.places, "batch", None, None, None))
-        h = self.quant_conv(h) if self.qwen or self.config.use_quant_conv else h
+    def encode(
+        self, x: Float[Array, "B H W 3"]
+    ) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
+        """Pictures in [-1, 1] -> (mean, log variance) of latents, float32."""
+        h = self.encoder(constrain(x, self.activations, "batch", None, None, None))
+        h = self.quant_conv(h) if self.config.use_quant_conv else h
         mean, logvar = jnp.split(h.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
-    def decode(self, z: jax.Array) -> jax.Array:
-        """Latents [B, h, w, C] -> pictures [B, 8 h, 8 w, 3], about [-1, 1].
-
-        AutoencoderKLQwenImage clamps to [-1, 1], AutoencoderKL does not.
-        """
-        if self.qwen or self.config.use_post_quant_conv:
+    def decode(self, z: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+        """Latents -> pictures, about [-1, 1]; AutoencoderKLQwenImage clamps, AutoencoderKL not."""
+        if self.config.use_post_quant_conv:
             z = self.post_quant_conv(z)
         x = self.decoder(z)
-        return jnp.clip(x, -1.0, 1.0) if self.qwen else x
+        return jnp.clip(x, -1.0, 1.0) if isinstance(self.config, QwenImageVAEConfig) else x
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
         """Pictures through the posterior mean and back; used to make the parameters."""
         return self.decode(self.encode(x)[0])
 
+    def example(self) -> tuple[Array]:
+        """Arguments of the smallest call that makes all parameters."""
+        side = 2 * self.config.downscale
+        return (jnp.zeros((1, side, side, 3)),)
 
-def sample(mean: jax.Array, logvar: jax.Array, rng: jax.Array) -> jax.Array:
-    """A draw from the posterior, float32, of mean's shape."""
+
+def sample(
+    mean: Float[Array, "*any"], logvar: Float[Array, "*any"], rng: Key[Array, ""]
+) -> Float[Array, "*any"]:
+    """A draw from the posterior, float32."""
     return mean + jnp.exp(0.5 * logvar) * jax.random.normal(rng, mean.shape, jnp.float32)
 
 
-def normalize(z: jax.Array, config: VAEConfig) -> jax.Array:
-    """Latents [..., C] -> the space that the diffusion model works in, float32."""
+def normalize(z: Float[Array, "*any C"], config: VAEConfig) -> Float[Array, "*any C"]:
+    """Latents -> the space that the diffusion model works in, float32."""
     shift, scale = config.shift_and_scale()
     return (z.astype(jnp.float32) - shift) * scale
 
 
-def denormalize(z: jax.Array, config: VAEConfig) -> jax.Array:
+def denormalize(z: Float[Array, "*any C"], config: VAEConfig) -> Float[Array, "*any C"]:
     """The inverse of `normalize`, float32."""
     shift, scale = config.shift_and_scale()
     return z.astype(jnp.float32) / scale + shift

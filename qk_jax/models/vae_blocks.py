@@ -1,3 +1,5 @@
+"""Convolutions, norms and blocks of both autoencoders, over pictures [B, height, width, C]."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -5,17 +7,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Float
 
 from qk_jax.models import layers
 from qk_jax.models.attention import attention
 from qk_jax.sharding.rules import Activations
 
+Map = Float[Array, "B height width channels"]
+
 
 class Conv(nn.Module):
     """torch.nn.Conv2d over NHWC: kernel [k, k, in, out], bias [out].
 
-    Stride 1 pads k // 2 on every side; stride 2 pads one row below and one column to the right,
-    as the downsampling layers of both VAEs do.
+    Stride 1 pads k // 2 on every side; stride 2 pads one pixel below and one to the right, as the
+    downsampling layers of both VAEs do.
     """
 
     features: int
@@ -24,7 +29,7 @@ class Conv(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Map) -> Float[Array, "B _height _width features"]:
         axes = (None, None, "conv_in", "conv_out")
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", layers.boxed(layers.lecun, axes), shape, jnp.float32)
@@ -50,7 +55,7 @@ class GroupNorm(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Map) -> Map:
         channels = x.shape[-1]
         ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
         scale = self.param("scale", layers.boxed(ones, ("norm",)), (channels,), jnp.float32)
@@ -60,8 +65,8 @@ class GroupNorm(nn.Module):
         flat = flat * jax.lax.rsqrt(self._group_mean(jnp.square(flat)) + 1e-6)
         return (flat * scale + bias).reshape(x.shape).astype(self.dtype)
 
-    def _group_mean(self, flat: jax.Array) -> jax.Array:
-        """[B, N, C] -> the mean of each channel's group, [B, 1, C].
+    def _group_mean(self, flat: Array) -> Array:
+        """[B, positions, C] -> the mean of each channel's group, [B, 1, C].
 
         Positions are summed before channels: a reduction over both at once, with the channels
         split in two axes, is several times slower on a CPU.
@@ -77,7 +82,7 @@ class ChannelNorm(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Map) -> Map:
         ones = nn.initializers.ones_init()
         scale = self.param("scale", layers.boxed(ones, ("norm",)), (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
@@ -97,18 +102,18 @@ class ResnetBlock(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        h = nn.silu(_norm(self.groups, self.dtype, "norm1")(x))
+    def __call__(self, x: Map) -> Float[Array, "B height width features"]:
+        h = nn.silu(norm(self.groups, self.dtype, "norm1")(x))
         h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
-        h = nn.silu(_norm(self.groups, self.dtype, "norm2")(h))
+        h = nn.silu(norm(self.groups, self.dtype, "norm2")(h))
         h = Conv(self.features, dtype=self.dtype, name="conv2")(h)
         if x.shape[-1] != self.features:
             x = Conv(self.features, size=1, dtype=self.dtype, name="conv_shortcut")(x)
         return x + h
 
 
-def _norm(groups: int | None, dtype: Any, name: str) -> nn.Module:
-    """The norm of one of the two families."""
+def norm(groups: int | None, dtype: Any, name: str) -> nn.Module:
+    """GroupNorm (AutoencoderKL), or ChannelNorm without groups (AutoencoderKLQwenImage)."""
     if groups is None:
         return ChannelNorm(dtype=dtype, name=name)
     return GroupNorm(groups, dtype=dtype, name=name)
@@ -119,20 +124,20 @@ class AttentionBlock(nn.Module):
 
     groups: int
     dtype: Any = jnp.float32
-    places: Activations | None = None
+    activations: Activations | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Map) -> Map:
         batch, height, width, channels = x.shape
 
-        def dense(name, h):
+        def dense(name: str, h: Array) -> Array:
             axes = ("conv_in", "conv_out")
             return layers.Dense(channels, axes=axes, dtype=self.dtype, name=name)(h)
 
         h = GroupNorm(self.groups, dtype=self.dtype, name="group_norm")(x)
         h = h.reshape(batch, height * width, 1, channels)
-        qkv = (dense(name, h) for name in ("to_q", "to_k", "to_v"))
-        h = attention(*qkv, places=self.places)
+        query, key, value = (dense(name, h) for name in ("to_q", "to_k", "to_v"))
+        h = attention(query, key, value, activations=self.activations)
         return x + dense("to_out_0", h).reshape(x.shape)
 
 
@@ -140,15 +145,16 @@ class QwenAttentionBlock(nn.Module):
     """QwenImageAttentionBlock: one head with a fused projection, plus the input."""
 
     dtype: Any = jnp.float32
-    places: Activations | None = None
+    activations: Activations | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Map) -> Map:
         batch, height, width, channels = x.shape
         h = ChannelNorm(dtype=self.dtype, name="norm")(x)
         h = Conv(3 * channels, size=1, dtype=self.dtype, name="to_qkv")(h)
         h = h.reshape(batch, height * width, 1, 3 * channels)
-        h = attention(*jnp.split(h, 3, axis=-1), places=self.places).reshape(x.shape)
+        query, key, value = jnp.split(h, 3, axis=-1)
+        h = attention(query, key, value, activations=self.activations).reshape(x.shape)
         return x + Conv(channels, size=1, dtype=self.dtype, name="proj")(h)
 
 
@@ -159,15 +165,17 @@ class MidBlock(nn.Module):
     groups: int | None
     attends: bool = True
     dtype: Any = jnp.float32
-    places: Activations | None = None
+    activations: Activations | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Map) -> Map:
         x = ResnetBlock(self.features, self.groups, self.dtype, name="resnets_0")(x)
-        if self.attends and self.groups is None:
-            x = QwenAttentionBlock(self.dtype, self.places, name="attentions_0")(x)
-        elif self.attends:
-            x = AttentionBlock(self.groups, self.dtype, self.places, name="attentions_0")(x)
+        if self.attends:
+            settings = {"dtype": self.dtype, "activations": self.activations}
+            if self.groups is None:
+                x = QwenAttentionBlock(**settings, name="attentions_0")(x)
+            else:
+                x = AttentionBlock(self.groups, **settings, name="attentions_0")(x)
         return ResnetBlock(self.features, self.groups, self.dtype, name="resnets_1")(x)
 
 
@@ -183,7 +191,7 @@ class Resample(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Map) -> Float[Array, "B _height _width features"]:
         if self.upsamples:
             b, h, w, c = x.shape
             x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
@@ -205,7 +213,7 @@ class Stage(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Map) -> Float[Array, "B _height _width _features"]:
         for index in range(self.count):
             x = ResnetBlock(self.features, self.groups, self.dtype, name=f"resnets_{index}")(x)
         if self.resampled is not None:

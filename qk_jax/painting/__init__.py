@@ -1,4 +1,4 @@
-"""Painting with a trained model: requests in, pictures and sheets out, bit for bit again.
+"""Painting with a trained model: requests in, pictures and sheets out, always the same bits.
 
 It stands below the trainer, so that evaluation and objectives may paint.
 """
@@ -7,10 +7,8 @@ from qk_jax.painting.painter import Painter, load, of_loaded, of_params
 from qk_jax.painting.programs import programs
 from qk_jax.painting.request import (
     FULL,
-    MAX_STEPS,
     NO_TEXT,
     NOTHING,
-    SEEDS,
     Limits,
     Request,
     Settings,
@@ -18,6 +16,6 @@ from qk_jax.painting.request import (
 )
 
 __all__ = [
-    "FULL", "MAX_STEPS", "NOTHING", "NO_TEXT", "SEEDS", "Limits", "Painter", "Request", "Settings",
-    "load", "of_loaded", "of_params", "programs", "request_of",
+    "FULL", "NOTHING", "NO_TEXT", "Limits", "Painter", "Request", "Settings", "load",
+    "of_loaded", "of_params", "programs", "request_of",
 ]  # fmt: skip

@@ -1,22 +1,24 @@
-"""What a command line or a file of prompts asks for, and the PNGs that answer it."""
+"""Orders of a command line or a file of prompts, and the PNGs that are written for them."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import json
 import pathlib
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from qk_jax import painting
 from qk_jax.base import files
 from qk_jax.base.errors import InputError
+from qk_jax.painting.painter import Painter
+from qk_jax.painting.request import Request, Settings
 
 LINE_KEYS = ("prompt", "source", "references", "seed", "out")
 
@@ -26,17 +28,42 @@ class Order:
     """One prompt as asked for, before any picture is read.
 
     Attributes:
-      where: what an error calls it: '' or 'line 3 of many.jsonl: '.
-      prompt, source, references, seed: as given; pictures are paths.
+      where: what precedes an error: '' or 'line 3 of many.jsonl: '.
+      request: prompt and seed.
+      source: path of the picture to edit, or None.
+      references: paths of pictures of subjects.
       out: the file to write.
+
+    Raises:
+      InputError: `out` is no PNG.
     """
 
     where: str
-    prompt: str
+    request: Request
     source: files.Path | None
     references: tuple[files.Path, ...]
-    seed: int
     out: files.Path
+
+    def __post_init__(self) -> None:
+        if self.out.suffix.lower() != ".png":
+            raise InputError(f"{self.out} is no .png; pictures are written as PNG")
+
+
+class Job(NamedTuple):
+    """One picture to paint: its order, its request and its file."""
+
+    order: Order
+    request: Request
+    path: files.Path
+
+
+@contextlib.contextmanager
+def _prefixed(where: str) -> Iterator[None]:
+    """Input errors of the block begin with `where`."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}{error}") from None
 
 
 def orders(args: argparse.Namespace) -> list[Order]:
@@ -54,19 +81,16 @@ def orders(args: argparse.Namespace) -> list[Order]:
         if not args.out_dir:
             raise InputError("--prompts needs a folder for its pictures: give --out-dir DIR")
         return read_orders(files.Path(args.prompts), files.Path(args.out_dir), args.seed)
-    if args.prompt is None or not args.prompt.strip():
-        raise InputError("there is no prompt; say what to paint: --prompt 'a red kite'")
+    request = Request(args.prompt, seed=args.seed)
     if args.out_dir or not args.out:
         raise InputError("--prompt needs the name of its picture: give --out FILE.png")
     source = files.Path(args.source) if args.source else None
     references = tuple(map(files.Path, args.reference))
-    order = Order("", args.prompt, source, references, args.seed, files.Path(args.out))
-    check_order(order)
-    return [order]
+    return [Order("", request, source, references, files.Path(args.out))]
 
 
 def read_orders(path: files.Path, out_dir: files.Path, seed: int) -> list[Order]:
-    """The orders of a file of JSON lines; empty lines are passed over.
+    """The orders of a file of JSON lines; empty lines are skipped.
 
     Raises:
       InputError: the file cannot be read or is empty, or a line is wrong; names the line.
@@ -81,75 +105,51 @@ def read_orders(path: files.Path, out_dir: files.Path, seed: int) -> list[Order]
         if not line.strip():
             continue
         where = f"line {number} of {path}: "
-        order = _order_of(where, _object(where, line), number, path.parent, out_dir, seed)
-        found.append(order)
+        with _prefixed(where):
+            value = {"seed": seed, "out": f"{number:05d}.png"} | _object(line)
+            found.append(_order_of(where, value, path.parent, out_dir))
     if not found:
         raise InputError(f"{path} holds no prompt; write one JSON object a line")
     return found
 
 
-def _object(where: str, line: str) -> dict[str, Any]:
-    """The JSON object of a line, with known keys only."""
+def _object(line: str) -> dict[str, Any]:
+    """The JSON object of a line, with known keys only; null is as good as a missing key."""
     try:
         value = json.loads(line)
     except ValueError as error:
-        raise InputError(f'{where}no JSON ({error}); write {{"prompt": "..."}}') from None
+        raise InputError(f'no JSON ({error}); write {{"prompt": "..."}}') from None
     if not isinstance(value, dict):
-        raise InputError(f'{where}{line[:40]!r} is no JSON object; write {{"prompt": "..."}}')
+        raise InputError(f'{line[:40]!r} is no JSON object; write {{"prompt": "..."}}')
     for key in value:
         if key not in LINE_KEYS:
             near = difflib.get_close_matches(key, LINE_KEYS, n=1, cutoff=0.0)[0]
-            raise InputError(f"{where}unknown key {key!r}; did you mean {near!r}?")
-    return value
+            raise InputError(f"unknown key {key!r}; did you mean {near!r}?")
+    return {key: given for key, given in value.items() if given is not None}
 
 
-def _order_of(
-    where: str,
-    value: dict[str, Any],
-    number: int,
-    folder: files.Path,
-    out_dir: files.Path,
-    seed: int,
-) -> Order:
-    """The order of one line's object; null is as good as a missing key."""
-    value = {key: given for key, given in value.items() if given is not None}
+def _order_of(where: str, value: dict[str, Any], folder: files.Path, out_dir: files.Path) -> Order:
+    """The order of one line's object, whose paths are relative to `folder`."""
     paths = value.get("references", [])
     is_list = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
-    wrong = [
-        f"{key} is {value[key]!r:.40}, not {kind}"
-        for key, kind, good in (
-            ("source", "a path", isinstance(value.get("source", ""), str)),
-            ("references", "a list of paths", is_list),
-            ("seed", "a number", type(value.get("seed", 0)) is int),
-            ("out", "a file name", isinstance(value.get("out", ""), str)),
-        )
-        if not good
-    ]
-    if wrong:
-        raise InputError(f"{where}{wrong[0]}")
-    name = pathlib.PurePath(value.get("out", f"{number:05d}.png"))
+    for key, kind, good in (
+        ("source", "a path", isinstance(value.get("source", ""), str)),
+        ("references", "a list of paths", is_list),
+        ("seed", "a number", type(value["seed"]) is int),
+        ("out", "a file name", isinstance(value["out"], str)),
+    ):
+        if not good:
+            raise InputError(f"{key} is {value[key]!r:.40}, not {kind}")
+    name = pathlib.PurePath(value["out"])
     if name.is_absolute() or ".." in name.parts or not name.name:
-        raise InputError(f"{where}out is {str(name)!r}; give a name inside --out-dir")
-    order = Order(
+        raise InputError(f"out is {str(name)!r}; give a name inside --out-dir")
+    return Order(
         where=where,
-        prompt=value.get("prompt"),
+        request=Request(value.get("prompt", ""), seed=value["seed"]),
         source=folder / value["source"] if "source" in value else None,
         references=tuple(folder / path for path in paths),
-        seed=value.get("seed", seed),
         out=out_dir / name,
     )
-    check_order(order)
-    return order
-
-
-def check_order(order: Order) -> None:
-    """Raises InputError for what is wrong whatever the model."""
-    if not isinstance(order.prompt, str) or not order.prompt.strip():
-        raise InputError(f"{order.where}there is no prompt; give a string")
-    if not 0 <= order.seed < painting.SEEDS:
-        raise InputError(f"{order.where}seed is {order.seed}; give 0 to {painting.SEEDS - 1}")
-    if order.out.suffix.lower() != ".png":
-        raise InputError(f"{order.where}{order.out} is no .png; pictures are written as PNG")
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
@@ -182,25 +182,21 @@ def make_folders(paths: Sequence[files.Path]) -> None:
             raise InputError(f"{path} is a folder; give the name of a file")
 
 
-def jobs_of(
-    painter: painting.Painter, order: Order, size: tuple[int, int] | None, count: int
-) -> list[tuple[Order, painting.Request, files.Path]]:
-    """(order, request, file) of each of the `count` pictures of an order.
+def jobs_of(painter: Painter, order: Order, size: tuple[int, int] | None, count: int) -> list[Job]:
+    """The `count` pictures of an order.
 
     Raises:
       InputError: a picture cannot be read, or the model cannot follow; names line and thing.
     """
-    try:
+    with _prefixed(order.where):
         source = None if order.source is None else painter.read(order.source)
         references = [painter.read(path) for path in order.references]
-        request = painter.fit(order.prompt, source, references, size, order.seed)
-        painter.check(request)
-    except InputError as error:
-        raise InputError(f"{order.where}{error}") from None
+        prompt, seed = order.request.prompt, order.request.seed
+        request = painter.fit(prompt, source, references, size, seed)
     if count == 1:
-        return [(order, request, order.out)]
+        return [Job(order, request, order.out)]
     return [
-        (
+        Job(
             order,
             dataclasses.replace(request, number=number),
             order.out.with_stem(f"{order.out.stem}-{number}"),
@@ -218,13 +214,9 @@ def write_png(path: files.Path, pixels: np.ndarray, texts: dict[str, str]) -> No
         Image.fromarray(pixels).save(part, format="PNG", pnginfo=info)
 
 
-def texts_of(
-    painter: painting.Painter,
-    order: Order,
-    request: painting.Request,
-    settings: painting.Settings,
-) -> dict[str, str]:
+def texts_of(painter: Painter, job: Job, settings: Settings) -> dict[str, str]:
     """The text chunks of one picture."""
+    order, request, _ = job
     height, width = request.size
     shown = dataclasses.asdict(settings) | {
         "size": f"{width}x{height}",

@@ -1,9 +1,8 @@
-"""Painting with a trained model: prompts and pictures in, pictures out, bit for bit again."""
+"""The painter: a model with its parameters and its tokenizer."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from qk_jax.base import files, runtime
+from qk_jax.base import files, runtime, types
 from qk_jax.base.errors import InputError
-from qk_jax.base.types import Tree
 from qk_jax.checkpoints import run_folder
-from qk_jax.data import buckets, prompts
+from qk_jax.data import buckets
 from qk_jax.data.example import MAX_REFERENCES
+from qk_jax.data.prompts import PromptBuilder
 from qk_jax.diffusion import sampler
 from qk_jax.experiment.plan import Plan
 from qk_jax.models import lora
@@ -30,7 +29,7 @@ from qk_jax.pictures.fitting import contain, cover, decode_picture, on_white
 class Painter:
     """A model, its parameters and its tokenizer, ready to paint.
 
-    Every call of a program has exactly `batch` slots, short ones filled up with copies, and the
+    Every call of a program has exactly `batch` slots, the last ones filled up with copies, and the
     noise of a slot depends on its own seed and number only: a picture has the same bits whatever
     else is painted with it, as long as `batch`, the program and the machine are the same.
     """
@@ -38,8 +37,8 @@ class Painter:
     def __init__(
         self,
         config: ModelConfig,
-        params: Tree,
-        layout: prompts.PromptLayout,
+        params: types.Tree,
+        prompts: PromptBuilder,
         *,
         limits: Limits,
         batch: int = 4,
@@ -47,47 +46,24 @@ class Painter:
         options: Options = (),
         name: str = "",
     ):
-        """Holds what is needed to paint.
+        """Compiles nothing yet.
 
         Args:
           config: of the model.
-          params: the tree, adapters already merged.
-          layout: builds the VLM's rows.
+          params: all parameters, adapters already merged.
+          prompts: builds what the VLM reads.
           limits: sizes and counts of the training.
-          batch: rows of every program.
+          batch: slots of every program.
           dtype: compute dtype.
           options: of the compiler, see `programs`.
           name: what PNGs call the model.
         """
-        self.config, self.params, self.layout = config, params, layout
+        self.config, self.params, self.prompts = config, params, prompts
         self.limits, self.batch, self.name = limits, batch, name
         self.schedule = sampler.ScheduleConfig()
         self.programs = programs(config, dtype, options)
 
-    def check(self, request: Request) -> None:
-        """Raises InputError, naming the mend, for what this model cannot paint."""
-        if not isinstance(request.prompt, str) or not request.prompt.strip():
-            raise InputError("there is no prompt; say what to paint")
-        self.layout.encode_text(request.prompt, strict=True)
-        height, width = request.size
-        if height % PACKED or width % PACKED or min(height, width) < PACKED:
-            near = [max(1, round(side / PACKED)) * PACKED for side in (width, height)]
-            raise InputError(
-                f"the size {width}x{height} is no multiple of {PACKED}; {near[0]}x{near[1]} is near"
-            )
-        if height * width > self.limits.max_area:
-            raise InputError(
-                f"the size {width}x{height} has more than {self.limits.max_area} pixels, sixteen "
-                "times the training's; choose a smaller one"
-            )
-        count, most = len(request.references), self.limits.max_references
-        if count > most:
-            raise InputError(
-                f"{count} references are given, the model was trained with at most {most}; "
-                "leave some out"
-            )
-
-    def read(self, path: str | os.PathLike) -> np.ndarray:
+    def read(self, path: files.PathLike) -> np.ndarray:
         """A picture file as uint8 RGB [h, w, 3], on white where it is transparent.
 
         Raises:
@@ -108,8 +84,9 @@ class Painter:
         size: tuple[int, int] | None = None,
         seed: int = 0,
     ) -> Request:
-        """A request with its pictures fitted as in training: the source covers the target's size,
-        a reference lies whole on a white square.
+        """A request that this model can follow, its pictures fitted as in training.
+
+        The source covers the target's size, a reference is shown whole on a white square.
 
         Args:
           prompt: the instruction.
@@ -118,65 +95,74 @@ class Painter:
           size: (height, width); None for the trained size nearest to the source's shape, or for
             the first of the training's without a source.
           seed: of the noise.
+
+        Raises:
+          InputError: the prompt is empty or too long, or size, seed or number of references are
+            beyond the model's limits.
         """
-        if size is None:
-            size = self.limits.sizes[0]
-            if source is not None:
-                size = self.limits.sizes[buckets.nearest(*source.shape[:2], self.limits.sizes)]
-        if source is not None:
-            source = cover(source, size)
-        side = self.limits.reference_size
-        fitted = tuple(contain(reference, side) for reference in references)
-        return Request(prompt, source, fitted, tuple(size), seed)
+        limits = self.limits
+        if size is None and source is not None:
+            size = limits.sizes[buckets.nearest(source.shape[0], source.shape[1], limits.sizes)]
+        height, width = size or limits.sizes[0]
+        request = Request(prompt, size=(height, width), seed=seed)
+        self.prompts.encode_text(prompt, strict=True)
+        if height % PACKED or width % PACKED or min(height, width) < PACKED:
+            near = [max(1, round(side / PACKED)) * PACKED for side in (width, height)]
+            raise InputError(
+                f"the size {width}x{height} is no multiple of {PACKED}; {near[0]}x{near[1]} is near"
+            )
+        if height * width > limits.max_area:
+            raise InputError(
+                f"the size {width}x{height} has more than {limits.max_area} pixels, sixteen times "
+                "the training's; choose a smaller one"
+            )
+        if len(references) > limits.max_references:
+            raise InputError(
+                f"{len(references)} references are given, the model was trained with at most "
+                f"{limits.max_references}; leave some out"
+            )
+        return dataclasses.replace(
+            request,
+            source=None if source is None else cover(source, request.size),
+            references=tuple(contain(x, limits.reference_size) for x in references),
+        )
 
     def noise(self, request: Request) -> np.ndarray:
-        """Latents of pure noise, float32 [H / 8, W / 8, C], from the request's seed and number."""
+        """Latents of pure noise, float32 [H/8, W/8, C], from the request's seed and number."""
         height, width = request.size
         channels = self.config.mmdit.in_channels // self.config.mmdit.patch_size**2
         key = jax.random.fold_in(jax.random.key(request.seed), request.number)
         return np.asarray(jax.random.normal(key, (height // 8, width // 8, channels), jnp.float32))
 
-    def rows(self, requests: Sequence[Request], variant: str = FULL) -> dict[str, Any]:
-        """The model's batch for requests of one shape: a row each, without target.
+    def collate(self, requests: Sequence[Request], variant: str = FULL) -> types.Request:
+        """Requests of one shape as a batch.
 
         Args:
-          requests: same size and same picture shapes.
+          requests: of the same size and the same picture shapes.
           variant: FULL, NO_TEXT (an empty text) or NOTHING (no pictures either).
         """
-        pictures = [request.pictures for request in requests]
-        sizes = [picture.shape[:2] for picture in pictures[0]]
-        shown = variant != NOTHING
-        texts = [request.prompt if variant == FULL else "" for request in requests]
-        built = [self.layout.build(text, sizes, pictures=shown) for text in texts]
-        batch = {name: np.stack([row[name] for row in built]) for name in built[0]}
-        area = self.config.vlm_pixels
-        batch["pixel_values"] = np.stack([prompts.pixel_values(p, area) for p in pictures])
-        batch["conditions"] = tuple(np.stack(column) for column in zip(*pictures, strict=True))
-        batch["condition_mask"] = np.full(len(requests), shown)
-        roles = [request.roles for request in requests]
-        batch["roles"] = np.asarray(roles, np.int32).reshape(len(requests), len(sizes))
-        return batch
+        return self.prompts.batch(
+            [request.prompt if variant == FULL else "" for request in requests],
+            [request.pictures for request in requests],
+            [request.roles for request in requests],
+            [variant != NOTHING] * len(requests),
+        )
 
-    def latents(self, batch: dict[str, Any]) -> tuple[jax.Array, ...]:
-        """Condition latents of a batch of `rows`; () for a model that takes none."""
+    def latents(self, batch: types.Request) -> tuple[jax.Array, ...]:
+        """Latents [B, h, w, C] of each condition picture; () for a model that takes none."""
         if not self.config.condition_latents:
             return ()
         return tuple(self.programs.encode(self.params, x) for x in batch["conditions"])
 
-    def paint(self, requests: Sequence[Request], settings: Settings) -> list[np.ndarray]:
-        """Paints every request: uint8 [H, W, 3] each, in their order.
-
-        Raises:
-          InputError: a request or a setting that the model cannot follow.
-        """
-        return [picture for _, picture in sorted(self.stream(requests, settings), key=_first)]
-
-    def paint_with_noise(
-        self, requests: Sequence[Request], noise: Sequence[np.ndarray], settings: Settings
+    def paint(
+        self,
+        requests: Sequence[Request],
+        settings: Settings,
+        noise: Sequence[np.ndarray] | None = None,
     ) -> list[np.ndarray]:
-        """As `paint`, from given noise, float32 [H / 8, W / 8, C] each."""
-        painted = self.stream(requests, settings, noise)
-        return [picture for _, picture in sorted(painted, key=_first)]
+        """Paints every request: uint8 [H, W, 3] each, in their order; arguments as `stream`."""
+        painted = dict(self.stream(requests, settings, noise))
+        return [painted[index] for index in range(len(requests))]
 
     def stream(
         self,
@@ -184,20 +170,15 @@ class Painter:
         settings: Settings,
         noise: Sequence[np.ndarray] | None = None,
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """(number of the request, its picture) as soon as it is painted, shape by shape.
+        """(index of the request, its picture) as soon as it is painted, shape by shape.
 
         Args:
-          requests: any mixture of sizes and pictures; condition pictures as `fit` gives them.
+          requests: of any sizes and pictures, as `fit` or `request_of` gives them.
           settings: for all of them.
-          noise: of each request; None for `self.noise` of it.
-
-        Raises:
-          InputError: before anything is painted, a request or setting that the model cannot follow.
+          noise: float32 [H/8, W/8, C] of each request; None for `self.noise` of it.
         """
-        settings.check()
-        groups: dict[tuple, list[int]] = {}
+        groups: dict[tuple[Any, ...], list[int]] = {}
         for index, request in enumerate(requests):
-            self.check(request)
             shapes = tuple(picture.shape for picture in request.pictures)
             groups.setdefault((request.size, shapes), []).append(index)
         chunks = [
@@ -218,7 +199,7 @@ class Painter:
         height, width = requests[0].size
         grid = (height // PACKED, width // PACKED)
         variants = settings.variants(bool(requests[0].pictures))
-        batches = [self.rows(requests, variant) for variant in variants]
+        batches = [self.collate(requests, variant) for variant in variants]
         contexts, masks = zip(
             *(self.programs.context(self.params, batch) for batch in batches), strict=True
         )
@@ -238,12 +219,8 @@ class Painter:
         return np.asarray(self.programs.decode(self.params, latents))
 
 
-def _first(pair: tuple[int, np.ndarray]) -> int:
-    return pair[0]
-
-
 def load(
-    folder: str | os.PathLike,
+    folder: files.PathLike,
     *,
     ema: bool = True,
     step: int | None = None,
@@ -270,7 +247,7 @@ def of_loaded(loaded: run_folder.Loaded, *, batch: int = 4) -> Painter:
     return of_params(loaded.plan, loaded.params, batch=batch, name=loaded.name)
 
 
-def of_params(plan: Plan, params: Tree, *, batch: int = 4, name: str = "") -> Painter:
+def of_params(plan: Plan, params: types.Tree, *, batch: int = 4, name: str = "") -> Painter:
     """The painter of parameters in memory.
 
     Args:

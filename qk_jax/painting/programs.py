@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from qk_jax.base.types import Tree
+from qk_jax.base.types import Prompt, Tree
 from qk_jax.diffusion import flow, sampler
 from qk_jax.models import mmdit, rotary
 from qk_jax.models.query_kontext import ModelConfig, QueryKontext
@@ -20,8 +21,8 @@ Options = tuple[tuple[str, Any], ...]
 class Towers:
     """The compiled parts of painting around the generator.
 
-    Each takes the whole tree and hands on what it reads, so that another generator beside it needs
-    no other program.
+    Each takes all parameters and passes on those that it reads, so that another generator needs no
+    other program.
     """
 
     def __init__(self, config: ModelConfig, dtype: Any, options: Options):
@@ -32,12 +33,12 @@ class Towers:
         self._decode = jit(self._decoded)
         self._pool = jit(self._pooled, static_argnames="grid")
 
-    def context(self, params: Tree, batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+    def context(self, params: Tree, batch: Prompt) -> tuple[jax.Array, jax.Array]:
         """As `QueryKontext.context`."""
         read = {part: params[part] for part in ("vlm", "queries", "connector")}
         return self._context(read, {k: v for k, v in batch.items() if k != "roles"})
 
-    def encode(self, params: Tree, pictures: jax.Array) -> jax.Array:
+    def encode(self, params: Tree, pictures: ArrayLike) -> jax.Array:
         """uint8 pictures [B, H, W, 3] -> the mode of their latents [B, H/8, W/8, C]."""
         return self._encode({"vae": params["vae"]}, pictures)
 
@@ -45,7 +46,7 @@ class Towers:
         """Latents [B, h, w, C] -> uint8 [B, 8 h, 8 w, 3]."""
         return self._decode({"vae": params["vae"]}, latents)
 
-    def pool(self, params: Tree, patches: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    def pool(self, params: Tree, patches: ArrayLike, grid: tuple[int, int]) -> jax.Array:
         """Mean feature [B, D] of one picture each, patches [B, P, 1176], in the vision tower."""
         return self._pool({"vlm": params["vlm"]}, patches, grid=grid)
 
@@ -53,7 +54,7 @@ class Towers:
         x = self.model.decode(params, latents)
         return jnp.round((x + 1.0) * 127.5).astype(jnp.uint8)
 
-    def _pooled(self, params: Tree, patches: jax.Array, *, grid: tuple[int, int]) -> jax.Array:
+    def _pooled(self, params: Tree, patches: jax.Array, *, grid: tuple[int, int]) -> Any:
         return self.model.vlm.apply({"params": params["vlm"]}, patches, (grid,), method="pool")
 
 
@@ -67,7 +68,7 @@ class Programs:
 
     def __init__(self, config: ModelConfig, dtype: Any, options: Options):
         self.model = QueryKontext(config, dtype)
-        # Stages differ in the generator: what is around it is the same program for all of them.
+        # Stages differ in the generator only: they share the programs around it.
         some = dataclasses.replace(
             config.mmdit, num_layers=1, num_attention_heads=1, zero_cond_t=False
         )
@@ -121,40 +122,40 @@ class Programs:
         """Noise [B, h, w, C] -> latents [B, h, w, C], all steps in one scan.
 
         Args:
-          params: the tree.
+          params: all parameters.
           noise: float32 latents of pure noise.
           sigmas: [steps + 1], from 1 to 0.
           contexts: [V, B, L, J], one for each of V conditionings, the full one first.
-          masks: [V, B, L]; shown: [V, B], False where the pictures are hidden.
-          shown: see masks.
+          masks: [V, B, L].
+          shown: [V, B], False where the pictures are hidden.
           latents: condition latents [B, h, w, C].
           roles: int32 [B, n].
           scales: (guidance, image_guidance).
           grid: (rows, columns) of the packed target.
           solver: 'euler' or 'heun'.
         """
-        variants, rows = masks.shape[:2]
+        variants, slots = masks.shape[:2]
 
-        def every(x):  # the same input for each conditioning
+        def every(x: jax.Array) -> jax.Array:  # the same input for each conditioning
             return jnp.tile(x, (variants,) + (1,) * (x.ndim - 1))
 
-        def merged(x):
-            return x.reshape(variants * rows, *x.shape[2:])
+        def merged(x: jax.Array) -> jax.Array:
+            return x.reshape(variants * slots, *x.shape[2:])
 
         pictures, every_role = tuple(every(z) for z in latents), every(roles)
 
-        def velocity(x, sigma):
+        def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
             v = self.model.velocity(
                 params,
                 every(x),
-                jnp.full((variants * rows,), sigma, jnp.float32),
+                jnp.full((variants * slots,), sigma, jnp.float32),
                 merged(contexts),
                 merged(masks),
                 grid,
                 pictures,
                 every_role,
                 merged(shown),
-            ).reshape(variants, rows, *x.shape[1:])
+            ).reshape(variants, slots, *x.shape[1:])
             if variants == 1:
                 return v[0]
             if variants == 2:

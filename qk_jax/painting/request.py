@@ -1,4 +1,4 @@
-"""What is asked of a painter: one picture, how to paint it, and what a model can follow."""
+"""What a painter is asked for: a picture, how to paint it, and the limits of a model."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ class Request:
       source: uint8 [h, w, 3] picture to edit, or None.
       references: uint8 [h, w, 3] pictures of subjects.
       size: (height, width) in pixels, multiples of 16.
-      seed: with `number`, the only origin of the noise.
+      seed: below SEEDS; with `number`, the only origin of the noise.
       number: counts the pictures of one prompt and seed.
+
+    Raises:
+      InputError: there is no prompt, or no such seed.
     """
 
     prompt: str
@@ -35,6 +38,12 @@ class Request:
     size: tuple[int, int] = (64, 64)
     seed: int = 0
     number: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise InputError("there is no prompt; say what to paint")
+        if not 0 <= self.seed < SEEDS:
+            raise InputError(f"seed is {self.seed}; give 0 to {SEEDS - 1}")
 
     @property
     def pictures(self) -> tuple[np.ndarray, ...]:
@@ -50,14 +59,10 @@ class Request:
 def request_of(example: Example, seed: int = 0, number: int = 0) -> Request:
     """The request of an example of the data; its pictures are fitted already."""
     pairs = list(zip(example.pictures, example.roles, strict=True))
-    return Request(
-        prompt=example.instruction,
-        source=next((picture for picture, role in pairs if role == SOURCE), None),
-        references=tuple(picture for picture, role in pairs if role == REFERENCE),
-        size=example.target.shape[:2],
-        seed=seed,
-        number=number,
-    )
+    source = next((picture for picture, role in pairs if role == SOURCE), None)
+    references = tuple(picture for picture, role in pairs if role == REFERENCE)
+    height, width = example.target.shape[:2]
+    return Request(example.instruction, source, references, (height, width), seed, number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +74,9 @@ class Settings:
       guidance: weight of the text, 1 for none (classifier-free guidance's scale).
       image_guidance: weight of the pictures, 1 for none; without pictures it has no effect.
       solver: 'euler' or 'heun' (two evaluations a step, second order).
+
+    Raises:
+      InputError: a value that no sampler can use.
     """
 
     steps: int = 30
@@ -76,14 +84,7 @@ class Settings:
     image_guidance: float = 1.5
     solver: str = "euler"
 
-    def variants(self, pictured: bool) -> tuple[str, ...]:
-        """The conditionings that guidance has to evaluate, the full one first."""
-        if pictured and self.image_guidance != 1:
-            return (FULL, NO_TEXT, NOTHING)
-        return (FULL,) if self.guidance == 1 else (FULL, NO_TEXT)
-
-    def check(self) -> None:
-        """Raises InputError for a value that no sampler can use."""
+    def __post_init__(self) -> None:
         if self.steps < 1 or self.steps > MAX_STEPS:
             raise InputError(f"steps is {self.steps}; give 1 to {MAX_STEPS}")
         if self.solver not in sampler.SOLVERS:
@@ -91,6 +92,12 @@ class Settings:
         for name in ("guidance", "image_guidance"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"{name} is {getattr(self, name)}; give a number of at least 0")
+
+    def variants(self, pictured: bool) -> tuple[str, ...]:
+        """The conditionings that guidance has to evaluate, the full one first."""
+        if pictured and self.image_guidance != 1:
+            return (FULL, NO_TEXT, NOTHING)
+        return (FULL,) if self.guidance == 1 else (FULL, NO_TEXT)
 
 
 @dataclasses.dataclass(frozen=True)

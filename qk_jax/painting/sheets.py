@@ -1,4 +1,4 @@
-"""Sheets of pictures for people: a row per example, a labelled column per picture. PIL only."""
+"""Sheets of pictures for people: a line per example, a labelled column per picture. PIL only."""
 
 from __future__ import annotations
 
@@ -18,28 +18,23 @@ TEXT_WIDTH = 300
 INK, GREY, PAPER, FRAME = (20, 20, 20), (110, 110, 110), (255, 255, 255), (200, 200, 200)
 
 
-def draw(title: str, rows: Sequence[tuple[str, Sequence[Cell]]]) -> Image.Image:
-    """A sheet.
-
-    Args:
-      title: its heading.
-      rows: (prompt, pictures with their labels) each; small pictures are enlarged pixel by pixel.
-    """
+def draw(title: str, lines: Sequence[tuple[str, Sequence[Cell]]]) -> Image.Image:
+    """A sheet with (prompt, labelled pictures) on each line."""
     heading, body, small = (ImageFont.load_default(size) for size in (22, 16, 13))
-    columns = max(len(cells) for _, cells in rows)
+    columns = max(len(cells) for _, cells in lines)
     width = GAP + TEXT_WIDTH + columns * (SIDE + GAP) + GAP
-    lines = textwrap.wrap(title, max(20, width // 12))
-    top = GAP + 28 * len(lines) + GAP
-    height = top + len(rows) * (SIDE + 2 * GAP + 18)
+    wrapped = textwrap.wrap(title, max(20, width // 12))
+    top = GAP + 28 * len(wrapped) + GAP
+    height = top + len(lines) * (SIDE + 2 * GAP + 18)
     sheet = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(sheet)
-    for number, line in enumerate(lines):
-        pen.text((GAP, GAP + 28 * number), line, INK, heading)
-    for number, (prompt, cells) in enumerate(rows):
+    for number, words in enumerate(wrapped):
+        pen.text((GAP, GAP + 28 * number), words, INK, heading)
+    for number, (prompt, cells) in enumerate(lines):
         y = top + number * (SIDE + 2 * GAP + 18)
         pen.line((GAP, y - GAP // 2, width - GAP, y - GAP // 2), FRAME)
-        wrapped = "\n".join(textwrap.wrap(prompt, TEXT_WIDTH // 9, max_lines=9, placeholder=" ..."))
-        pen.multiline_text((GAP, y + 18), wrapped, INK, body, spacing=4)
+        text = textwrap.wrap(prompt, TEXT_WIDTH // 9, max_lines=9, placeholder=" ...")
+        pen.multiline_text((GAP, y + 18), "\n".join(text), INK, body, spacing=4)
         for column, (label, pixels) in enumerate(cells):
             x = GAP + TEXT_WIDTH + column * (SIDE + GAP)
             pen.text((x, y), label, GREY, small)
@@ -51,12 +46,11 @@ def draw(title: str, rows: Sequence[tuple[str, Sequence[Cell]]]) -> Image.Image:
 
 
 def enlarged(pixels: np.ndarray) -> Image.Image:
-    """A picture whose longest side is SIDE: pixels stay visible when it grows."""
+    """A picture whose longest side is SIDE; single pixels stay visible when it grows."""
     picture = Image.fromarray(pixels)
     scale = SIDE / max(picture.size)
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
-    grows = scale > 1
-    return picture.resize(size, Image.Resampling.NEAREST if grows else Image.Resampling.LANCZOS)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    return picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
 
 def of_requests(
@@ -65,16 +59,16 @@ def of_requests(
     painted: Sequence[np.ndarray],
     truths: Sequence[np.ndarray | None],
 ) -> Image.Image:
-    """A sheet of painted pictures beside what they were painted from, and the truth if known."""
-    rows = []
+    """A sheet of painted pictures, what they were painted from, and the truth where it is known."""
+    lines = []
     for request, picture, truth in zip(requests, painted, truths, strict=True):
         cells = [] if request.source is None else [("source", request.source)]
         cells += [(f"reference {n}", x) for n, x in enumerate(request.references, start=1)]
         cells.append(("painted", picture))
         if truth is not None:
             cells.append(("truth", truth))
-        rows.append((request.prompt, cells))
-    return draw(title, rows)
+        lines.append((request.prompt, cells))
+    return draw(title, lines)
 
 
 def save(sheet: Image.Image, path: files.PathLike) -> None:

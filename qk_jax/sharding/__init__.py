@@ -11,10 +11,13 @@ bytes are errors that name the parameter.
 from qk_jax.sharding.mesh import (
     BATCH_AXES,
     MESH_AXES,
+    AnyMesh,
     abstract_mesh,
     batch_sharding,
     build_mesh,
+    filled,
     fitting,
+    format_mesh,
     nearest,
     parse,
     platform,
@@ -25,6 +28,7 @@ from qk_jax.sharding.mesh import (
 )
 from qk_jax.sharding.rules import (
     COLUMNS,
+    OWN,
     ROWS,
     SHARDABLE,
     TOWERS,
@@ -33,6 +37,8 @@ from qk_jax.sharding.rules import (
     Rules,
     Tables,
     column,
+    format_rows,
+    parse_rows,
     row,
     tables,
     tower,
@@ -44,13 +50,12 @@ from qk_jax.sharding.specs import (
     leaves,
     shardings,
     spec,
-    specs,
 )
 
 __all__ = [
-    "BATCH_AXES", "COLUMNS", "MESH_AXES", "ROWS", "SHARDABLE", "TOWERS", "Activations", "Columns",
-    "Rules", "Tables", "abstract_mesh", "batch_sharding", "build_mesh", "check_batch",
-    "check_sharded", "column", "constrain", "fitting", "leaves", "nearest", "parse", "platform",
-    "replicated", "row", "shardings", "single", "size", "spec", "specs", "tables", "target",
-    "tower",
+    "BATCH_AXES", "COLUMNS", "MESH_AXES", "OWN", "ROWS", "SHARDABLE", "TOWERS", "Activations",
+    "AnyMesh", "Columns", "Rules", "Tables", "abstract_mesh", "batch_sharding", "build_mesh",
+    "check_batch", "check_sharded", "column", "constrain", "filled", "fitting", "format_mesh",
+    "format_rows", "leaves", "nearest", "parse", "parse_rows", "platform", "replicated", "row",
+    "shardings", "single", "size", "spec", "tables", "target", "tower",
 ]  # fmt: skip

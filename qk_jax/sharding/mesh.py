@@ -1,3 +1,5 @@
+"""The mesh over the devices at hand, or over devices that need not be here."""
+
 from __future__ import annotations
 
 import itertools
@@ -16,6 +18,7 @@ from qk_jax.base.errors import InputError
 log = logging.getLogger(__name__)
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
+AnyMesh = Mesh | AbstractMesh  # an abstract one serves wherever nothing is put on devices
 
 
 def target() -> tuple[str, str]:
@@ -50,30 +53,35 @@ def fitting(axes: Sequence[str], length: int) -> tuple[str, ...]:
     return found
 
 
-def _filled(shape: Mapping[str, int], devices: int) -> list[int]:
-    """Sizes in the order of MESH_AXES with the one -1 filled in."""
+def filled(shape: Mapping[str, int], devices: int) -> dict[str, int]:
+    """The size of every mesh axis; absent ones are 1, one -1 becomes the rest of `devices`.
+
+    Raises:
+      InputError: an unknown axis, or sizes that do not multiply to `devices`; it names some that
+        do.
+    """
     unknown = sorted(set(shape) - set(MESH_AXES))
     if unknown:
         raise InputError(f"mesh axes {unknown} are unknown; known are {', '.join(MESH_AXES)}")
-    sizes = [int(shape.get(axis, 1)) for axis in MESH_AXES]
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+    sizes = {axis: int(shape.get(axis, 1)) for axis in MESH_AXES}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise InputError(f"mesh {dict(shape)} needs positive sizes and at most one -1")
-    known = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = devices // known
-    if math.prod(sizes) != devices:
-        asked = _text(dict(zip(MESH_AXES, sizes, strict=True)))
-        near = "; or ".join(_text(found) for found in nearest(shape, devices))
+    for axis in free:
+        sizes[axis] = max(1, devices // -math.prod(sizes.values()))
+    if math.prod(sizes.values()) != devices:
+        near = "; or ".join(map(format_mesh, nearest(shape, devices)))
         raise InputError(
-            f"mesh {asked} is {math.prod(sizes)} devices, there are {devices}; the nearest that "
-            f"fit: {near}"
+            f"mesh {format_mesh(sizes)} is {math.prod(sizes.values())} devices, there are "
+            f"{devices}; the nearest that fit: {near}"
         )
     return sizes
 
 
-def _text(shape: Mapping[str, int]) -> str:
-    """A mesh as it is given on a command line, without axes of one device."""
-    return ",".join(f"{axis}={size}" for axis, size in shape.items() if size != 1) or "data=1"
+def format_mesh(shape: Mapping[str, int]) -> str:
+    """{'fsdp': 8, 'tensor': 1} -> 'fsdp=8', the inverse of `parse` without axes of one device."""
+    sizes = {axis: shape.get(axis, 1) for axis in MESH_AXES}
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "data=1"
 
 
 def parse(text: str) -> dict[str, int]:
@@ -113,8 +121,10 @@ def abstract_mesh(shape: Mapping[str, int]) -> AbstractMesh:
     """
     if -1 in shape.values():
         raise InputError("a mesh of devices that are not here needs every size; give no -1")
-    sizes = _filled(shape, math.prod(shape.values()))
-    return AbstractMesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    sizes = filled(shape, math.prod(shape.values()))
+    return AbstractMesh(
+        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
 
 
 def build_mesh(
@@ -142,7 +152,7 @@ def build_mesh(
     found = len({getattr(device, "slice_index", 0) for device in devices})
     if count > 1 and found != count:
         raise InputError(f"config.slices asks for {count} slices, the devices lie in {found}")
-    inner = _filled(shape, len(devices) // count)
+    inner = list(filled(shape, len(devices) // count).values())
     outer = [slices.get(axis, 1) for axis in MESH_AXES]
     array = _ordered(inner, outer, devices)
     return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
@@ -186,11 +196,11 @@ def platform(mesh: Mesh) -> str:
     return mesh.devices.flat[0].platform
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over (data, fsdp); every leaf of a batch has rows first."""
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
+    """Sharded over (data, fsdp) along the first dimension, as every leaf of a batch."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """One copy on every device."""
     return NamedSharding(mesh, PartitionSpec())

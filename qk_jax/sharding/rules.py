@@ -1,11 +1,7 @@
-"""Mesh, checked sharding rules and the shardings of parameters and batches.
+"""The sharding table: a row per tower, a column for weights, gradients, optimizer, activations.
 
-Parameters carry logical axes (`layers.LOGICAL_AXES`). A row per tower says over which mesh axes
-each of them is split, in a column of its own for the weights of the step, the gradients, the
-optimizer state and the activations, so that ZeRO-1, 2 and 3, tensor and context parallelism are
-rows of a table (`ROWS`). Linen replicates whatever it does not understand without a word; here a
-misspelt axis, two dimensions on one mesh axis, a dimension that does not divide and too many
-replicated bytes are errors that name the parameter.
+A cell says over which mesh axes each logical axis is sharded. The rows that a config may name
+(`ROWS`) are ZeRO-1, 2 and 3, tensor and context parallelism.
 """
 
 from __future__ import annotations
@@ -17,15 +13,17 @@ from typing import Any
 from qk_jax.base.errors import InputError
 from qk_jax.sharding.mesh import BATCH_AXES, MESH_AXES
 
-# Towers by the prefix of a parameter's name; the first that fits decides.
+# Towers by the prefix of a parameter's name; the first that matches decides.
 TOWERS = (
     ("vlm/visual/", "vision"),
     ("vlm/", "text"),
+    ("queries/", "connector"),
+    ("connector/", "connector"),
+    ("alignment/", "connector"),
     ("mmdit/", "mmdit"),
     ("vae/", "vae"),
-    ("", "connector"),
 )
-# Axes worth splitting; convolutions, patches and norms are too small or too oddly sized.
+# Axes worth sharding; convolutions, patches and norms are too small or too oddly sized.
 SHARDABLE = frozenset({
     "embed", "mlp", "mlp_in", "heads", "heads_in", "kv_heads", "vocab", "modulation", "adapter",
 })  # fmt: skip
@@ -37,19 +35,19 @@ def _check_mesh_axes(row: Any) -> None:
         for axis in getattr(row, field.name):
             if axis not in MESH_AXES:
                 raise InputError(
-                    f"{field.name!r} is laid over the mesh axis {axis!r}; "
+                    f"{field.name!r} is sharded over the mesh axis {axis!r}; "
                     f"the mesh axes are {', '.join(MESH_AXES)}"
                 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Mesh axes of each logical axis of one tower's arrays; () is whole on every device.
+    """Mesh axes of each logical axis of one tower's parameters; () replicates.
 
-    'context' splits weights as 'fsdp' does: its devices hold other tokens of the same rows, so
-    that their gradients are partial sums too. `mlp_in` and `heads_in` are the same features where
-    a product sums over them: what comes together is cut along the outer axis of every kernel, as
-    TPUs gather without a transposing copy.
+    Weights are sharded over 'context' as over 'fsdp': its devices hold other tokens of the same
+    examples, so that their gradients are partial sums too. `mlp_in` and `heads_in` are the same
+    features where a product sums over them: what is gathered is sharded along the outer axis of
+    every kernel, which TPUs gather without a transposing copy.
     """
 
     embed: tuple[str, ...] = ("fsdp", "context")
@@ -70,19 +68,19 @@ class Rules:
     patch: tuple[str, ...] = ()
     norm: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_mesh_axes(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """Mesh axes of each logical axis of one tower's activations; () is whole on every device.
+    """Mesh axes of each logical axis of one tower's activations; () replicates.
 
-    `sequence` is where residual streams are cut; for attention tokens come together and heads part.
-    `modulation` and `modulation_batch` are of what a timestep becomes in each block, one row per
-    picture. Its weights are a third of an MMDiT and their product is tiny, so they stay where they
-    lie: every device computes its features for the rows of all others, and the results change
-    places instead of the weights.
+    Residual streams are sharded along `sequence`; attention gathers tokens and shards heads.
+    `modulation` and `modulation_batch` are of what a timestep becomes in each block, one vector
+    per picture. Its weights are a third of an MMDiT and their product is tiny, so the weights stay
+    sharded: every device computes its features for the examples of all others, and the results
+    are exchanged instead of the weights.
     """
 
     batch: tuple[str, ...] = BATCH_AXES
@@ -94,18 +92,18 @@ class Activations:
     modulation: tuple[str, ...] = ("tensor", "fsdp", "context")
     modulation_batch: tuple[str, ...] = ("data",)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_mesh_axes(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Where everything of one tower lies: its row of the table.
+    """The table row of one tower: how everything of it is sharded.
 
     Attributes:
-      params: the weights that a step computes with. Where they lie otherwise than the optimizer
-        state, trained weights are brought here once per step, in the compute dtype; frozen ones
-        always lie here.
+      params: the weights that a step computes with. Where they are sharded otherwise than the
+        optimizer state, trained weights are gathered once per step, in the compute dtype; frozen
+        ones are always sharded so.
       gradients: of the whole batch, and their sums over micro-batches.
       optimizer: float32 weights, moments and moving average, between steps.
       activations: of the forward pass.
@@ -120,35 +118,35 @@ class Columns:
 COLUMNS = ("params", "gradients", "optimizer")  # of arrays that are shaped like parameters
 _TENSOR_ONLY = dict.fromkeys(("adapter", "modulation", "mlp_in", "heads_in"), ("tensor",))
 _NO_FSDP = Rules(embed=(), **_TENSOR_ONLY)
-_WHOLE_ROWS = Activations(modulation=("tensor",), modulation_batch=BATCH_AXES)
+_WHOLE_MODULATION = Activations(modulation=("tensor",), modulation_batch=BATCH_AXES)
 _NO_TENSOR = dict.fromkeys(("mlp", "heads", "kv_heads", "vocab"), ())
 _OVER_ALL = ("tensor", "fsdp", "context")
 _FLAT = Rules(embed=_OVER_ALL, adapter=_OVER_ALL, **_NO_TENSOR)
 _WHOLE = Rules(embed=(), **_NO_TENSOR, **dict.fromkeys(_TENSOR_ONLY, ()))
-_FLAT_ROWS = (*BATCH_AXES, "tensor")
-# The rows that a config may name. In all but the last, 'tensor' splits heads, MLP, vocabulary and
-# modulation (Megatron), and in all of them 'context' splits the tokens; a mesh without these axes
-# is plain ZeRO.
+_FLAT_BATCH = (*BATCH_AXES, "tensor")
+# The rows that a config may name. In all but the last, heads, MLP, vocabulary and modulation are
+# sharded over 'tensor' (Megatron), and in all of them the tokens over 'context'; a mesh without
+# these axes is plain ZeRO.
 ROWS = {
-    # ZeRO (arXiv 1910.02054): 1 splits the optimizer state over fsdp, 2 the gradients too
-    "zero1": Columns(params=_NO_FSDP, gradients=_NO_FSDP, activations=_WHOLE_ROWS),
-    "zero2": Columns(params=_NO_FSDP, activations=_WHOLE_ROWS),
-    # ZeRO-3: the weights too, which come together block by block
+    # ZeRO (arXiv 1910.02054): 1 shards the optimizer state over fsdp, 2 the gradients too
+    "zero1": Columns(params=_NO_FSDP, gradients=_NO_FSDP, activations=_WHOLE_MODULATION),
+    "zero2": Columns(params=_NO_FSDP, activations=_WHOLE_MODULATION),
+    # ZeRO-3: the weights too, which are gathered block by block
     "fsdp": Columns(),
-    # nothing is split over fsdp
-    "tensor": Columns(_NO_FSDP, _NO_FSDP, _NO_FSDP, _WHOLE_ROWS),
-    # ZeRO-2 of a tower that takes 'tensor' for more rows, beside one that is split over it
+    # nothing is sharded over fsdp
+    "tensor": Columns(_NO_FSDP, _NO_FSDP, _NO_FSDP, _WHOLE_MODULATION),
+    # ZeRO-2 of a tower that takes 'tensor' for more examples, beside one that is sharded over it
     "zero2_flat": Columns(
         params=_WHOLE,
         gradients=_FLAT,
         optimizer=_FLAT,
         activations=Activations(
-            batch=_FLAT_ROWS,
+            batch=_FLAT_BATCH,
             heads=(),
             kv_heads=(),
             mlp=(),
             modulation=(),
-            modulation_batch=_FLAT_ROWS,
+            modulation_batch=_FLAT_BATCH,
         ),
     ),
 }
@@ -166,6 +164,44 @@ def row(name: str) -> Columns:
     return ROWS[name]
 
 
+OWN = "*"  # in texts, for a row whose cells are the config's own
+
+
+def parse_rows(text: str, towers: Iterable[str]) -> dict[str, str]:
+    """{tower: name in ROWS} of 'text=tensor,mmdit=zero2_flat', or of one name for all `towers`.
+
+    Raises:
+      InputError: a tower that does not exist.
+    """
+    towers = list(towers)
+    if text and "=" not in text:
+        return dict.fromkeys(towers, text)
+    found = {}
+    for part in filter(None, text.split(",")):
+        tower, _, name = part.partition("=")
+        if tower not in towers:
+            raise InputError(f"the tower {tower!r} is not of {', '.join(towers)}")
+        if name != OWN:
+            found[tower] = name
+    return found
+
+
+def format_rows(config: Mapping[str, Mapping[str, Mapping[str, Sequence[str]]]]) -> str:
+    """The inverse of `parse_rows` for cells {tower: {column: {logical axis: mesh axes}}}.
+
+    Rows that are 'fsdp' are left out.
+    """
+    known = {name: dataclasses.asdict(row) for name, row in ROWS.items()}
+    rows = {}
+    for tower, columns in config.items():
+        cells = {column: dict(table) for column, table in columns.items()}
+        rows[tower] = next((name for name, row in known.items() if row == cells), OWN)
+    names = set(rows.values())
+    if len(names) == 1 and not names & {OWN, "fsdp"}:
+        return names.pop()
+    return ",".join(f"{tower}={name}" for tower, name in rows.items() if name != "fsdp")
+
+
 def tables(config: Mapping[str, Mapping[str, Mapping[str, Sequence[str]]]]) -> Tables:
     """One row per tower from {tower: {column: {logical axis: mesh axes}}}.
 
@@ -179,7 +215,7 @@ def tables(config: Mapping[str, Mapping[str, Mapping[str, Sequence[str]]]]) -> T
     out = {}
     for tower, columns in config.items():
         _check_names(f"sharding.{tower}", "columns", columns, kinds)
-        filled = {}
+        filled: dict[str, Any] = {}
         for column, table in columns.items():
             axes = [field.name for field in dataclasses.fields(kinds[column])]
             _check_names(f"sharding.{tower}.{column}", "logical axes", table, axes)
@@ -200,12 +236,18 @@ def _check_names(where: str, what: str, given: Iterable[str], known: Iterable[st
         )
 
 
-def column(rows: Tables, name: str) -> dict[str, Rules]:
+def column(tables: Tables, name: str) -> dict[str, Rules]:
     """The column 'params', 'gradients' or 'optimizer' of every tower."""
-    return {tower: getattr(columns, name) for tower, columns in rows.items()}
+    return {tower: getattr(columns, name) for tower, columns in tables.items()}
 
 
 def tower(name: str) -> str:
-    """The table that a parameter belongs to; an adapter belongs to what it adapts."""
-    name = name.removeprefix("lora/")
-    return next(table for prefix, table in TOWERS if name.startswith(prefix))
+    """The tower that a parameter belongs to; an adapter belongs to what it adapts.
+
+    Raises:
+      InputError: no prefix of TOWERS matches.
+    """
+    for prefix, found in TOWERS:
+        if name.removeprefix("lora/").startswith(prefix):
+            return found
+    raise InputError(f"parameter {name} belongs to no tower; sharding.TOWERS lists their prefixes")

@@ -1,3 +1,5 @@
+"""From rules to PartitionSpecs and NamedShardings, and the checks that Linen does not make."""
+
 from __future__ import annotations
 
 import math
@@ -6,12 +8,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import traverse_util
-from flax.core import meta
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from flax.linen import LogicallyPartitioned
+from jax.sharding import NamedSharding, PartitionSpec
 
+from qk_jax.base import trees
 from qk_jax.base.errors import InputError
-from qk_jax.sharding.mesh import BATCH_AXES, fitting, single
+from qk_jax.base.types import Tree
+from qk_jax.sharding.mesh import BATCH_AXES, AnyMesh, fitting, single
 from qk_jax.sharding.rules import (
     COLUMNS,
     SHARDABLE,
@@ -23,29 +26,29 @@ from qk_jax.sharding.rules import (
 )
 
 
-def constrain(x: jax.Array, places: Activations | None, *axes: str | None) -> jax.Array:
-    """x with its dimensions laid over the mesh of jax.set_mesh; without a mesh, x itself.
+def constrain(x: jax.Array, activations: Activations | None, *axes: str | None) -> jax.Array:
+    """x sharded over the mesh of jax.set_mesh; without a mesh, x itself.
 
     A dimension that the mesh does not divide, such as an odd number of text tokens over 'context',
-    is split as far as it divides.
+    is sharded as far as it divides.
 
     Args:
       x: array with one entry of `axes` per dimension; None leaves that dimension to the compiler.
-      places: the tower's row; None leaves everything to the compiler.
+      activations: the rules of the tower; None leaves everything to the compiler.
       axes: names of fields of `Activations`.
     """
-    if places is None or single():
+    if activations is None or single():
         return x
     free = PartitionSpec.UNCONSTRAINED
     entries = [
-        free if axis is None else (fitting(getattr(places, axis), length) or None)
+        free if axis is None else (fitting(getattr(activations, axis), length) or None)
         for axis, length in zip(axes, x.shape, strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 
 def spec(
-    name: str, shape: Sequence[int], axes: Sequence[str | None], rules: Rules, mesh: Mesh
+    name: str, shape: Sequence[int], axes: Sequence[str | None], rules: Rules, mesh: AnyMesh
 ) -> PartitionSpec:
     """PartitionSpec of one parameter; it names only axes of the mesh that have several devices.
 
@@ -80,68 +83,66 @@ def spec(
     return PartitionSpec(*entries)
 
 
-def leaves(boxed: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str | None, ...], Any]]:
+def leaves(boxed: Tree) -> Iterator[tuple[str, tuple[str | None, ...], Any]]:
     """(name, logical axes, array or ShapeDtypeStruct) of every leaf of a boxed tree.
 
     Raises:
       InputError: a parameter without logical axes.
     """
-    for name, leaf in traverse_util.flatten_dict(boxed, sep="/").items():
-        if not isinstance(leaf, meta.AxisMetadata):
+    for name, leaf in trees.flatten(boxed).items():
+        if not isinstance(leaf, LogicallyPartitioned):
             raise InputError(f"parameter {name} carries no logical axes")
         yield name, tuple(leaf.names), leaf.value
 
 
-def specs(boxed: Mapping[str, Any], rules: Mapping[str, Rules], mesh: Mesh) -> dict[str, Any]:
-    """The tree of PartitionSpecs of a boxed (abstract) parameter tree, by one column."""
-    flat = {
-        name: spec(name, value.shape, axes, rules[tower(name)], mesh)
+def shardings(boxed: Tree, rules: Mapping[str, Rules], mesh: AnyMesh) -> Tree:
+    """The tree of NamedShardings of a boxed (abstract) parameter tree, by one column.
+
+    Raises:
+      InputError: as `spec`, or a parameter without logical axes.
+    """
+    return trees.unflatten({
+        name: NamedSharding(mesh, spec(name, value.shape, axes, rules[tower(name)], mesh))
         for name, axes, value in leaves(boxed)
-    }
-    return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def shardings(boxed: Mapping[str, Any], rules: Mapping[str, Rules], mesh: Mesh) -> dict[str, Any]:
-    """The tree of NamedShardings of a boxed (abstract) parameter tree, by one column."""
-    return jax.tree.map(lambda p: NamedSharding(mesh, p), specs(boxed, rules, mesh))
+    })  # fmt: skip
 
 
 def check_sharded(
-    boxed: Mapping[str, Any], rows: Tables, column: str, mesh: Mesh, limit: float = 0.02
+    boxed: Tree, tables: Tables, column: str, mesh: AnyMesh, limit: float = 0.02
 ) -> float:
-    """The share of shardable bytes that stay whole on every device in one column.
+    """The share of shardable bytes that one column replicates on every device.
 
     A leaf could be sharded when a logical axis of SHARDABLE divides by one of the mesh axes that
-    are judged. These are the axes that the column uses; a column that uses none is whole on
-    purpose where another column of the tower is split, and an oversight where none is.
+    are judged. These are the axes that the column uses; a column that uses none replicates on
+    purpose where another column of the tower is sharded, and by oversight where none is.
 
     Raises:
       InputError: the share is above `limit`; names the largest offender.
     """
-    could, loose = 0, {}
+    could, loose = 0, dict[str, int]()
     for name, axes, value in leaves(boxed):
-        sizes = [mesh.shape[axis] for axis in _judged(rows[tower(name)], column, mesh)]
+        sizes = [mesh.shape[axis] for axis in _judged(tables[tower(name)], column, mesh)]
         dims = [n for axis, n in zip(axes, value.shape, strict=True) if axis in SHARDABLE]
         if len(value.shape) < 2 or not any(n % size == 0 for n in dims for size in sizes):
             continue
         count = math.prod(value.shape) * np.dtype(value.dtype).itemsize
         could += count
-        rules = getattr(rows[tower(name)], column)
+        rules = getattr(tables[tower(name)], column)
         if all(mesh.shape[a] == 1 for axis in axes if axis for a in getattr(rules, axis)):
             loose[name] = count
     share = sum(loose.values()) / could if could else 0.0
     if share > limit:
-        worst = max(loose, key=loose.get)
+        worst = max(loose, key=lambda name: loose[name])
         raise InputError(
-            f"{share:.1%} of the bytes that could be sharded are whole on every device (column "
-            f"{column!r}, limit {limit:.1%}), most of all {worst} with "
+            f"{share:.1%} of the bytes that could be sharded are replicated on every device "
+            f"(column {column!r}, limit {limit:.1%}), most of all {worst} with "
             f"{loose[worst] / 2**20:,.1f} MiB; change sharding.{tower(worst)}.{column} or the "
             "mesh, or raise sharding_limit"
         )
     return share
 
 
-def _judged(columns: Columns, column: str, mesh: Mesh) -> set[str]:
+def _judged(columns: Columns, column: str, mesh: AnyMesh) -> set[str]:
     """The mesh axes by which `check_sharded` judges a column of one tower."""
     splitting = {axis for axis in ("fsdp", "context", "tensor") if mesh.shape[axis] > 1}
 
@@ -154,14 +155,14 @@ def _judged(columns: Columns, column: str, mesh: Mesh) -> set[str]:
     return used(column)
 
 
-def check_batch(rows: int, mesh: Mesh, towers: Tables) -> None:
-    """Raises InputError when `rows` do not divide over the batch axes, or over those of a tower."""
-    over = {"the batch": BATCH_AXES}
+def check_batch(examples: int, mesh: AnyMesh, towers: Tables) -> None:
+    """Raises InputError when so many examples do not divide over the batch axes of a tower."""
+    over: dict[str, tuple[str, ...]] = {"the batch": BATCH_AXES}
     over |= {f"sharding.{tower}": columns.activations.batch for tower, columns in towers.items()}
     for what, axes in over.items():
         parts = math.prod(mesh.shape[axis] for axis in axes)
-        if rows % parts:
+        if examples % parts:
             raise InputError(
-                f"a batch of {rows} rows does not divide over {' x '.join(axes)} = {parts} "
+                f"a batch of {examples} examples does not divide over {' x '.join(axes)} = {parts} "
                 f"devices ({what}); change data.batch, optimizer.accumulation or the mesh"
             )

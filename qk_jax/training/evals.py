@@ -7,6 +7,7 @@ rest of its section. A new evaluator is a class here and a line in that table.
 from __future__ import annotations
 
 import abc
+from typing import Any
 
 import jax
 import numpy as np
@@ -76,11 +77,11 @@ class Evaluator(abc.ABC):
 class ValidationLoss(Evaluator):
     """Loss on the fixed validation batches, per task and per t-bin."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        config, layout = self.plan.config, self.plan.prompts
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        config = self.plan.config
         self.plan.check_batch(config.validation.batch)
-        self.data = pipeline.Pipeline(config, "validation", layout=layout)
+        self.data = pipeline.Pipeline(config, "validation", prompts=self.plan.prompts)
         self.eval_step = step_lib.make_eval_step(self.plan)
 
     def run(self, step: int, params: Tree, frozen: Tree) -> None:
@@ -102,11 +103,10 @@ class Sheets(Evaluator):
     Sheets go to <stage folder>/samples/ and to TensorBoard.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any):
+        super().__init__(*args)
         config, section = self.plan.config, self.section
         self.settings = painting.Settings(section.steps, section.guidance, section.image_guidance)
-        self.settings.check()
         names = [name for name in TASKS if config.data.tasks[name] > 0]
         sources = registry.make_sources(config, "validation", config.validation.seed, names)
         self.examples = {

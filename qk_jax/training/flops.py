@@ -1,11 +1,14 @@
-"""Model FLOPs from the traced program: exact for every architecture, independent of a compiler.
+"""Model FLOPs of a training step, from the shapes of its parameters and of its batch.
 
 A compiler's own count misses custom kernels and counts the body of a loop once. Here the matrix
-products and convolutions of a jaxpr are summed from their shapes (2 per multiply-add), loop bodies
-times their length; everything else is left out, as in every MFU. Traced without rematerialisation,
-the gradient of a loss holds just the products that training needs: no backward pass of what is
-frozen and off the gradient's path. Masked attention is counted as if it were full. A product with a
-matrix that is part of the program, such as a permutation, is no work of the model.
+products and convolutions are counted from shapes, 2 FLOPs per multiply-add; everything else is left
+out, as in every MFU. A weight costs 2 * size * positions, where positions are the vectors that it
+multiplies: once in the forward pass, once for the gradient of its input where that depends on
+anything trained, and once for its own gradient where it is trained. A product of attention costs
+as much again for the gradient of each factor. Masked attention is counted as if it were full.
+Recomputation is not counted, nor is a product with a constant matrix, such as a permutation.
+
+`tests/training/jaxpr_flops.py` counts the same in the traced gradient of the loss.
 """
 
 from __future__ import annotations
@@ -14,20 +17,16 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.extend import core
-
+from qk_jax import sharding
 from qk_jax.base import trees
 from qk_jax.base.types import Batch
 from qk_jax.experiment.plan import Plan
-from qk_jax.models import attention
-from qk_jax.models.query_kontext import QueryKontext
-from qk_jax.training.objectives.flow_matching import loss_fn
+from qk_jax.models.query_kontext import PACKED, ModelConfig
+from qk_jax.models.qwen_vision import VisionConfig, windows_of
+from qk_jax.pictures.grids import MERGE, Grids, grid_of, vision_size
 
 # bfloat16 peak of one JAX device in TFLOP/s by device_kind (vendors' published figures; a TPU7x
 # chip is two devices).
@@ -44,16 +43,11 @@ PEAK_TFLOPS = {
     "NVIDIA H100 80GB HBM3": 989.4,
     "NVIDIA H200": 989.4,
 }
-# Towers by the scope in which their products are traced, which starts with the module's class; the
-# first that is found decides, 'other' is what stands in none.
-TOWERS = {
-    "vision": r"QwenVL[^/]*/visual\b",
-    "text": r"QwenVL",
-    "connector": r"Connector",
-    "mmdit": r"MMDiT",
-    "vae": r"VAE",
-    "other": r"",
-}
+OTHER = "other"  # what belongs to no tower: the projection of the alignment term
+# Kinds of parameters, by the last part of their names: those of products, and those of sums,
+# scales and look-ups.
+WEIGHTS = frozenset({"kernel", "lora_a", "lora_b"})
+NO_WEIGHTS = frozenset({"bias", "scale", "embedding"})
 
 
 def peak(device: Any) -> float | None:
@@ -68,110 +62,179 @@ def of_step(plan: Plan, batch: Batch) -> int:
 
 
 def by_tower_of_step(plan: Plan, batch: Batch) -> Counter[str]:
-    """Model FLOPs of one training step by tower (`TOWERS`).
+    """Model FLOPs of one training step by the towers of `sharding.TOWERS`, and OTHER.
 
-    They are those of the loss without rematerialisation and with plain attention, so that neither
-    recomputation nor a kernel changes the count.
+    Raises:
+      ValueError: a parameter is unknown here, as after a module has been renamed.
     """
-    model = dataclasses.replace(plan.model.config, remat=None)
-    plain = dataclasses.replace(plan, model=QueryKontext(model, plan.model.dtype))
-    loss = loss_fn(plain)
-
-    def gradient(params: Any, frozen: Any, batch: Any) -> Any:
-        def mean_loss(trained: Any) -> jax.Array:
-            return jnp.mean(loss(trees.join(trained, frozen), batch, jax.random.key(0))[0])
-
-        return jax.grad(mean_loss)(params)
-
-    with attention.kernel("xla"):
-        traced = jax.make_jaxpr(gradient)(plan.params, plan.frozen, batch)
-    return by_tower(traced.jaxpr)
-
-
-def count(function: Callable[..., Any], *args: Any) -> int:
-    """FLOPs of the matrix products and convolutions of function(*args); args may be abstract."""
-    return of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+    shapes = {name: leaf.shape for name, leaf in trees.flatten(plan.everything).items()}
+    rest = {name for name in shapes if _kind(name) not in NO_WEIGHTS}
+    count = _Count(shapes, frozenset(trees.flatten(plan.params)), Counter(), rest)
+    config = plan.model.config
+    reached = _context(count, config, batch)
+    _generator(count, config, batch, reached)
+    _encoder(count, config.vae.downscale, [x.shape[:3] for x in _encoded(config, batch)])
+    for unused in ("vlm/lm_head/", "vae/(decoder|post_quant_conv)/"):
+        count.products(unused, 0)
+    if rest:
+        raise ValueError(
+            f"the FLOPs of {', '.join(sorted(rest))} are not counted; add them in training/flops.py"
+        )
+    return +count.work
 
 
-def of_jaxpr(jaxpr: Any) -> int:
-    """FLOPs of a jaxpr, with the jaxprs inside it; of a branch, the dearest."""
-    return sum(by_tower(jaxpr).values())
+@dataclasses.dataclass(frozen=True)
+class _Count:
+    """A count in progress.
 
-
-def by_tower(jaxpr: Any, scope: str = "", fixed: Iterable[Any] = ()) -> Counter[str]:
-    """FLOPs of a jaxpr by the tower of `TOWERS` in whose module each product is traced.
-
-    Args:
-      jaxpr: with the jaxprs inside it; of a branch, the dearest counts.
-      scope: names under which all of it was traced.
-      fixed: variables of it that hold a matrix of the program, which no argument changes.
+    Attributes:
+      shapes: of all parameters, by name.
+      trained: names of the trained parameters.
+      work: FLOPs by tower so far.
+      rest: names of the weights that have not been counted yet.
     """
-    total: Counter[str] = Counter()
-    fixed = {*fixed, *(x for x in jaxpr.constvars if x.aval.ndim > 1)}
-    for eqn in jaxpr.eqns:
-        known = [not isinstance(x, core.Literal) and x in fixed for x in eqn.invars]
-        if any(known) and all(known[i] or x.aval.ndim == 0 for i, x in enumerate(eqn.invars)):
-            fixed.update(eqn.outvars)
-        total.update(_by_tower(eqn, f"{scope}/{eqn.source_info.name_stack}", known))
-    return total
+
+    shapes: Mapping[str, tuple[int, ...]]
+    trained: frozenset[str]
+    work: Counter[str]
+    rest: set[str]
+
+    def named(self, pattern: str) -> list[str]:
+        """Parameters whose names begin with a regex; adapters have the names of what they adapt."""
+        return [name for name in self.shapes if re.match(pattern, name.removeprefix("lora/"))]
+
+    def trains(self, pattern: str) -> bool:
+        """Whether any of the parameters is trained."""
+        return not self.trained.isdisjoint(self.named(pattern))
+
+    def products(self, pattern: str, positions: int, reached: bool = False) -> bool:
+        """Adds the products of parallel layers, each with an input of so many positions.
+
+        Args:
+          pattern: regex of the beginning of their parameters' names.
+          positions: vectors that each weight multiplies; of a convolution, those it returns.
+          reached: whether the input depends on anything trained, and so has a gradient.
+
+        Returns:
+          Whether the output does.
+        """
+        for name in self.named(pattern):
+            module, kind = name.rpartition("/")[0], _kind(name)
+            if kind not in WEIGHTS:
+                continue
+            entered = reached or (kind == "lora_b" and f"{module}/lora_a" in self.trained)
+            passes = 1 + entered + (name in self.trained)
+            tower = OTHER if name.startswith("alignment/") else sharding.tower(name)
+            self.work[tower] += passes * 2 * positions * math.prod(self.shapes[name])
+            self.rest.discard(name)
+        return reached or self.trains(pattern)
+
+    def attention(self, tower: str, pairs: int, width: int, reached: bool = False) -> None:
+        """Adds the two products of attention between so many pairs of a query and a key.
+
+        width: channels of all query heads together.
+        """
+        self.work[tower] += (3 if reached else 1) * 2 * 2 * pairs * width
 
 
-def _by_tower(eqn: Any, scope: str, known: list[bool]) -> dict[str, int]:
-    """FLOPs of one equation traced under `scope`; `known` says which operands are fixed."""
-
-    def within(jaxpr: Any, known: list[bool]) -> Counter[str]:
-        pairs = zip(jaxpr.invars, known, strict=False)
-        return by_tower(jaxpr, scope, [x for x, same in pairs if same])
-
-    name = eqn.primitive.name
-    if name in PRODUCTS:
-        return {} if any(known) else {tower(scope): PRODUCTS[name](eqn)}
-    if name == "cond":
-        branches = [within(branch.jaxpr, known[1:]) for branch in eqn.params["branches"]]
-        return max(branches, key=Counter.total)
-    times = 1
-    if name == "scan":
-        times, known = eqn.params["length"], known[: eqn.params["num_consts"]]
-    total: Counter[str] = Counter()
-    for inner in _inner(eqn.params):
-        total.update({part: times * work for part, work in within(inner, known).items()})
-    return total
+def _kind(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
-def tower(scope: str) -> str:
-    """The key of `TOWERS` to which a scope such as 'transpose(jvp(MMDiT))/proj_out' belongs."""
-    return next(name for name, pattern in TOWERS.items() if re.search(pattern, scope))
+def _encoded(config: ModelConfig, batch: Batch) -> tuple[Any, ...]:
+    """The pictures that reach the generator as latents."""
+    return (batch["target"], *(batch["conditions"] if config.condition_latents else ()))
 
 
-def _inner(params: dict[str, Any]) -> list[Any]:
-    """The jaxprs among an equation's parameters."""
-    found = []
-    for value in params.values():
-        value = getattr(value, "jaxpr", value)  # a ClosedJaxpr holds one
-        if hasattr(value, "eqns"):
-            found.append(value)
-    return found
+def _context(count: _Count, config: ModelConfig, batch: Batch) -> bool:
+    """VLM, connector and alignment term; whether the context depends on anything trained."""
+    text, (examples, length) = config.vlm.text, batch["input_ids"].shape
+
+    def grid(picture: Any) -> tuple[int, int]:
+        return grid_of(*vision_size(*picture.shape[1:3], config.vlm_pixels))
+
+    seen = _vision(count, config.vlm.vision, examples, tuple(map(grid, batch["conditions"])))
+    # The queries, and the words and pictures before them, are two segments: the latter have no
+    # backward pass where nothing in the language model is trained.
+    queries, layers = config.num_queries, "vlm/language_model/layers/"
+    words = length - queries
+    words_reached = seen or count.trains("vlm/language_model/embed_tokens/") or count.trains(layers)
+    queries_reached = words_reached or count.trains("queries/")
+    for tokens, keys, reached in (
+        (words, words, words_reached), (queries, length, queries_reached)
+    ):  # fmt: skip
+        count.products(layers, examples * tokens, reached)
+        pairs = text.num_hidden_layers * examples * tokens * keys
+        count.attention("text", pairs, text.hidden_size, reached)
+    reached = queries_reached or count.trains("vlm/language_model/norm/")
+    if "target_pixel_values" in batch:
+        teacher = dataclasses.replace(count, trained=frozenset())  # no gradient enters it
+        _vision(teacher, config.vlm.vision, examples, (grid(batch["target"]),))
+        count.products("alignment/", examples, reached)
+    states = examples * (batch["text_mask"].shape[1] + queries)
+    reached = count.products("connector/fc1/", states, reached)
+    return count.products("connector/fc2/", states, reached)
 
 
-def _dot(eqn: Any) -> int:
-    """2 * batch * m * n * k."""
-    (contract, _), _ = eqn.params["dimension_numbers"]
-    shape = eqn.invars[0].aval.shape
-    return 2 * int(np.prod(eqn.outvars[0].aval.shape)) * math.prod(shape[d] for d in contract)
+def _vision(count: _Count, config: VisionConfig, examples: int, grids: Grids) -> bool:
+    """The vision tower on pictures of `grids`; whether its features depend on anything trained."""
+    patches, blocks = sum(map(math.prod, grids)), "vlm/visual/blocks/"
+    reached = count.products("vlm/visual/patch_embed/", examples * patches)
+    reached = reached or count.trains(blocks)
+    count.products(blocks, examples * patches, reached)
+    if grids:
+        # Each block branches into attention within windows and within pictures; of the two, the
+        # more expensive is counted in every block.
+        windows, longest = windows_of(grids, config.window_size).slots.shape
+        pairs = config.depth * examples * max(patches**2, windows * longest**2)
+        count.attention("vision", pairs, config.hidden_size, reached)
+    reached = reached or count.trains("vlm/visual/merger/ln_q/")
+    for layer in ("mlp_0", "mlp_2"):
+        tokens = examples * patches // MERGE**2
+        reached = count.products(f"vlm/visual/merger/{layer}/", tokens, reached)
+    return reached and bool(grids)
 
 
-def _convolution(eqn: Any) -> int:
-    """2 * outputs * taps * input channels per group.
+def _generator(count: _Count, config: ModelConfig, batch: Batch, reached: bool) -> None:
+    """The MMDiT; `reached` says whether its context depends on anything trained."""
+    pictures, examples = _encoded(config, batch), batch["target"].shape[0]
+    tokens = sum(math.prod(side // PACKED for side in x.shape[1:3]) for x in pictures)
+    context = batch["text_mask"].shape[1] + config.num_queries
+    # The time t = 0 of clean pictures is embedded once for all examples.
+    times = examples + (config.mmdit.zero_cond_t and len(pictures) > 1)
+    embedder, blocks = "mmdit/time_text_embed/timestep_embedder/", "mmdit/transformer_blocks/"
+    time = count.products(embedder + "linear_1/", times)
+    time = count.products(embedder + "linear_2/", times, time)
+    image = count.products("mmdit/img_in/", examples * tokens)
+    reached = reached or count.trains("mmdit/txt_norm/")
+    reached = count.products("mmdit/txt_in/", examples * context, reached)
+    # Streams that enter the first block without a gradient have one in the loop over the blocks.
+    reached = reached or image or time or count.trains(blocks)
+    count.products(blocks + "img_mod_1/", times, time)
+    count.products(blocks + "txt_mod_1/", examples, time)
+    for stream, layers in (
+        (tokens, "attn/to_([qkv]|out_0)|img_mlp"),
+        (context, "attn/(add_[qkv]_proj|to_add_out)|txt_mlp"),
+    ):
+        count.products(f"{blocks}({layers})/", examples * stream, reached)
+    pairs = config.mmdit.num_layers * examples * (tokens + context) ** 2
+    count.attention("mmdit", pairs, config.mmdit.width, reached)
+    reached = count.products("mmdit/norm_out/", examples, time) or reached
+    count.products("mmdit/proj_out/", examples * tokens, reached)
 
-    A transposed or input-gradient convolution is written with a dilated input, most taps of which
-    meet zeros; those products are left out.
-    """
-    numbers = eqn.params["dimension_numbers"]
-    kernel = eqn.invars[1].aval.shape
-    taps = math.prod(kernel[d] for d in numbers.rhs_spec[2:])
-    channels = kernel[numbers.rhs_spec[1]]
-    outputs = int(np.prod(eqn.outvars[0].aval.shape))
-    return 2 * outputs * taps * channels // math.prod(eqn.params["lhs_dilation"])
 
-
-PRODUCTS = {"dot_general": _dot, "conv_general_dilated": _convolution}
+def _encoder(count: _Count, downscale: int, pictures: Sequence[tuple[int, int, int]]) -> None:
+    """The encoder of the autoencoder, always frozen, on pictures of [B, H, W] pixels."""
+    encoder, positions = "vae/encoder/", sum(map(math.prod, pictures))
+    count.products(encoder + "conv_in/", positions)
+    index = 0
+    while count.named(block := f"{encoder}down_blocks_{index}/"):
+        count.products(block + r"(resnets_\d+/)?conv", positions)
+        if count.named(strided := block + "(downsamplers_0/conv|resample_1)/"):
+            positions //= 4
+            count.products(strided, positions)
+        index += 1
+    count.products("vae/(encoder/(mid_block|conv_out)|quant_conv)/", positions)
+    if count.named(encoder + "mid_block/attentions_0/"):
+        pairs = sum(b * (h * w // downscale**2) ** 2 for b, h, w in pictures)
+        count.attention("vae", pairs, count.shapes[encoder + "conv_out/kernel"][-2])

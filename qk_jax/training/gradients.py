@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,11 @@ from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
 from qk_jax.training.objectives.flow_matching import LossFn
 
+Values = dict[str, jax.Array]  # of each example, [B] each
+Part = TypeVar("Part")
 
-def micro_batches(batch: Batch, count: int) -> Batch:
+
+def micro_batches(batch: Part, count: int) -> Part:
     """Leaves [B, ...] -> [count, B / count, ...]; micro-batch i has the slots i, i + count, ...
 
     Striding keeps every slot on its device when a batch is sharded in contiguous parts.
@@ -29,7 +32,7 @@ def micro_batches(batch: Batch, count: int) -> Batch:
     return jax.tree.map(part, batch)
 
 
-def one_batch(parts: Batch) -> Batch:
+def one_batch(parts: Part) -> Part:
     """Leaves [count, B / count, ...] -> [B, ...], the inverse of `micro_batches`."""
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), parts)
 
@@ -42,7 +45,7 @@ def gradients(
     rng: jax.Array,
     accumulation: int,
     constrain: Callable[[Tree], Tree] = lambda tree: tree,
-) -> tuple[Tree, dict[str, jax.Array]]:
+) -> tuple[Tree, Values]:
     """Gradient of the mean loss over all examples.
 
     It is the mean over micro-batches of equal size, summed in float32: what one big batch gives.
@@ -61,11 +64,11 @@ def gradients(
       in order of micro-batches.
     """
 
-    def mean_loss(params: Tree, part: Batch, key: jax.Array):
+    def mean_loss(params: Tree, part: Batch, key: jax.Array) -> tuple[jax.Array, Values]:
         values, aux = loss(trees.join(params, frozen), part, key)
         return jnp.mean(values), {"loss": values, "task": part["task"], **aux}
 
-    def grad(part: Batch, index: Any):
+    def grad(part: Batch, index: Any) -> tuple[Tree, Values]:
         key = jax.random.fold_in(rng, index)
         found, values = jax.grad(mean_loss, has_aux=True)(params, part, key)
         return jax.tree.map(lambda g: g.astype(jnp.float32), constrain(found)), values
@@ -73,7 +76,7 @@ def gradients(
     if accumulation == 1:
         return grad(batch, 0)
 
-    def body(total: Tree, inputs: tuple[Batch, jax.Array]):
+    def body(total: Tree, inputs: tuple[Batch, jax.Array]) -> tuple[Tree, Values]:
         grads, values = grad(*inputs)
         return constrain(jax.tree.map(lambda t, g: t + g / accumulation, total, grads)), values
 

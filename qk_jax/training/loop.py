@@ -41,7 +41,8 @@ def train(config: ConfigDict, workdir: files.PathLike) -> None:
       SystemExit: 42 after SIGTERM, 130 after Ctrl-C; the state is saved.
     """
     folder = run_folder.create(workdir, config.stage)
-    if config.compilation_cache and not jax.config.jax_compilation_cache_dir:
+    known = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # set at run time
+    if config.compilation_cache and not known:
         cache = files.Path(workdir).resolve() / "compilation_cache"
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
@@ -73,7 +74,7 @@ class Trainer:
         self.state, self.frozen, self.fingerprint = begun.state, begun.frozen, begun.fingerprint
         self.train_step = step_lib.Compiled(plan)
         run_folder.keep_tokenizer(folder, plan.prompts)
-        self.data = pipeline.Pipeline(plan.config, "train", layout=plan.prompts)
+        self.data = pipeline.Pipeline(plan.config, "train", prompts=plan.prompts)
         self.window, self.clock = metrics.Window(), metrics.Clock()
         self.peak = flops.peak(jax.devices()[0])
         self.signal = 0
@@ -172,7 +173,7 @@ class Trainer:
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
         """Within the block, SIGTERM and Ctrl-C only leave a note."""
-        status = {signal.SIGTERM: PREEMPTED, signal.SIGINT: INTERRUPTED}
+        status: dict[int, int] = {signal.SIGTERM: PREEMPTED, signal.SIGINT: INTERRUPTED}
 
         def note(number: int, frame: Any) -> None:
             self.signal = status[number]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import pathlib
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
+from qk_jax.base import files
 from qk_jax.base.errors import InputError
 from qk_jax.data.example import TASKS
 
@@ -21,7 +21,10 @@ from qk_jax.data.example import TASKS
 class Window:
     """Collects the metrics of several steps and gives their means, per task and per t-bin."""
 
-    def __init__(self):
+    def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
         self._sums: dict[str, np.ndarray] = {}
         self._last: dict[str, float] = {}
         self.steps = 0
@@ -48,7 +51,7 @@ class Window:
             bins = len(sums["t_sum"])
             names = [f"t{i / bins:.2f}-{(i + 1) / bins:.2f}" for i in range(bins)]
             out |= _ratios("loss", names, sums["t_sum"], sums["t_count"])
-        self.__init__()
+        self._clear()
         return out
 
 
@@ -56,20 +59,20 @@ def _ratios(prefix: str, names: Any, total: Any, count: Any) -> dict[str, float]
     """{prefix/name: total / count} where there is something to divide by."""
     if total is None:
         return {}
-    rows = zip(names, total, count, strict=True)
-    return {f"{prefix}/{name}": float(t / n) for name, t, n in rows if n > 0}
+    triples = zip(names, total, count, strict=True)
+    return {f"{prefix}/{name}": float(t / n) for name, t, n in triples if n > 0}
 
 
 class Clock:
     """Steady speed: iterations that compiled, or came after a pause, do not count.
 
-    An iteration dispatches one step and waits for the one before, whose rows and FLOPs it gets.
+    An iteration dispatches one step and waits for the one before, whose examples and FLOPs it gets.
     """
 
-    def __init__(self):
-        self._start = time.perf_counter()
+    def __init__(self) -> None:
+        self._start = self._ready = time.perf_counter()
         self._skip = True
-        self._seconds = self._rows = self._flops = self._wait = 0.0
+        self._seconds = self._examples = self._flops = self._wait = 0.0
 
     def pause(self) -> None:
         """The next iteration does not count (compilation, validation, painting, saving)."""
@@ -83,13 +86,13 @@ class Clock:
         """Call when the iteration has its batch."""
         self._ready = time.perf_counter()
 
-    def end(self, rows: int, flops: int, counts: bool) -> None:
+    def end(self, examples: int, flops: int, counts: bool) -> None:
         """Call when the step before is done; `counts` is False when this iteration compiled."""
         now = time.perf_counter()
         if counts and not self._skip:
             self._seconds += now - self._start
             self._wait += self._ready - self._start
-            self._rows += rows
+            self._examples += examples
             self._flops += flops
         self._skip = not counts
 
@@ -99,20 +102,20 @@ class Clock:
         if self._seconds > 0:
             rate = self._flops / self._seconds / devices
             out = {
-                "pictures_per_second": self._rows / self._seconds,
+                "pictures_per_second": self._examples / self._seconds,
                 "model_tflops_per_second_per_device": rate / 1e12,
                 "data_wait": self._wait / self._seconds,
             }
             if peak:
                 out["mfu"] = rate / peak
-        self._seconds = self._rows = self._flops = self._wait = 0.0
+        self._seconds = self._examples = self._flops = self._wait = 0.0
         return out
 
 
 class Writers:
     """metrics.jsonl and TensorBoard always, Weights & Biases when asked for; process 0 only."""
 
-    def __init__(self, folder: pathlib.Path, first_step: int, config: Mapping[str, Any]):
+    def __init__(self, folder: files.Path, first_step: int, config: ConfigDict):
         """Opens the files; what an abandoned run wrote after `first_step` is dropped.
 
         Raises:
@@ -124,9 +127,9 @@ class Writers:
             return
         self._path = folder / "metrics.jsonl"
         _drop_after(self._path, first_step)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = self._path.open("a")
         self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
-        if config["wandb"]["project"]:
+        if config.wandb.project:
             try:
                 import wandb
             except ImportError:
@@ -134,8 +137,8 @@ class Writers:
                     "wandb.project is set but wandb is not installed; install it or unset it"
                 ) from None
             self._wandb = wandb.init(
-                project=config["wandb"]["project"],
-                name=config["wandb"]["name"] or folder.name,
+                project=config.wandb.project,
+                name=config.wandb.name or folder.name,
                 dir=str(folder),
                 config=config.to_dict(),
                 resume="allow",
@@ -169,17 +172,15 @@ class Writers:
                 self._wandb.finish()
 
 
-def _drop_after(path: pathlib.Path, step: int) -> None:
-    """Keeps the whole lines of a metrics file up to `step`; rewrites it beside and renames."""
+def _drop_after(path: files.Path, step: int) -> None:
+    """Keeps the whole lines of a metrics file up to `step`."""
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text().splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # the torn last line of a killed run
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(beside, path)
+    files.write_text(path, "".join(f"{line}\n" for line in kept))

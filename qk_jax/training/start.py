@@ -28,7 +28,7 @@ from qk_jax.experiment.plan import Plan
 from qk_jax.experiment.train_state import TrainState
 from qk_jax.models import lora
 from qk_jax.weights import leaves, lora_files
-from qk_jax.weights.read import mmdit_shapes, open_part
+from qk_jax.weights.read import open_part, shapes
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def parameters(plan: Plan, workdir: files.PathLike) -> Tree:
             flat |= _under(part, _pretrained(part, plan))
         elif part == "lora/mmdit" and origin == "fresh" and init.lora:
             flat |= _under(part, _adapter(plan))
-        elif origin in ("previous", "merged"):
+        elif before is not None and origin in ("previous", "merged"):
             _check_same_architecture(part, before.plan, plan)
             flat |= _under(part, _inherited(part, origin, before))
     flat |= _fresh(plan, given=set(flat))
@@ -184,8 +184,8 @@ def _adapter(plan: Plan) -> Tree:
       InputError: it is missing, of another MMDiT, or of another rank.
     """
     path, rank = plan.config.init.lora, plan.config.lora.rank
-    shapes = mmdit_shapes(plan.model.config.mmdit)
-    adapter, found = lora_files.import_lora(hub.model_folder(path), shapes)
+    wanted = shapes(plan.model.config.mmdit)
+    adapter, found = lora_files.import_lora(hub.model_folder(path), wanted)
     if found != rank:
         raise InputError(f"{path} is of rank {found}; set config.lora.rank={found}")
     # The file's own alpha is folded into it; what the model multiplies by is taken out again.
@@ -277,5 +277,5 @@ def _in_shardings(flat: dict[str, Any], target: Tree) -> Tree:
             raise InputError(
                 f"parameter {name} has shape {value.shape}, the config wants {like.shape}"
             )
-        out[name] = leaves.place(value, like.sharding, like.dtype)
+        out[name] = leaves.shard(value, like.sharding, like.dtype)
     return trees.unflatten(out)

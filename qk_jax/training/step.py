@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -45,7 +45,7 @@ def summaries(values: Mapping[str, jax.Array], bins: int) -> Metrics:
     return out
 
 
-def make_encoder(plan: Plan) -> Callable[[Tree, Batch], Encoded]:
+def make_encoder(plan: Plan) -> jax.stages.Wrapped:
     """The compiled (frozen, batch) -> what `QueryKontext.encode` makes of the pictures.
 
     A program of its own beside the train step, which therefore has no convolutions: the compiler
@@ -64,8 +64,9 @@ def make_encoder(plan: Plan) -> Callable[[Tree, Batch], Encoded]:
     def encode(frozen: Tree, batch: Batch) -> Encoded:
         if accumulation == 1:
             return model.encode(frozen, batch)
-        pictures = {name: batch[name] for name in ("target", "conditions")}
-        parts = micro_batches(pictures, accumulation)
+        parts = micro_batches(
+            {"target": batch["target"], "conditions": batch["conditions"]}, accumulation
+        )
         return one_batch(jax.lax.map(lambda part: model.encode(frozen, part), parts))
 
     return jax.jit(
@@ -76,10 +77,8 @@ def make_encoder(plan: Plan) -> Callable[[Tree, Batch], Encoded]:
     )
 
 
-def make_train_step(
-    plan: Plan,
-) -> Callable[[TrainState, Tree, EncodedBatch], tuple[TrainState, Metrics]]:
-    """The compiled step (state, frozen, batch) -> (state, metrics); it consumes the state.
+def make_train_step(plan: Plan) -> jax.stages.Wrapped:
+    """The compiled (state, frozen, batch) -> (state, metrics); it consumes the state.
 
     The batch may hold what `make_encoder` makes of its pictures; otherwise they are encoded here.
     Every random number comes from fold_in(key(seed), step), so the step number alone decides them.
@@ -100,7 +99,7 @@ def make_train_step(
     def constrain(grads: Tree) -> Tree:
         return jax.lax.with_sharding_constraint(grads, plan.gradients)
 
-    def step(state: TrainState, frozen: Tree, batch: EncodedBatch):
+    def step(state: TrainState, frozen: Tree, batch: EncodedBatch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         state = moved(state, "device")
         weights = gather(state.params)
@@ -137,7 +136,9 @@ class Compiled:
         self._encode, self._step = make_encoder(plan), make_train_step(plan)
         self._known: dict[Any, tuple[Any, Any, int]] = {}
 
-    def __call__(self, state: TrainState, frozen: Tree, batch: Batch):
+    def __call__(
+        self, state: TrainState, frozen: Tree, batch: Batch
+    ) -> tuple[TrainState, Metrics, int, bool]:
         """(state, metrics, FLOPs of this step, whether it had to compile)."""
         key = tuple((name, x.shape) for name, x in trees.named(batch).items())
         new = key not in self._known
@@ -155,7 +156,7 @@ class Compiled:
         return encode.lower().compile(), step.compile(), work
 
 
-def make_eval_step(plan: Plan) -> Callable[[Tree, Tree, Batch, jax.Array], Metrics]:
+def make_eval_step(plan: Plan) -> jax.stages.Wrapped:
     """The compiled (params, frozen, batch, index) -> summaries, with noise fixed by the index.
 
     The same index draws the same t and noise at every step and stage, so that values compare.

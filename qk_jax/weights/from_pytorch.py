@@ -1,29 +1,24 @@
-"""Public weights -> a folder of ours: a model, a whole pipeline, or a LoRA file."""
+"""Public weights, checked, as a safetensors folder in the published form.
+
+A model, a whole pipeline or a LoRA file is read through the tables and written through them again,
+a layer at a time: every naming becomes the Hub's, every tensor has the shape that its config.json
+asks for, and every value is finite.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh
-
-from qk_jax.base import files, hub
+from qk_jax.base import files, hub, trees
 from qk_jax.base.errors import InputError
 from qk_jax.base.files import read_json
-from qk_jax.models import vae
-from qk_jax.weights import imported, lora_files
-from qk_jax.weights.read import CONFIGS, Part, mmdit_shapes, open_part, read
+from qk_jax.weights import hub_configs, lora_files, read, write
 from qk_jax.weights.safetensors import TensorFolder
 
 PARTS = ("vlm", "mmdit", "vae")
-TOKENIZER = ("tokenizer*.json", "vocab.json", "merges.txt", "chat_template*", "preprocessor*.json")
-KINDS = {
-    "qwen2_5_vl": "vlm",
-    "QwenImageTransformer2DModel": "mmdit",
-    "AutoencoderKL": "vae",
-    "AutoencoderKLQwenImage": "vae",
-}
+SMALL = ("tokenizer", "processor", "scheduler")  # a pipeline's folders without weights
+COPIED = (".json", ".txt", ".jinja")  # files beside the weights: tokenizers, model_index.json
 
 
 def parts_of(folder: files.Path) -> dict[str, files.Path]:
@@ -33,26 +28,28 @@ def parts_of(folder: files.Path) -> dict[str, files.Path]:
       InputError: a kind of model that is not known here.
     """
     if hub.is_pipeline(folder):
-        found = {part: folder / hub.FOLDERS[part] for part in PARTS}
-        found = {part: place for part, place in found.items() if place.is_dir()}
+        inside = {part: folder / hub.FOLDERS[part] for part in PARTS}
+        found = {part: path for part, path in inside.items() if path.is_dir()}
         if not found:
             names = ", ".join(hub.FOLDERS[part] for part in PARTS)
             raise InputError(f"{folder} has none of {names}; download the whole pipeline")
         return found
     config = read_json(folder / "config.json")
     kind = config.get("_class_name", config.get("model_type"))
-    if kind not in KINDS:
-        raise InputError(f"{folder} holds a {kind!r}; known are {', '.join(KINDS)}")
-    return {KINDS[kind]: folder}
+    if kind not in hub_configs.PARTS:
+        known = ", ".join(hub_configs.PARTS)
+        raise InputError(f"{folder} holds a {kind!r}; known are {known}")
+    return {hub_configs.PARTS[kind]: folder}
 
 
 def is_lora(path: files.Path) -> bool:
     """Whether a path is a file of adapters, or a folder with nothing but one."""
-    return path.is_file() or (
-        not (path / "config.json").is_file()
-        and not hub.is_pipeline(path)
-        and len(list(path.glob("*.safetensors"))) == 1
-    )
+    if path.is_file():
+        return True
+    names = [file.name for file in path.iterdir()]
+    if "config.json" in names or hub.INDEX in names:
+        return False
+    return len([name for name in names if name.endswith(".safetensors")]) == 1
 
 
 def convert(
@@ -60,20 +57,17 @@ def convert(
     out: str,
     *,
     dtype: Any = None,
-    mesh: Mesh | None = None,
     ignore: Iterable[str] = (),
     base: str | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Imports `model` into the folder `out`.
+    """Writes `model` into the folder `out`, a layer at a time.
 
     Args:
       model: a folder of a Qwen2.5-VL, a Qwen-Image transformer or an autoencoder; a pipeline of
         diffusers; a LoRA file for the transformer; or a Hub id of one of them.
-      out: appears when all of it is complete.
+      out: appears when all of it is complete. An earlier folder of the kind is replaced.
       dtype: of the parameters; None keeps the files'.
-      mesh: over which the parameters are read and written, each device its share; None streams
-        them through this process, a layer at a time.
       ignore: regexes of tensors that may be left out.
       base: for a LoRA file, the transformer that it adapts.
       say: gets a line for each part.
@@ -82,48 +76,48 @@ def convert(
       InputError: something is missing, broken, unknown or does not fit; nothing is left behind.
     """
     folder = hub.model_folder(model)
-    if imported.is_import(folder):
-        raise InputError(f"{model} is an import already; give the folder that it came from")
+    read.refuse_old(folder)
+    if files.Path(out).absolute() == folder.absolute():
+        raise InputError(f"{out} is the model itself; choose another folder to write")
     if is_lora(folder):
-        if base is None:
-            raise InputError(f"{model} is a LoRA; name the transformer that it adapts with --base")
-        config = read_json(hub.component_folder(base, "mmdit") / "config.json")
-        shapes = mmdit_shapes(CONFIGS["mmdit"](config))
-        adapter, rank = lora_files.import_lora(folder, shapes, dtype)
-        flat = flatten_dict(adapter, sep="/")
-        say(f"lora: rank {rank}, {len(flat) // 2} stacked linear layers")
-        imported.write(out, {"lora": flat}, {"lora": {"rank": rank}}, model)
+        _convert_lora(folder, out, dtype, base, say)
         return
-    parts, configs, places = {}, {}, parts_of(folder)
-    for part, place in places.items():
-        found = open_part(part, place, dtype, ignore)
-        say(_line(part, place, found))
-        parts[part], configs[part] = found.flat, found.config
-        if mesh is not None:
-            parts[part] = flatten_dict(read(part, found, mesh), sep="/")
-    files = _small(folder)
-    if isinstance(configs.get("vae"), vae.QwenImageVAEConfig):
-        place = places["vae"]
-        files[imported.ORIGINAL] = [*place.glob("*.json"), *place.glob("*.safetensors")]
-    configs = {part: config.to_hf() for part, config in configs.items()}
-    imported.write(out, parts, configs, model, files)
+    is_pipeline, parts = hub.is_pipeline(folder), parts_of(folder)
+    with files.fresh_folder(out, hub.INDEX if is_pipeline else "config.json") as fresh:
+        for part, source in parts.items():
+            found = read.open_part(part, source, dtype, ignore)
+            say(_line(part, source, found))
+            target = fresh / hub.FOLDERS[part] if is_pipeline else fresh
+            params = trees.unflatten(found.flat)
+            write.export_model(params, found.config, target, dtype, original=source)
+            read.open_part(part, target)
+        small = [folder / name for name in SMALL if is_pipeline and (folder / name).is_dir()]
+        for source in {folder, *parts.values(), *small}:
+            target = fresh / source.relative_to(folder)
+            target.mkdir(parents=True, exist_ok=True)
+            for file in source.iterdir():
+                is_index = ".safetensors." in file.name
+                if file.suffix in COPIED and not is_index and not (target / file.name).exists():
+                    file.copy(target / file.name)
 
 
-def _small(folder: files.Path) -> dict[str, list[files.Path]]:
-    """{folder: files} that go along as they are: a pipeline's, or a plain VLM's tokenizer."""
-    if hub.is_pipeline(folder):
-        names = imported.SMALL
-        found = {name: [f for f in (folder / name).glob("*") if f.is_file()] for name in names}
-        found["."] = [folder / hub.INDEX]
-    else:
-        found = {"tokenizer": [file for kind in TOKENIZER for file in sorted(folder.glob(kind))]}
-    return {name: files for name, files in found.items() if files}
+def _convert_lora(
+    path: files.Path, out: str, dtype: Any, base: str | None, say: Callable[[str], None]
+) -> None:
+    if base is None:
+        raise InputError(f"{path} is a LoRA; name the transformer that it adapts with --base")
+    config = read_json(hub.component_folder(base, "mmdit") / "config.json")
+    shapes = read.shapes(hub_configs.from_hf("mmdit", config))
+    adapter, rank = lora_files.import_lora(path, shapes, dtype)
+    say(f"lora: rank {rank}, {len(trees.flatten(adapter)) // 2} stacked linear layers")
+    with files.fresh_folder(out, f"{write.LORA}.safetensors") as fresh:
+        write.export_lora(adapter, 1.0, fresh)
 
 
-def _line(part: str, folder: files.Path, found: Part) -> str:
-    """What is imported, and what is left out of it."""
+def _line(part: str, folder: files.Path, found: read.Part) -> str:
+    """What is read, and what is left out of it."""
     count = sum(leaf.size for leaf in found.flat.values())
-    used = {name for leaf in found.flat.values() for name in getattr(leaf, "names", ())}
+    used = {name for leaf in found.flat.values() for name in leaf.names}
     left = sorted(set(TensorFolder(folder).shapes) - used)
     rest = f"; left out: {', '.join(left)}" if left else ""
     return f"{part}: {count:,} parameters in {len(found.flat)} leaves from {folder}{rest}"

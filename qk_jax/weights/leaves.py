@@ -1,14 +1,15 @@
-"""Parameters that still lie in safetensors files: checked at once, read when and where needed.
+"""Parameters that are still in safetensors files: checked at once, read when and where needed.
 
 A whole model is never held: a leaf is read whole, layer by layer, or only the slice that a device
-keeps (DESIGN: memory stays near the largest tensor).
+keeps, so that memory stays near the largest tensor.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,44 +18,13 @@ import numpy as np
 
 from qk_jax.base.errors import InputError, some
 from qk_jax.weights import tables
-from qk_jax.weights.safetensors import TensorFolder, contiguous
+from qk_jax.weights.safetensors import Index, Shape, TensorFolder, contiguous
 
-Index = tuple[slice, ...]
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-class OnDisk:
-    """A parameter that is not in memory, with what all of its kind share.
-
-    A subclass has `shape` and `dtype`, and reads the part at an index of slices.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes."""
-        return len(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all elements."""
-        return self.size * self.dtype.itemsize
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return int(np.prod(self.shape))
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """The whole parameter."""
-        whole = self[(slice(None),) * self.ndim]
-        return whole if dtype is None else whole.astype(dtype, copy=False)
+Shapes = Mapping[str, Shape]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Leaf(OnDisk):
+class Leaf:
     """One parameter in a folder of safetensors.
 
     Attributes:
@@ -69,9 +39,17 @@ class Leaf(OnDisk):
     source: TensorFolder
     names: tuple[str, ...]
     transform: tables.Transform
-    shape: tuple[int, ...]
+    shape: Shape
     dtype: np.dtype
     stacked: bool
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        whole = self[(slice(None),) * len(self.shape)]
+        return whole if dtype is None else whole.astype(dtype, copy=False)
 
     def __getitem__(self, index: Index) -> np.ndarray:
         """The part of the parameter at `index`, unit-step slices for all axes.
@@ -81,24 +59,19 @@ class Leaf(OnDisk):
         """
         index = tuple(slice(*s.indices(n)) for s, n in zip(index, self.shape, strict=True))
         if not self.stacked:
-            return self._layer(self.names[0], index, self.shape)
-        layers = self.names[index[0]]
-        out = np.empty([len(layers), *(s.stop - s.start for s in index[1:])], self.dtype)
-        for place, name in enumerate(layers):
-            out[place] = self._layer(name, index[1:], self.shape[1:])
+            return contiguous(self._part(self.names[0], index, self.shape))
+        names = self.names[index[0]]
+        out = np.empty([len(names), *(s.stop - s.start for s in index[1:])], self.dtype)
+        for layer, name in enumerate(names):
+            out[layer] = contiguous(self._part(name, index[1:], self.shape[1:]))
         return out
 
-    def layers(self) -> Iterator[tuple[Index, np.ndarray]]:
-        """(index, array) of every layer, one at a time; of the whole where nothing is stacked."""
-        rest = (slice(None),) * (self.ndim - 1)
-        if not self.stacked:
-            yield (slice(None),) * self.ndim, np.asarray(self)
-            return
-        for layer in range(self.shape[0]):
-            index = (slice(layer, layer + 1), *rest)
-            yield index, self[index]
+    def layer(self, number: int) -> np.ndarray:
+        """One layer; layer 0 of a leaf that is not stacked is the whole."""
+        shape = self.shape[1:] if self.stacked else self.shape
+        return self._part(self.names[number], tuple(slice(0, size) for size in shape), shape)
 
-    def _layer(self, name: str, index: Index, shape: tuple[int, ...]) -> np.ndarray:
+    def _part(self, name: str, index: Index, shape: Shape) -> np.ndarray:
         """A part of one torch tensor, as ours."""
         is_whole = all(s.start == 0 and s.stop == n for s, n in zip(index, shape, strict=True))
         if is_whole or self.transform.axes is None:
@@ -106,7 +79,7 @@ class Leaf(OnDisk):
             ours = ours if is_whole else ours[index]
         else:
             ours = self.transform.take(self.source.read(name, self.transform.axes(index)))
-        return contiguous(cast(ours, self.dtype, name))
+        return cast(ours, self.dtype, name)
 
 
 def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
@@ -147,35 +120,40 @@ def plan(
     """
     _check_layers(table, source, shapes)
     wanted = {path: list(table.names(path, shape)) for path, shape in shapes.items()}
+    usual = {(path, layer): name for path in wanted for name, layer, _ in wanted[path]}
     found: dict[tuple[str, int | None], str] = {}
     unknown = []
     for name in source.shapes:
-        slot = table.locate(name)
-        place = slot and (slot.path, slot.layer)
-        fits = slot and any(layer == slot.layer for _, layer, _ in wanted.get(slot.path, ()))
-        if fits and place not in found:
-            found[place] = name
+        target = table.locate(name)
+        key = target and (target.path, target.layer)
+        if key in usual and key not in found:
+            found[key] = name
         elif not table.is_ignored(name) and not any(re.fullmatch(p, name) for p in ignore):
             unknown.append(name)
     if unknown:
         raise InputError(
-            f"{source.path} holds tensors that this model has no place for: {some(unknown)}; "
+            f"{source.path} holds tensors that this model does not have: {some(unknown)}; "
             "check that its config.json belongs to these weights, or leave them out with --ignore"
         )
-    missing = [
-        name
-        for path, parts in wanted.items()
-        for name, layer, _ in parts
-        if (path, layer) not in found
-    ]
-    if missing:
+    if missing := [name for key, name in usual.items() if key not in found]:
         raise InputError(
             f"{source.path} lacks {some(missing)}; download it again, or check its config.json"
         )
-    return {
-        path: _leaf(source, path, parts, found, shapes[path], dtype)
-        for path, parts in wanted.items()
-    }
+    leaves = {}
+    for path, parts in wanted.items():
+        names = tuple(found[path, layer] for _, layer, _ in parts)
+        _, layer, row = parts[0]
+        stacked = layer is not None
+        one = row.transform.torch_shape(shapes[path][1:] if stacked else shapes[path])
+        for name in names:
+            if source.shapes[name] != one:
+                raise InputError(
+                    f"tensor {name} of {source.path} has the shape {source.shapes[name]}, its "
+                    f"config.json asks for {one}; download it again"
+                )
+        kind = jnp.dtype(dtype or source.dtypes[names[0]])
+        leaves[path] = Leaf(source, names, row.transform, shapes[path], kind, stacked)
+    return leaves
 
 
 def _check_layers(table: tables.Table, source: TensorFolder, shapes: Shapes) -> None:
@@ -185,50 +163,26 @@ def _check_layers(table: tables.Table, source: TensorFolder, shapes: Shapes) -> 
             _, layer, _ = next(table.names(path, shape))
             if layer is not None:
                 raise InputError(
-                    f"{source.path} has {len(source.shapes)} tensors, its config.json tells of "
+                    f"{source.path} has {len(source.shapes)} tensors, its config.json asks for "
                     f"{shape[0]} layers; download it again"
                 )
 
 
-def _leaf(
-    source: TensorFolder,
-    path: str,
-    parts: list[tuple[str, int | None, tables.Row]],
-    found: Mapping[tuple[str, int | None], str],
-    shape: tuple[int, ...],
-    dtype: Any,
-) -> Leaf:
-    """The leaf at `path`, whose torch tensors must have the shapes that give `shape`."""
-    stacked = parts[0][1] is not None
-    transform = parts[0][2].transform
-    names = tuple(found[path, layer] for _, layer, _ in parts)
-    one = shape[1:] if stacked else shape
-    for name in names:
-        if transform.our_shape(source.shapes[name]) != one:
-            raise InputError(
-                f"tensor {name} of {source.path} has the shape {source.shapes[name]}, which does "
-                f"not give the shape {one} that its config.json asks for ({transform.name})"
-            )
-    return Leaf(
-        source, names, transform, shape, jnp.dtype(dtype or source.dtypes[names[0]]), stacked
-    )
-
-
-def place(leaf: Any, sharding: jax.sharding.Sharding, dtype: Any = None) -> jax.Array:
-    """A leaf (Leaf or array) over devices; of a Leaf each device's share alone is read.
+def shard(leaf: Any, sharding: jax.sharding.Sharding, dtype: Any = None) -> jax.Array:
+    """An array or a Leaf over devices; of a Leaf each device's slice alone is read.
 
     Args:
       leaf: with shape, and slices by index.
-      sharding: where it goes.
+      sharding: of the result.
       dtype: of the result; None keeps the leaf's.
     """
-    if hasattr(leaf, "astype"):  # an array
+    if not isinstance(leaf, Leaf):
         return jax.device_put(leaf if dtype is None else leaf.astype(dtype), sharding)
     leaf = leaf if dtype is None else dataclasses.replace(leaf, dtype=jnp.dtype(dtype))
-    shares: dict[str, np.ndarray] = {}
+    slices: dict[str, np.ndarray] = {}
     arrays = []
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-        if str(index) not in shares:
-            shares = {str(index): leaf[index]}  # one at a time; replicas follow each other
-        arrays.append(jax.device_put(shares[str(index)], device))
+        if str(index) not in slices:
+            slices = {str(index): leaf[index]}  # one at a time; replicas follow each other
+        arrays.append(jax.device_put(slices[str(index)], device))
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)

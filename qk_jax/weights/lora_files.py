@@ -8,25 +8,22 @@ the module with underscores), in any combination (diffusers: `lora_conversion_ut
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
 
-from qk_jax.base import files
+from qk_jax.base import files, trees
 from qk_jax.base.errors import InputError, some
 from qk_jax.base.files import PathLike, read_json
+from qk_jax.base.types import Tree
 from qk_jax.weights import tables
 from qk_jax.weights.leaves import Shapes, cast
 from qk_jax.weights.safetensors import TensorFolder
-
-Params = dict[str, Any]
 
 METADATA = "lora_adapter_metadata"  # of diffusers, in the header: a LoraConfig as JSON
 CONFIG = "adapter_config.json"  # of peft, beside the file
@@ -44,17 +41,15 @@ PARTS = {
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Linear:
-    """A Linear of the model: our path without /kernel, its layer or None, and its sizes."""
+class _Linear(NamedTuple):
+    """A Linear of the model: our path without /kernel, its layer or None, and its shape."""
 
     path: str
     layer: int | None
-    fan_in: int
-    fan_out: int
+    kernel: tuple[int, ...]  # [in, out] or, of all layers, [L, in, out]
 
 
-def import_lora(path: PathLike, shapes: Shapes, dtype: Any = None) -> tuple[Params, int]:
+def import_lora(path: PathLike, shapes: Shapes, dtype: Any = None) -> tuple[Tree, int]:
     """Reads a LoRA file.
 
     Layers and modules of a stack that the file does not adapt get zeros, and so do the ranks that
@@ -62,7 +57,7 @@ def import_lora(path: PathLike, shapes: Shapes, dtype: Any = None) -> tuple[Para
 
     Args:
       path: the .safetensors file, or a folder with it (and with peft's adapter_config.json).
-      shapes: of all leaves of the adapted model, as `torch_import.mmdit_shapes`.
+      shapes: of all leaves of the adapted model.
       dtype: of the adapter; None keeps the file's, or float32 where it has several.
 
     Returns:
@@ -83,26 +78,25 @@ def import_lora(path: PathLike, shapes: Shapes, dtype: Any = None) -> tuple[Para
     kind = jnp.dtype(dtype or (kinds.pop() if len(kinds) == 1 else np.float32))
     flat: dict[str, np.ndarray] = {}
     for module, names in pairs.items():
-        linear, own = linears[module], ranks[module]
-        a = flat.setdefault(f"{linear.path}/lora_a", _zeros(shapes, linear, (-2, rank), kind))
-        b = flat.setdefault(f"{linear.path}/lora_b", _zeros(shapes, linear, (rank, -1), kind))
-        place = () if linear.layer is None else (linear.layer,)
+        (path, layer, (*stack, fan_in, fan_out)), own = linears[module], ranks[module]
+        a = flat.setdefault(f"{path}/lora_a", np.zeros((*stack, fan_in, rank), kind))
+        b = flat.setdefault(f"{path}/lora_b", np.zeros((*stack, rank, fan_out), kind))
+        index = () if layer is None else (layer,)
         scale = _scale(source, names, config, module, own)
         up = source.read(names["b"]).T.astype(np.float32) * np.float32(scale)
-        a[*place, :, :own] = cast(source.read(names["a"]).T, kind, names["a"])
-        b[*place, :own, :] = cast(up, kind, names["b"])
-    return unflatten_dict(flat, sep="/"), rank
+        a[*index, :, :own] = cast(source.read(names["a"]).T, kind, names["a"])
+        b[*index, :own, :] = cast(up, kind, names["b"])
+    return trees.unflatten(flat), rank
 
 
 def _linears(shapes: Shapes) -> dict[str, _Linear]:
-    """{torch module: its place} of all Linears of the model."""
+    """{torch module: Linear} of the whole model."""
     table, found = tables.mmdit(), {}
     for path, shape in shapes.items():
         for name, layer, row in table.names(path, shape):
             if row.transform is tables.LINEAR:
-                sizes = shape[-2:]
-                module = name.removesuffix(".weight")
-                found[module] = _Linear(path.removesuffix("/kernel"), layer, *sizes)
+                linear = _Linear(path.removesuffix("/kernel"), layer, shape)
+                found[name.removesuffix(".weight")] = linear
     return found
 
 
@@ -120,7 +114,7 @@ def _pairs(source: TensorFolder, linears: Mapping[str, _Linear]) -> dict[str, di
         name = key.removesuffix(f".{part}")
         prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
         name = name.removeprefix(prefix)
-        module = flattened.get(name) if prefix == "lora_unet_" else name
+        module = flattened.get(name, "") if prefix == "lora_unet_" else name
         if module not in linears:
             raise InputError(
                 f"{source.path} adapts {key}, which is no Linear of this model; give the LoRA and "
@@ -144,22 +138,20 @@ def _pairs(source: TensorFolder, linears: Mapping[str, _Linear]) -> dict[str, di
 
 
 def _rank(source: TensorFolder, names: Mapping[str, str], linear: _Linear) -> int:
-    """The rank of a pair, whose shapes must be those of the Linear."""
+    """The rank of a pair.
+
+    Raises:
+      InputError: its shapes are not those of the Linear.
+    """
     down, up = (source.shapes[names[half]] for half in ("a", "b"))
+    fan_in, fan_out = linear.kernel[-2:]
     rank = down[0] if down else 0
-    if rank < 1 or down != (rank, linear.fan_in) or up != (linear.fan_out, rank):
+    if rank < 1 or down != (rank, fan_in) or up != (fan_out, rank):
         raise InputError(
             f"{source.path} has {names['a']} {list(down)} and {names['b']} {list(up)} for a Linear "
-            f"from {linear.fan_in} to {linear.fan_out}; give the LoRA of this model"
+            f"from {fan_in} to {fan_out}; give the LoRA of this model"
         )
     return rank
-
-
-def _zeros(shapes: Shapes, linear: _Linear, ends: tuple[int, int], dtype: Any) -> np.ndarray:
-    """An empty factor; an end below 0 is the Linear's own size at this axis."""
-    kernel = shapes[f"{linear.path}/kernel"]
-    sizes = [kernel[end] if end < 0 else end for end in ends]
-    return np.zeros((*kernel[:-2], *sizes), dtype)
 
 
 def _config(source: TensorFolder, path: files.Path) -> dict[str, Any]:
@@ -189,7 +181,7 @@ def _config(source: TensorFolder, path: files.Path) -> dict[str, Any]:
                 f"{source.path} says {name} = {config[name]!r}, which is not supported; merge it "
                 "into the model with its own tool"
             )
-    if config and not (_is_number(config.get("lora_alpha")) and _is_patterns(config)):
+    if config and not _has_alphas(config):
         raise InputError(
             f"{source.path} has a LoraConfig without numbers as lora_alpha and alpha_pattern; "
             "download it again"
@@ -197,13 +189,12 @@ def _config(source: TensorFolder, path: files.Path) -> dict[str, Any]:
     return config
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _is_patterns(config: Mapping[str, Any]) -> bool:
+def _has_alphas(config: Mapping[str, Any]) -> bool:
     patterns = config.get("alpha_pattern") or {}
-    return isinstance(patterns, dict) and all(map(_is_number, patterns.values()))
+    if not isinstance(patterns, dict):
+        return False
+    alphas = (config.get("lora_alpha"), *patterns.values())
+    return all(type(alpha) in (int, float) and math.isfinite(alpha) for alpha in alphas)
 
 
 def _scale(

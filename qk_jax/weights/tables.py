@@ -1,8 +1,8 @@
-"""Where every PyTorch tensor lives in our trees: one table per model, read in both directions.
+"""How PyTorch tensors map to our trees: one table per model, read in both directions.
 
-A row is (torch name, our path, transform). `{i}` stands for a number. When our path repeats the
-placeholder, the number is part of the path; when it does not, our leaf stacks all layers along its
-leading axis. Names on disk are the Hub's; `aliases` rewrite other spellings on import.
+A table row is (torch name, our path, transform). `{i}` stands for a number. Where our path repeats
+it, the number is part of the path; where it does not, our leaf stacks all layers along its leading
+axis. Names on disk are the Hub's; `aliases` rewrite other spellings on import.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from qk_jax.models import vae
+from qk_jax.models.mmdit import MMDiTConfig
+from qk_jax.models.qwen_vl import VLMConfig
 from qk_jax.pictures.grids import PATCH
 
 Array = np.ndarray
@@ -24,7 +28,6 @@ class Transform:
     """A pair of inverse maps between a torch tensor and our leaf (one layer of it).
 
     Attributes:
-      name: for messages.
       take: torch array -> ours.
       give: ours -> torch array. For a transform that drops taps the dropped ones are zero.
       taps: whether `take` keeps only the last temporal tap of a causal convolution.
@@ -33,40 +36,26 @@ class Transform:
         read as a part of the file.
     """
 
-    name: str
     take: Callable[[Array], Array]
     give: Callable[[Array], Array]
     taps: bool = False
     axes: Callable[[tuple], tuple] | None = None
 
-    def our_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """The shape that a torch tensor of `shape` becomes; None when it cannot be taken."""
-        if self.axes is not None:
-            return self.axes(shape)
-        try:
-            return self.take(np.broadcast_to(np.zeros((), np.bool_), shape)).shape
-        except (ValueError, IndexError):
-            return None
-
     def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the torch tensor that becomes ours of `shape`."""
-        if self.axes is not None:
-            return self.axes(shape)
         return self.give(np.broadcast_to(np.zeros((), np.bool_), shape)).shape
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of a table."""
+class Row(NamedTuple):
+    """A table row."""
 
     torch: str
     path: str
     transform: Transform
 
 
-@dataclasses.dataclass(frozen=True)
-class Slot:
-    """The place of one torch tensor: a leaf, the layer within it (or None), and the transform."""
+class Target(NamedTuple):
+    """What a torch tensor becomes: a leaf, or the layer of one, and how."""
 
     path: str
     layer: int | None
@@ -75,31 +64,23 @@ class Slot:
 
 def _pattern(template: str) -> re.Pattern[str]:
     """A full-match regex for a name with {placeholders}; a repeated one must agree."""
-    parts = re.split(r"\{(\w+)\}", template)
+    regex, *rest = map(re.escape, re.split(r"\{\w+\}", template))
     seen: set[str] = set()
-    regex = ""
-    for index, part in enumerate(parts):
-        if index % 2 == 0:
-            regex += re.escape(part)
-        else:
-            regex += f"(?P={part})" if part in seen else rf"(?P<{part}>0|[1-9]\d{{0,5}})"
-            seen.add(part)
+    for field, text in zip(re.findall(r"\{(\w+)\}", template), rest, strict=True):
+        number = f"(?P={field})" if field in seen else rf"(?P<{field}>0|[1-9]\d{{0,5}})"
+        regex += number + text
+        seen.add(field)
     return re.compile(regex)
-
-
-def _fields(template: str) -> set[str]:
-    """The placeholders of a name."""
-    return set(re.findall(r"\{(\w+)\}", template))
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The rows of one model.
+    """The mapping of one model.
 
     Attributes:
       rows: see Row.
       aliases: (regex, replacement) pairs applied in order to names on import.
-      ignored: regexes of torch tensors that have no place here, and why that is right is said
+      ignored: regexes of torch tensors that have no counterpart here; why that is right is said
         where the table is built.
     """
 
@@ -108,33 +89,33 @@ class Table:
     ignored: tuple[str, ...] = ()
 
     @functools.cached_property
-    def _by_torch(self) -> list[tuple[re.Pattern[str], Row]]:
-        return [(_pattern(row.torch), row) for row in self.rows]
+    def _patterns(self) -> list[tuple[re.Pattern[str], re.Pattern[str], str | None, Row]]:
+        """(of the torch name, of the path, the placeholder of stacked layers, row) of each row."""
+        found = []
+        for row in self.rows:
+            torch, path = _pattern(row.torch), _pattern(row.path)
+            stacked = torch.groupindex.keys() - path.groupindex.keys()
+            found.append((torch, path, next(iter(stacked), None), row))
+        return found
 
-    @functools.cached_property
-    def _by_path(self) -> list[tuple[re.Pattern[str], Row]]:
-        return [(_pattern(row.path), row) for row in self.rows]
-
-    def hub_name(self, name: str) -> str:
+    def _usual(self, name: str) -> str:
         """`name` in the spelling of the rows."""
         for regex, replacement in self.aliases:
             name = re.sub(regex, replacement, name)
         return name
 
-    def locate(self, name: str) -> Slot | None:
-        """Where the torch tensor `name` goes; None when no row knows it."""
-        name = self.hub_name(name)
-        for pattern, row in self._by_torch:
-            if match := pattern.fullmatch(name):
-                values = match.groupdict()
-                stacked = _fields(row.torch) - _fields(row.path)
-                layer = int(values[next(iter(stacked))]) if stacked else None
-                return Slot(row.path.format(**values), layer, row.transform)
+    def locate(self, name: str) -> Target | None:
+        """What the torch tensor `name` becomes; None when no row knows it."""
+        name = self._usual(name)
+        for torch, _, stacked, row in self._patterns:
+            if match := torch.fullmatch(name):
+                layer = int(match[stacked]) if stacked else None
+                return Target(row.path.format(**match.groupdict()), layer, row.transform)
         return None
 
     def is_ignored(self, name: str) -> bool:
         """Whether `name` is a tensor that this model rightly leaves out."""
-        return any(re.fullmatch(regex, self.hub_name(name)) for regex in self.ignored)
+        return any(re.fullmatch(regex, self._usual(name)) for regex in self.ignored)
 
     def names(self, path: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int | None, Row]]:
         """The torch tensors of the leaf `path`: (name, layer or None, row) for each.
@@ -142,39 +123,34 @@ class Table:
         Raises:
           KeyError: no row has this path.
         """
-        for pattern, row in self._by_path:
+        for _, pattern, stacked, row in self._patterns:
             if match := pattern.fullmatch(path):
                 values = match.groupdict()
-                stacked = _fields(row.torch) - _fields(row.path)
-                if not stacked:
+                if stacked is None:
                     yield row.torch.format(**values), None, row
-                    return
-                field = next(iter(stacked))
-                for layer in range(shape[0]):
-                    yield row.torch.format(**values, **{field: layer}), layer, row
+                else:
+                    for layer in range(shape[0]):
+                        yield row.torch.format(**values, **{stacked: layer}), layer, row
                 return
         raise KeyError(path)
 
 
-def _same(array: Array) -> Array:
-    return array
+def _same(value: Any) -> Any:
+    return value
 
 
 def _reshape(*shape: int) -> Callable[[Array], Array]:
     return lambda array: array.reshape(shape)
 
 
-SAME = Transform("same", _same, _same, axes=lambda axes: axes)
-LINEAR = Transform(
-    "linear [out, in] <-> [in, out]", lambda w: w.T, lambda w: w.T, axes=lambda axes: axes[::-1]
-)
-CONV = Transform(
-    "convolution OIHW <-> HWIO",
-    lambda w: w.transpose(2, 3, 1, 0),
-    lambda w: w.transpose(3, 2, 0, 1),
-)
-VECTOR3 = Transform("vector [C, 1, 1] <-> [C]", _reshape(-1), _reshape(-1, 1, 1))
-VECTOR4 = Transform("vector [C, 1, 1, 1] <-> [C]", _reshape(-1), _reshape(-1, 1, 1, 1))
+SAME = Transform(_same, _same, axes=_same)
+# [out, in] <-> [in, out]
+LINEAR = Transform(np.transpose, np.transpose, axes=lambda axes: axes[::-1])
+# OIHW <-> HWIO
+CONV = Transform(lambda w: w.transpose(2, 3, 1, 0), lambda w: w.transpose(3, 2, 0, 1))
+# [C, 1, 1] or [C, 1, 1, 1] <-> [C]
+VECTOR3 = Transform(_reshape(-1), _reshape(-1, 1, 1))
+VECTOR4 = Transform(_reshape(-1), _reshape(-1, 1, 1, 1))
 
 
 def _causal(taps: int) -> Transform:
@@ -185,33 +161,22 @@ def _causal(taps: int) -> Transform:
         full[:, :, -1] = w.transpose(3, 2, 0, 1)
         return full
 
-    return Transform(
-        f"causal convolution of {taps} taps",
-        lambda w: w[:, :, -1].transpose(2, 3, 1, 0),
-        give,
-        taps > 1,
-    )
+    return Transform(lambda w: w[:, :, -1].transpose(2, 3, 1, 0), give, taps > 1)
 
 
 CAUSAL3, CAUSAL1 = _causal(3), _causal(1)
-
-
 # The vision tower's Conv3d over whole patches (3 channels, 2 frames) is one matmul on the patch.
 PATCHES = Transform(
-    "patch convolution <-> [patch, out]",
-    lambda w: w.reshape(len(w), -1).T,
-    lambda w: w.T.reshape(-1, 3, 2, PATCH, PATCH),
+    lambda w: w.reshape(len(w), -1).T, lambda w: w.T.reshape(-1, 3, 2, PATCH, PATCH)
 )
 
 
 def _linear(torch: str, path: str, bias: bool = True) -> list[Row]:
-    """Rows of a Linear layer."""
     rows = [Row(f"{torch}.weight", f"{path}/kernel", LINEAR)]
     return [*rows, Row(f"{torch}.bias", f"{path}/bias", SAME)] if bias else rows
 
 
 def _convolution(torch: str, path: str, transform: Transform = CONV) -> list[Row]:
-    """Rows of a convolution, which always has a bias in these models."""
     return [
         Row(f"{torch}.weight", f"{path}/kernel", transform),
         Row(f"{torch}.bias", f"{path}/bias", SAME),
@@ -219,8 +184,17 @@ def _convolution(torch: str, path: str, transform: Transform = CONV) -> list[Row
 
 
 def _scale(torch: str, path: str) -> Row:
-    """Row of an RMSNorm weight."""
     return Row(f"{torch}.weight", f"{path}/scale", SAME)
+
+
+def of(config: VLMConfig | MMDiTConfig | vae.VAEConfig) -> Table:
+    """The table of the model that `config` describes."""
+    if isinstance(config, VLMConfig):
+        return vlm(config.tie_word_embeddings)
+    if isinstance(config, MMDiTConfig):
+        return mmdit()
+    is_video = isinstance(config, vae.QwenImageVAEConfig)
+    return autoencoder_kl_qwen_image() if is_video else autoencoder_kl()
 
 
 def vlm(tied: bool = False) -> Table:
@@ -285,7 +259,6 @@ def _module_path(name: str) -> str:
 
 
 def _residual(torch: str, path: str, norm: Callable, convolution: Callable) -> list[Row]:
-    """Rows of a residual block of either VAE."""
     rows = []
     for number in (1, 2):
         rows += norm(f"{torch}.norm{number}", f"{path}/norm{number}")
@@ -294,7 +267,6 @@ def _residual(torch: str, path: str, norm: Callable, convolution: Callable) -> l
 
 
 def _group_norm(torch: str, path: str) -> list[Row]:
-    """Rows of a GroupNorm."""
     return [_scale(torch, path), Row(f"{torch}.bias", f"{path}/bias", SAME)]
 
 
@@ -333,14 +305,13 @@ def _channel_norm(torch: str, path: str) -> list[Row]:
 
 
 def _causal3(torch: str, path: str) -> list[Row]:
-    """Rows of a 3 x 3 x 3 causal convolution."""
     return _convolution(torch, path, CAUSAL3)
 
 
 def autoencoder_kl_qwen_image() -> Table:
     """`AutoencoderKLQwenImage`, of which a single frame meets the last taps only.
 
-    The `time_conv`s are ignored: a single frame never reaches them. `torch_export` puts them and
+    The `time_conv`s are ignored: a single frame never reaches them. `weights.write` puts them and
     the dropped taps back, from the original weights where it has them.
     """
     rows = []
@@ -370,19 +341,20 @@ def autoencoder_kl_qwen_image() -> Table:
 
 
 def glue() -> Table:
-    """Queries and connector, in the layout of `torch_pipeline.Kontext`."""
+    """Queries and connector, named as in `export.kontext.Kontext`."""
     rows = [Row("queries", "queries/embedding", SAME)]
     for name in ("fc1", "fc2"):
         rows += _linear(name, f"connector/{name}")
     return Table(tuple(rows))
 
 
-def lora(base: Table, prefix: str) -> Table:
-    """Adapters of the Linear layers of `base`, with peft's names after `prefix`."""
+def lora() -> Table:
+    """Adapters of the Linear layers of `QwenImageTransformer2DModel`, with diffusers' names."""
     rows = []
-    for row in base.rows:
+    for row in mmdit().rows:
         if row.transform is LINEAR:
             torch, path = row.torch.removesuffix(".weight"), row.path.removesuffix("/kernel")
-            rows.append(Row(f"{prefix}{torch}.lora_A.weight", f"{path}/lora_a", LINEAR))
-            rows.append(Row(f"{prefix}{torch}.lora_B.weight", f"{path}/lora_b", LINEAR))
+            for half in "AB":
+                name = f"transformer.{torch}.lora_{half}.weight"
+                rows.append(Row(name, f"{path}/lora_{half.lower()}", LINEAR))
     return Table(tuple(rows))

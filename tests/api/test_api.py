@@ -20,6 +20,7 @@ from qk_jax import sample, sharding
 from qk_jax.api import published as published_lib
 from qk_jax.api import trained
 from qk_jax.base.errors import InputError
+from qk_jax.weights import hub_configs
 from tests.models import torch_copy
 from tests.weights import nano
 
@@ -46,9 +47,10 @@ def published(tmp_path_factory):
         kind, config, _ = PARTS[name]
         torch.manual_seed(0)
         if name == "vlm":
-            model = kind(transformers.Qwen2_5_VLConfig.from_dict(config.to_hf()))
+            model = kind(transformers.Qwen2_5_VLConfig.from_dict(hub_configs.to_hf(config)))
         else:
-            model = kind(**{k: v for k, v in config.to_hf().items() if not k.startswith("_")})
+            values = hub_configs.to_hf(config)
+            model = kind(**{k: v for k, v in values.items() if not k.startswith("_")})
         model = torch_copy.randomize(model.float(), scale=0.2).eval()
         model.save_pretrained(folder / name)
         return model, folder / name
@@ -220,7 +222,7 @@ def test_dtype_is_the_files_or_the_given(published, tmp_path):
     rough = qk_jax.load_vae(folder, dtype=jnp.bfloat16)
     assert rough.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(rough.params)} == {jnp.dtype(jnp.bfloat16)}
-    nano.KINDS["kl"].write(rough.params, nano.KL, tmp_path)
+    nano.KINDS["kl"].write(rough.params, tmp_path)
     again = qk_jax.load_vae(tmp_path)
     assert again.dtype == jnp.bfloat16
     x = np.zeros((1, 16, 16, 3), np.float32)

@@ -1,21 +1,21 @@
 """The table of layouts: real compilations for slices that are not here, and all around them."""
 
+import asyncio
 import dataclasses
 import importlib.util
 import json
 import signal
-import time
 
 import jax
 import pytest
-from marks import needs_libtpu
 
 from configs import recipes
+from qk_jax import sharding
 from qk_jax.base.errors import InputError
 from qk_jax.bench import __main__ as bench
-from qk_jax.bench import processes, report, row, search, slices, table
+from qk_jax.bench import cases, compile, processes, report, row, search, table
+from qk_jax.bench.cases import Case, Target
 from qk_jax.bench.schedule import topologies
-from qk_jax.bench.slices import Place, Row
 from qk_jax.experiment import config as config_lib
 
 NANO = "tests/training/nano.py"
@@ -27,40 +27,42 @@ CASES = {
     "stage3": ("v6e-4", "fsdp=2,tensor=2"),
     "highres": ("v5p-8", "fsdp=4"),
 }
-SLICES = ("2x v5e-1", "data=1")  # for a second row of stage 2
+SLICES = ("2x v5e-1", "data=1")  # for a second case of stage 2
 
 
-def a_row(spec, place, layout, **changes):
-    given = Row(spec, {}, place, False, layout, "none", 1.0, (64, 64), 1, (), 0)
+def a_case(spec, slice_, layout, **changes):
+    given = Case(spec, {}, slice_, False, layout, "none", 1.0, (64, 64), 1, (), 0)
     return dataclasses.replace(given, **changes)
 
 
-def jobs_of(rows):
-    places = [Place.of(topologies.parse(one.slice)) for one in rows]
-    return [
-        table.Job(one, at, str(i)) for i, (one, at) in enumerate(zip(rows, places, strict=True))
-    ]
+def target_of(name):
+    return Target.of(topologies.parse(name))
+
+
+def jobs_of(given):
+    return [table.Job(one, target_of(one.slice), str(i)) for i, one in enumerate(given)]
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """{stage, or 'slices', or 'large': row}: everything that is compiled ahead of time here."""
-    cases = {
-        name: a_row(f"{NANO}:{name}", *case, size=(128, 128) if name == "highres" else (64, 64))
+def compiled(tmp_path_factory, libtpu):
+    """{stage, or 'slices', or 'large': table row}: all that is compiled ahead of time here."""
+    given = {
+        name: a_case(f"{NANO}:{name}", *case, size=(128, 128) if name == "highres" else (64, 64))
         for name, case in CASES.items()
     }
-    cases["slices"] = a_row(f"{NANO}:stage2", *SLICES, remat="full", per_chip_batch=2.0)
-    cases["large"] = a_row("configs/stage2.py:20b", "v5e-4", "fsdp=4", size=(512, 512))
-    given = jobs_of(cases.values())
+    given["slices"] = a_case(f"{NANO}:stage2", *SLICES, remat="full", per_chip_batch=2.0)
+    given["large"] = a_case("configs/stage2.py:20b", "v5e-4", "fsdp=4", size=(512, 512))
+    jobs = jobs_of(given.values())
     out = tmp_path_factory.mktemp("layouts")
     args, _ = bench.arguments(["layouts", "--config", "f.py", "--hlo", "--out", str(out)])
-    by_key = {one["key"]: one for one in table.run(given, args, table.versions())}
+    found = []
+    asyncio.run(table.run(jobs, args, table.versions(), found.append))
+    by_key = {one["key"]: one for one in found}
     programs = {f"{one['key']}.hlo.txt" for one in by_key.values() if one["fits"]}
     assert {file.name for file in out.iterdir()} == programs  # and no logs
-    return {name: by_key[job.key] for name, job in zip(cases, given, strict=True)}
+    return {name: by_key[job.key] for name, job in zip(given, jobs, strict=True)}
 
 
-@needs_libtpu
 @pytest.mark.parametrize("name", [*CASES, "slices"])
 def test_every_stage_compiles_for_every_generation(compiled, name):
     found = compiled[name]
@@ -80,11 +82,10 @@ def test_every_stage_compiles_for_every_generation(compiled, name):
     assert found["mfu"] * able == pytest.approx(found["model_tflops_per_step"] * 1e12)
     assert sum(found["model_tflops"].values()) == pytest.approx(found["model_tflops_per_step"])
     assert set(found["model_tflops"]) == {"vision", "text", "connector", "mmdit", "vae"}
-    assert len(found["ops"]) == row.DEAREST
+    assert len(found["ops"]) == row.LISTED
     assert any(op["source"].startswith(("mmdit", "vae", "layers")) for op in found["ops"])
 
 
-@needs_libtpu
 def test_collectives_are_those_of_the_layout(compiled):
     def kinds(name):
         return {(one["kind"], *one["axes"]) for one in compiled[name]["collectives"]}
@@ -96,7 +97,6 @@ def test_collectives_are_those_of_the_layout(compiled):
     assert {axis for _, *axes in kinds("slices") for axis in axes} == {"data"}
 
 
-@needs_libtpu
 def test_what_is_too_large_says_by_how_much(compiled):
     found = compiled["large"]
     assert found["fits"] is False and found["error"] is None and found["step_time_s"] is None
@@ -105,7 +105,6 @@ def test_what_is_too_large_says_by_how_much(compiled):
     assert found["model_tflops_per_step"] > 0
 
 
-@needs_libtpu
 def test_report_of_real_rows(compiled, tmp_path):
     report.write(tmp_path, list(compiled.values()))
     text = (tmp_path / report.PAGE).read_text()
@@ -116,8 +115,7 @@ def test_report_of_real_rows(compiled, tmp_path):
     assert (tmp_path / report.PICTURE).read_bytes().startswith(b"\x89PNG")
 
 
-@needs_libtpu
-def test_unknown_compiler_option_is_one_line(tmp_path, capsys):
+def test_unknown_compiler_option_is_one_line(libtpu, tmp_path, capsys):
     words = ["--slice", "v5e-4", "--flags", "xla_tpu_wish=true"]
     assert "No such compile option: 'xla_tpu_wish'" in refused(words, tmp_path, capsys)
 
@@ -138,10 +136,10 @@ def refused(words, out, capsys):
         ([], "--slice is missing"),
         (["--slice", "v5e-3"], "there is no slice v5e-3"),
         (["--layout", "fsdp=3"], "the nearest that fit: fsdp=4"),
-        (["--layout", "speed=4"], "mesh axis 'speed'"),
+        (["--layout", "speed=4"], "mesh axes ['speed'] are unknown"),
         (["--layout", "fsdp=4/mmdit=zero9"], "sharding row 'zero9' is unknown"),
         (["--layout", "fsdp=4/mmdot=zero2"], "tower 'mmdot'"),
-        (["--layout", "tensor=4"], "whole on every device"),
+        (["--layout", "tensor=4"], "replicated on every device"),
         (["--per-chip-batch", "0.3"], "no whole number"),
         (["--layout", "fsdp=4", "--per-chip-batch", "0.5"], "does not divide"),
         (["--per-chip-batch", "0"], "must be positive"),
@@ -154,8 +152,8 @@ def refused(words, out, capsys):
     ],
 )
 def test_what_is_unknown_or_does_not_fit_is_one_line(words, message, tmp_path, capsys, stand_in):
-    place = [] if "--slice" in words or not words else ["--slice", "v5e-4"]
-    assert message in refused([*place, *words], tmp_path, capsys)
+    target = [] if "--slice" in words or not words else ["--slice", "v5e-4"]
+    assert message in refused([*target, *words], tmp_path, capsys)
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch, tmp_path, capsys):
@@ -168,28 +166,21 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch, tmp_path, capsy
 
 
 class StandIn:
-    """In place of a process of `row`: answers at once, and remembers what it was asked."""
+    """In place of `processes.ask`: answers at once, and remembers what it was asked."""
 
-    asked: list = []
-    fails: set = set()
+    def __init__(self):
+        self.asked, self.fails, self.stops = [], set(), set()
 
-    def __init__(self, request, seconds, log=None):
-        self.request = request
-
-    def ended(self):
-        return True
-
-    def kill(self):
-        pass
-
-    def answer(self):
-        if "probe" in self.request:
+    async def __call__(self, request, seconds, log=None):
+        if "probe" in request:
             return {}
-        layout = self.request["row"]["layout"]
-        StandIn.asked.append(layout)
-        if layout in StandIn.fails:
+        layout = request["case"]["layout"]
+        if layout in self.stops:
+            raise KeyboardInterrupt
+        self.asked.append(layout)
+        if layout in self.fails:
             return {"rows": 4, "error": "the compiler crashed"}
-        return ANSWER | {"step_time_s": 1.0 + len(StandIn.asked)}
+        return ANSWER | {"step_time_s": 1.0 + len(self.asked)}
 
 
 ANSWER = {
@@ -211,10 +202,10 @@ ANSWER = {
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    StandIn.asked, StandIn.fails = [], set()
-    monkeypatch.setattr(processes, "Process", StandIn)
+    found = StandIn()
+    monkeypatch.setattr(processes, "ask", found)
     monkeypatch.setattr(report, "draw", lambda file, rows: None)
-    return StandIn
+    return found
 
 
 def lines_of(out, *words):
@@ -231,10 +222,10 @@ def test_same_command_goes_on_where_it_stopped(tmp_path, capsys, stand_in):
     lines = lines_of(tmp_path)
     assert stand_in.asked == ["fsdp=4", "fsdp=2,tensor=2", "fsdp=2,context=2"]
     assert [json.loads(line)["error"] for line in lines] == [None, None, "the compiler crashed"]
-    # a row that failed is tried again, the others stay as they are
+    # a table row that failed is tried again, the others stay as they are
     stand_in.asked.clear(), stand_in.fails.clear()
     assert lines_of(tmp_path)[:3] == lines and stand_in.asked == ["fsdp=2,context=2"]
-    assert "3 rows, 2 of them" in capsys.readouterr().out
+    assert "3 table rows, 2 of them" in capsys.readouterr().out
     # an interruption in the middle of a line
     file = tmp_path / table.TABLE
     whole = file.read_text()
@@ -246,13 +237,8 @@ def test_same_command_goes_on_where_it_stopped(tmp_path, capsys, stand_in):
     assert "torn line" in capsys.readouterr().err
 
 
-def test_an_interruption_keeps_what_is_there(tmp_path, capsys, stand_in, monkeypatch):
-    def stops(request, seconds, log=None):
-        if request.get("row", {}).get("layout") == "fsdp=2,context=2":
-            raise KeyboardInterrupt
-        return StandIn(request, seconds, log)
-
-    monkeypatch.setattr(processes, "Process", stops)
+def test_an_interruption_keeps_what_is_there(tmp_path, capsys, stand_in):
+    stand_in.stops = {"fsdp=2,context=2"}
     with pytest.raises(SystemExit) as leaving:
         lines_of(tmp_path, "--jobs", "1")
     assert leaving.value.code == 130 and "same command goes on" in capsys.readouterr().err
@@ -266,11 +252,11 @@ def test_a_recipe_is_its_own_layout_and_batch(tmp_path, stand_in):
     (found,) = table.read(tmp_path / table.TABLE)
     recipe = recipes.RECIPES["stage2", "20b", "v5p-128"]
     assert found["per_chip_batch"] == recipe.per_chip_batch
-    assert found["layout"].startswith(slices.mesh_text(recipe.mesh))
+    assert found["layout"].startswith(sharding.format_mesh(recipe.mesh))
     assert found["remat"] == recipe.remat
 
 
-def test_whatever_defines_a_row_makes_it_another(tmp_path, stand_in, monkeypatch):
+def test_whatever_defines_a_case_makes_it_another(tmp_path, stand_in, monkeypatch):
     lines_of(tmp_path)
     stand_in.asked.clear()
     for words in (
@@ -283,7 +269,7 @@ def test_whatever_defines_a_row_makes_it_another(tmp_path, stand_in, monkeypatch
     of = table.versions()
     monkeypatch.setattr(table, "versions", lambda: of | {"libtpu": "9"})
     assert len(lines_of(tmp_path)) == 21 and len(stand_in.asked) == 3
-    # the report is of the newer version of these three rows
+    # the report is of the newer version of these three table rows
     assert len(table.latest(table.read(tmp_path / table.TABLE))) == 18
 
 
@@ -292,7 +278,7 @@ def test_layouts_of_one_slice_may_be_none_of_another(tmp_path, capsys, stand_in)
         ["layouts", "--config", f"{NANO}:stage3", "--out", str(tmp_path), "--slice", "v5e-4",
          "--slice", "v5e-8", "--layout", "fsdp=4", "fsdp=8"]
     )  # fmt: skip
-    assert "left out: v5e-4 fsdp=8: the mesh fsdp=8 is 8 devices" in capsys.readouterr().out
+    assert "left out: v5e-4 fsdp=8: mesh fsdp=8 is 8 devices" in capsys.readouterr().out
     found = table.read(tmp_path / table.TABLE)
     assert [(one["slice"], one["layout"]) for one in found] == [
         ("v5e-4", "fsdp=4"), ("v5e-8", "fsdp=8"),
@@ -300,12 +286,12 @@ def test_layouts_of_one_slice_may_be_none_of_another(tmp_path, capsys, stand_in)
 
 
 def test_layouts_are_written_out_in_full():
-    at = Place.of(topologies.parse("2x v5e-16"))
+    target = target_of("2x v5e-16")
 
     def told(layout, **changed):
         config = config_lib.load(f"{NANO}:stage3", changed)
-        slices.lay_out(config, layout, at)
-        return slices.describe(config), config
+        cases.set_layout(config, layout, target)
+        return cases.layout_of(config), config
 
     text, config = told("fsdp=-1,tensor=2/text=tensor,mmdit=zero2_flat")
     assert text == "fsdp=8,tensor=2/mmdit=zero2_flat,text=tensor"
@@ -313,14 +299,14 @@ def test_layouts_are_written_out_in_full():
     assert told("fsdp=16/zero2")[0] == "fsdp=16/zero2"
     assert told("")[0] == "data=16"
     changed = told("", **{"sharding.mmdit.params.embed": "tensor"})
-    assert changed[0] == f"data=16/mmdit={slices.OWN}"
+    assert changed[0] == f"data=16/mmdit={sharding.OWN}"
     assert told("fsdp=16", **{"slices.fsdp": "2"})[1].slices.to_dict() == {"data": 1, "fsdp": 2}
 
 
 def test_batch_grows_with_the_slice():
-    def batch(place, per_chip, **changed):
-        one = a_row(f"{NANO}:stage3", place, "fsdp=-1", per_chip_batch=per_chip, overrides=changed)
-        config = slices.configured(one, Place.of(topologies.parse(place)))
+    def batch(name, per_chip, **changed):
+        one = a_case(f"{NANO}:stage3", name, "fsdp=-1", per_chip_batch=per_chip, overrides=changed)
+        config = cases.config_of(one, target_of(name))
         return config.data.batch, config.optimizer.accumulation
 
     assert batch("v5e-4", 1.0) == (8, 2)  # the config's own batch is 8
@@ -331,13 +317,13 @@ def test_batch_grows_with_the_slice():
 
 
 def test_search_knows_heads_and_memory(capsys):
-    def found(place, spec="configs/stage2.py:20b"):
-        return search.search(a_row(spec, place, ""), Place.of(topologies.parse(place)))
+    def found(name, spec="configs/stage2.py:20b"):
+        return search.search(a_case(spec, name, "", per_chip_batch=0.0), target_of(name))
 
     meshes = found("v5p-128")
     assert meshes[0] == "fsdp=64" and "fsdp=16,tensor=4" in meshes
     assert not any("tensor=8" in mesh for mesh in meshes)  # the language model has 4 key heads
-    assert len(meshes) <= search.MOST
+    assert len(meshes) <= search.MAX_MESHES
     assert f"search: v5p-128 {' '.join(meshes)}" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"no mesh of v5e-4 holds .* are 99\.\d GiB"):
         found("v5e-4")
@@ -375,13 +361,13 @@ def test_a_fast_and_wrong_layout_shows():
 
 @pytest.mark.parametrize("count", [1, 30])
 def test_report_of_any_length(count, tmp_path):
-    given = a_row("f.py:s", "v5e-4", "fsdp=4")
-    job = table.Job(given, Place.of(topologies.parse("v5e-4")), "k")
-    rows = [table.whole(job, ANSWER | {"step_time_s": 1.3 + i}, {}) for i in range(count)]
+    given = a_case("f.py:s", "v5e-4", "fsdp=4")
+    job = table.Job(given, target_of("v5e-4"), "k")
+    rows = [table.row(job, ANSWER | {"step_time_s": 1.3 + i}, {}) for i in range(count)]
     rows[0] |= {"measured_step_s": 1.4, "measured_pictures_per_s": 2.9, "loss": 1.0,
                 "measured_mfu": 0.3, "grad_norm": 2.0}  # fmt: skip
-    rows.append(table.whole(job, {"error": "killed"}, {}))
-    rows.append(table.whole(job, {"fits": False, "hbm_peak_gib": 99.0, "rows": 4}, {}))
+    rows.append(table.row(job, {"error": "killed"}, {}))
+    rows.append(table.row(job, {"fits": False, "hbm_peak_gib": 99.0, "rows": 4}, {}))
     report.write(tmp_path, rows)
     page = (tmp_path / report.PAGE).read_text()
     assert page.count("## Row") == count + 2 and "Error: killed" in page
@@ -400,11 +386,11 @@ def test_report_of_any_length(count, tmp_path):
 )
 def test_the_compiler_says_how_much_it_needs(message, used, limit):
     error = jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: Ran out of memory: {message}")
-    found = row.no_room(error)
+    found = compile.out_of_memory(error)
     assert (found["fits"], found["hbm_peak_gib"], found["hbm_limit_gib"]) == (False, used, limit)
     other = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: vmem")
     with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
-        row.no_room(other)
+        compile.out_of_memory(other)
 
 
 @pytest.mark.parametrize(
@@ -418,10 +404,8 @@ def test_the_compiler_says_how_much_it_needs(message, used, limit):
 def test_a_crash_is_an_error_of_its_row(code, seconds, words, tmp_path):
     file = tmp_path / "bad.py"
     file.write_text(code)
-    given = a_row(f"{file}:x", "v5e-4", "fsdp=4", here=True)
+    given = a_case(f"{file}:x", "v5e-4", "fsdp=4", here=True)
     log = tmp_path / "log"
-    process = processes.Process({"row": dataclasses.asdict(given), "hlo": None}, seconds, log)
-    while not process.ended():
-        time.sleep(0.05)
-    assert words in process.answer()["error"]
+    request = {"case": dataclasses.asdict(given), "hlo": None}
+    assert words in asyncio.run(processes.ask(request, seconds, log))["error"]
     assert ("bad.py" in log.read_text()) == ("/" in code)

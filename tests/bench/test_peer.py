@@ -9,6 +9,7 @@ import pytest
 from qk_jax.base.errors import InputError
 from qk_jax.bench import __main__ as bench
 from qk_jax.bench import peer, peer_theirs
+from qk_jax.bench.peer_work import Work
 
 
 def test_both_sides_agree_and_are_timed(tmp_path, capsys):
@@ -29,7 +30,7 @@ def test_both_sides_agree_and_are_timed(tmp_path, capsys):
 
 
 def test_sides_that_differ_are_not_compared(tmp_path):
-    (work,) = peer.works("tiny", ["train"], device="cpu")
+    work = Work("train", "cpu", **peer.SIZES["tiny"])
     velocity = np.ones((2, 4, 8), np.float32)
     for side, scale in (("ours", 1.0), ("theirs", 1.001)):
         np.save(tmp_path / f"{side}.npy", scale * velocity)
@@ -52,7 +53,7 @@ def test_no_gpu_is_one_line(tmp_path, capsys):
 
 
 def test_without_pytorch_it_says_what_to_install(monkeypatch):
-    (work,) = peer.works("tiny", ["train"], device="cpu")
+    work = Work("train", "cpu", **peer.SIZES["tiny"])
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "torch" else found(name)

@@ -46,23 +46,23 @@ def test_bytes_are_those_of_the_arrays_on_each_device():
         sizes = [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves]
         return sum(sizes)
 
-    rows = shardings.rows(config, sharding.abstract_mesh(dict(mesh.shape)))
-    held = sum(row.held for row in rows)
+    found = shardings.parameters(config, sharding.abstract_mesh(dict(mesh.shape)))
+    held = sum(one.held for one in found)
     assert held == on_each((target.params, target.opt_state, target.ema, plan.frozen))
-    # the adapter of a ZeRO-2 tower comes together; its gradient does not
-    b = next(r for r in rows if r.name == "lora/mmdit/transformer_blocks/attn/to_q/lora_a")
+    # the adapter of a ZeRO-2 tower is gathered; its gradient is not
+    b = next(one for one in found if one.name == "lora/mmdit/transformer_blocks/attn/to_q/lora_a")
     copy = math.prod(b.shape) * 4
-    assert (b.held, b.gathered, b.gradient) == (cost.copies(config) * copy // 2, copy, copy // 2)
+    assert (b.held, b.gathered, b.gradient) == (cost.copies(plan) * copy // 2, copy, copy // 2)
 
 
 def test_a_real_size_needs_no_devices(capsys):
     bench.main(["shardings", "--config", "configs/stage2.py:20b", "--mesh", "fsdp=64,tensor=4"])
     lines = capsys.readouterr().out.splitlines()
-    row = next(x for x in lines if x.startswith("mmdit/transformer_blocks/attn/to_q/kernel"))
-    assert row.split()[1:8] == ["train", "60x3072x3072", ".,", "fsdp,", "tensor", "=", "33.75"]
+    line = next(x for x in lines if x.startswith("mmdit/transformer_blocks/attn/to_q/kernel"))
+    assert line.split()[1:8] == ["train", "60x3072x3072", ".,", "fsdp,", "tensor", "=", "33.75"]
     whole = next(x for x in lines if x.startswith("mmdit ")).split()
     assert whole[1] == "20,430,401,088" and whole[3] == "."
-    # four float32 copies over 256 devices; what is too small to split is less than a tenth more
+    # four float32 copies over 256 devices; what is too small to shard is less than a tenth more
     even = 16 * 20_430_401_088 / 256 / 2**20
     assert even <= float(whole[2]) < 1.1 * even
 

@@ -1,4 +1,4 @@
-"""Rows of tokens and patches of pictures, against transformers' tokenizer and image processor."""
+"""Prompts as tokens and pictures as patches, against transformers' own."""
 
 import json
 import pathlib
@@ -18,9 +18,9 @@ SIZES = ((64, 64), (48, 80))
 
 
 @pytest.fixture(scope="module")
-def layout():
+def builder():
     tokenizer = prompts.load_tokenizer(FOLDER)
-    return prompts.PromptLayout(tokenizer, max_text=12, queries=4, vlm_pixels=112 * 112)
+    return prompts.PromptBuilder(tokenizer, max_text=12, queries=4, vlm_pixels=112 * 112)
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 80), (112, 84), (333, 500)])
@@ -43,94 +43,104 @@ def test_pixel_values_of_several_pictures_and_of_none():
     assert prompts.pixel_values([], 112 * 112).shape == (0, 1176)
 
 
-@pytest.mark.parametrize("bad", [np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.float32)])
-def test_patches_refuse_what_is_no_picture(bad):
-    with pytest.raises(InputError, match="uint8"):
-        prompts.patches(bad, (28, 28))
-
-
-def test_a_row_equals_the_chat_template(layout):
-    row = layout.build("paint it blue", SIZES)
+def test_a_prompt_equals_the_chat_template(builder):
+    prompt = builder.build("paint it blue", SIZES)
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "paint it blue"}]
-    chat = layout.tokenizer.apply_chat_template(
+    chat = builder.tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
-    whole = layout.tokenizer(chat)["input_ids"]
-    kept = row["input_ids"][row["attention_mask"]][: -layout.queries]
-    is_picture = kept == layout.image_token_id
+    whole = builder.tokenizer(chat)["input_ids"]
+    kept = prompt["input_ids"][prompt["attention_mask"]][: -builder.queries]
+    is_picture = kept == builder.image_token_id
     assert is_picture.sum() == 16 + 15
     first = is_picture & ~np.roll(is_picture, 1)
     np.testing.assert_array_equal(kept[~is_picture | first], whole)
 
 
-def test_text_and_queries_stand_at_static_places(layout):
+def test_text_and_queries_are_static_slices(builder):
+    length = len(builder.build("", SIZES)["input_ids"])
     for text in ("", "a cat", "a cat " * 30):
         for pictures in (True, False):
-            row = layout.build(text, SIZES, pictures=pictures)
-            length, window = layout.length(SIZES), -layout.queries - layout.tail_tokens
-            assert row["input_ids"].shape == row["attention_mask"].shape == (length,)
-            ids = row["input_ids"][window - layout.max_text : window][row["text_mask"]]
-            assert layout.tokenizer.decode(ids) == layout.tokenizer.decode(layout.encode_text(text))
-            assert len(ids) == len(layout.encode_text(text)) <= layout.max_text
-            assert (row["input_ids"][-layout.queries :] == layout.pad_id).all()
-            assert row["attention_mask"][window:].all()
-            has = (row["input_ids"] == layout.image_token_id).any()
+            prompt = builder.build(text, SIZES, pictures=pictures)
+            window = -builder.queries - builder.tail_tokens
+            assert prompt["input_ids"].shape == prompt["attention_mask"].shape == (length,)
+            ids = prompt["input_ids"][window - builder.max_text : window][prompt["text_mask"]]
+            assert builder.tokenizer.decode(ids) == builder.tokenizer.decode(
+                builder.encode_text(text)
+            )
+            assert len(ids) == len(builder.encode_text(text)) <= builder.max_text
+            assert (prompt["input_ids"][-builder.queries :] == builder.pad_id).all()
+            assert prompt["attention_mask"][window:].all()
+            has = (prompt["input_ids"] == builder.image_token_id).any()
             assert has == pictures
-    assert layout.tail_tokens == 5
+    assert builder.tail_tokens == 5
 
 
-def test_positions_are_those_of_mrope(layout):
-    row = layout.build("a cat", SIZES)
+def test_positions_are_those_of_mrope(builder):
+    prompt = builder.build("a cat", SIZES)
     again = mrope_positions(
-        row["input_ids"][None], row["attention_mask"][None], layout.grids(SIZES), layout
+        prompt["input_ids"][None], prompt["attention_mask"][None], builder.grids(SIZES), builder
     )
-    np.testing.assert_array_equal(row["position_ids"], again[0])
-    assert (row["position_ids"][:, ~row["attention_mask"]] == 0).all()
+    np.testing.assert_array_equal(prompt["position_ids"], again[0])
+    assert (prompt["position_ids"][:, ~prompt["attention_mask"]] == 0).all()
 
 
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>", "<tool_call>"])
-def test_special_tokens_in_a_text_are_plain_characters(layout, token):
-    ids = layout.encode_text(token)
-    assert layout.tokenizer.convert_tokens_to_ids(token) not in ids
-    assert layout.tokenizer.decode(ids) == token
+def test_special_tokens_in_a_text_are_plain_characters(builder, token):
+    ids = builder.encode_text(token)
+    assert builder.tokenizer.convert_tokens_to_ids(token) not in ids
+    assert builder.tokenizer.decode(ids) == token
 
 
-def test_any_text_comes_back(layout):
+def test_any_text_comes_back(builder):
     text = "l'été 雪 🦊 ﬁn"
-    plain = prompts.PromptLayout(layout.tokenizer, 100, 4, 112 * 112)
-    assert layout.tokenizer.decode(plain.encode_text(text)) == text
+    plain = prompts.PromptBuilder(builder.tokenizer, 100, 4, 112 * 112)
+    assert builder.tokenizer.decode(plain.encode_text(text)) == text
 
 
-def test_a_long_prompt_is_cut_in_training_and_refused_in_painting(layout):
+def test_a_long_prompt_is_cut_in_training_and_refused_in_painting(builder):
     text = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
-    assert len(layout.encode_text(text)) == 12
+    assert len(builder.encode_text(text)) == 12
     with pytest.raises(InputError, match="the model reads 12"):
-        layout.build(text, strict=True)
+        builder.encode_text(text, strict=True)
 
 
-@pytest.mark.parametrize("text", [None, 3, b"cat", ["cat"], "\ud800"])
-def test_what_is_no_text_is_refused(layout, text):
+def test_what_is_no_unicode_is_refused(builder):
     with pytest.raises(InputError, match="prompt"):
-        layout.build(text)
+        builder.build("\ud800")
 
 
-def test_layout_travels_to_worker_processes(layout):
-    layout.build("a cat", SIZES)
-    copied = pickle.loads(pickle.dumps(layout))
+def test_a_batch_stacks_prompts_of_the_same_pictures(builder):
+    pictures = [np.full((*size, 3), 9, np.uint8) for size in SIZES]
+    batch = builder.batch(["a cat", ""], [pictures, pictures], [(0, 1), (1, 0)], [True, False])
+    for slot, (text, shown) in enumerate((("a cat", True), ("", False))):
+        for name, value in builder.build(text, SIZES, pictures=shown).items():
+            np.testing.assert_array_equal(batch[name][slot], value)
+    assert batch["pixel_values"].shape == (2, 64 + 60, 1176)
+    assert [x.shape for x in batch["conditions"]] == [(2, *size, 3) for size in SIZES]
+    assert batch["roles"].tolist() == [[0, 1], [1, 0]]
+    assert batch["condition_mask"].tolist() == [True, False]
+    none = builder.batch(["a cat"] * 2, [(), ()], [(), ()], [True, True])
+    assert none["roles"].shape == (2, 0) and none["pixel_values"].shape == (2, 0, 1176)
+
+
+def test_builder_travels_to_worker_processes(builder):
+    builder.build("a cat", SIZES)
+    copied = pickle.loads(pickle.dumps(builder))
     np.testing.assert_array_equal(
-        copied.build("a cat", SIZES)["input_ids"], layout.build("a cat", SIZES)["input_ids"]
+        copied.build("a cat", SIZES)["input_ids"], builder.build("a cat", SIZES)["input_ids"]
     )
 
 
-def test_tiny_tokenizer_fits_the_tiny_preset(layout):
-    config, ids = PRESETS["tiny"], layout.tokenizer.convert_tokens_to_ids
-    assert len(layout.tokenizer) == config.text.vocab_size
+def test_tiny_tokenizer_fits_the_tiny_preset(builder):
+    config, ids = PRESETS["tiny"], builder.tokenizer.convert_tokens_to_ids
+    assert len(builder.tokenizer) == config.text.vocab_size
     assert ids("<|image_pad|>") == config.image_token_id
     assert ids("<|video_pad|>") == config.video_token_id
     assert ids("<|vision_start|>") == config.vision_start_token_id
     assert ids("<|vision_end|>") == config.vision_end_token_id
     assert ids("<|endoftext|>") == config.text.bos_token_id
-    assert ids("<|im_end|>") == config.text.eos_token_id == layout.tokenizer.eos_token_id
+    assert ids("<|im_end|>") == config.text.eos_token_id == builder.tokenizer.eos_token_id
 
 
 def test_a_folder_that_is_no_tokenizer(tmp_path):

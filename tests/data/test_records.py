@@ -11,18 +11,18 @@ from qk_jax.data import records
 
 
 def write(path, count=40):
-    rows = (
-        {
-            "header": {"caption": f"thing {i} ü"},
-            "blobs": {"a": bytes([i]) * i * 50, "b": b"x"},
-            "width": 10 + i,
-            "height": 20,
-            "pictures": i % 3,
-            "task": "editing",
-        }
+    entries = (
+        records.Entry(
+            header={"caption": f"thing {i} ü"},
+            blobs={"a": bytes([i]) * i * 50, "b": b"x"},
+            width=10 + i,
+            height=20,
+            pictures=i % 3,
+            task="editing",
+        )
         for i in range(count)
     )
-    assert records.write_records(path, rows) == count
+    assert records.write_records(path, entries) == count
     return path
 
 
@@ -87,16 +87,16 @@ def test_a_bad_header_is_named():
 
 
 def test_a_failed_writer_leaves_nothing(tmp_path):
-    def rows():
-        yield {"header": {}, "blobs": {}, "width": 1, "height": 1}
+    def entries():
+        yield records.Entry({}, {}, 1, 1)
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError):
-        records.write_records(tmp_path / "a.array_record", rows())
+        records.write_records(tmp_path / "a.array_record", entries())
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unwritable_place_is_named(tmp_path):
+def test_an_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write"):
-        records.RecordWriter(tmp_path / "file" / "a.array_record")
+    with pytest.raises(InputError, match="file cannot be written"):
+        records.write_records(tmp_path / "file" / "a.array_record", [])

@@ -19,7 +19,7 @@ EXTENT = evaluation.Extent(
 
 @pytest.fixture(scope="module")
 def held_out():
-    return evaluation.held_out_examples(painters.config(), EXTENT.records)
+    return evaluation.held_out_cases(painters.config(), EXTENT.records)
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +27,10 @@ def evaluator():
     return evaluation.Evaluator(painters.painter(batch=EXTENT.batch), EXTENT)
 
 
-def test_held_out_examples_are_fixed_distinct_and_of_one_shape(held_out):
-    again = evaluation.held_out_examples(painters.config(), EXTENT.records)
+def test_held_out_cases_are_fixed_distinct_and_of_one_shape(held_out):
+    again = evaluation.held_out_cases(painters.config(), EXTENT.records)
     train = evaluation.captions(painters.config(), EXTENT.captions)
-    prompts = {example.request.prompt for example in train}
+    prompts = {case.request.prompt for case in train}
     for task in TASKS:
         for a, b in zip(held_out[task], again[task], strict=True):
             assert a.request.prompt == b.request.prompt
@@ -64,36 +64,34 @@ def test_margin_is_that_of_the_conditions(held_out, evaluator):
     """With one condition for all, shuffling changes nothing; with others it changes the loss."""
     first = held_out["editing"][0].request
     same = [
-        dataclasses.replace(example, request=dataclasses.replace(first, number=number))
-        for number, example in enumerate(held_out["editing"])
+        case._replace(request=dataclasses.replace(first, number=number))
+        for number, case in enumerate(held_out["editing"])
     ]
     assert evaluator.margin(same)["margin"] == 0
     assert evaluator.margin(held_out["editing"])["margin"] != 0
 
 
 def test_shuffling_keeps_target_and_noise(held_out, evaluator):
-    examples = held_out["transformation"]
-    half = len(examples) // 2
-    turned = examples[half:] + examples[:half]
+    cases = held_out["transformation"]
+    half = len(cases) // 2
+    turned = cases[half:] + cases[:half]
     given = [
-        dataclasses.replace(
-            example, request=dataclasses.replace(other.request, number=example.request.number)
-        )
-        for example, other in zip(examples, turned, strict=True)
+        case._replace(request=dataclasses.replace(other.request, number=case.request.number))
+        for case, other in zip(cases, turned, strict=True)
     ]
-    np.testing.assert_array_equal(evaluator.losses(examples, shift=half), evaluator.losses(given))
+    np.testing.assert_array_equal(evaluator.losses(cases, shift=half), evaluator.losses(given))
 
 
 def test_the_truth_has_the_highest_figures(held_out, evaluator):
     train = evaluation.captions(painters.config(), EXTENT.captions)
-    truth = [example.truth for example in train]
+    truth = [case.truth for case in train]
     found = evaluator.retrieval(train, truth)
     assert found["pixels"]["top1"] == found["vision"]["top1"] == 1
-    examples = held_out["editing"]
-    copied = [example.request.source for example in examples]
-    figures = evaluator.fidelity(examples, copied)
+    cases = held_out["editing"]
+    copied = [case.request.source for case in cases]
+    figures = evaluator.fidelity(cases, copied)
     assert figures["gain_over_copy"] == 0 and figures["psnr"] == figures["psnr_copy"]
-    figures = evaluator.fidelity(examples, [example.truth for example in examples])
+    figures = evaluator.fidelity(cases, [case.truth for case in cases])
     assert figures["psnr"] == 99
 
 
@@ -103,12 +101,12 @@ def test_a_plan_that_leaves_a_rest_is_refused():
 
 
 def test_sheets_hold_every_picture(held_out, tmp_path):
-    examples = held_out["composition"][:2]
+    cases = held_out["composition"][:2]
     sheet = sheets.of_requests(
         "composition, stage 3",
-        [example.request for example in examples],
-        [np.full_like(example.truth, (7, 99, 7)) for example in examples],
-        [example.truth for example in examples],
+        [case.request for case in cases],
+        [np.full_like(case.truth, (7, 99, 7)) for case in cases],
+        [case.truth for case in cases],
     )
     path = tmp_path / "new" / "sheet.png"
     sheets.save(sheet, path)

@@ -17,7 +17,7 @@ from qk_jax.data import prompts
 from qk_jax.export import verify
 from qk_jax.export.folder import export_pipeline
 from qk_jax.pictures.grids import grid_of, picture_tokens, vision_size
-from qk_jax.weights import safetensors
+from qk_jax.weights import hub_configs, safetensors
 from tests.painting import painters
 from tests.weights import nano
 
@@ -76,21 +76,21 @@ def test_the_processor_shows_pictures_as_the_training_does(folder, size):
         np.testing.assert_allclose(got["pixel_values"], wanted, atol=1e-6)
 
 
-def test_the_chat_template_is_the_layout_of_the_training(folder):
-    layout = painters.painter("stage3").layout
+def test_the_chat_template_is_that_of_the_training(folder):
+    builder = painters.painter("stage3").prompts
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "processor")
     picture = {"type": "image"}
     content = [picture, picture, {"type": "text", "text": "both of them"}]
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
-    grids = layout.grids([(64, 64), (48, 80)])
+    grids = builder.grids([(64, 64), (48, 80)])
     for grid in grids:
         slots = "<|image_slot|>" * picture_tokens((grid,))
         text = text.replace("<|image_pad|>", slots, 1)
     ids = tokenizer.encode(text.replace("slot", "pad"), add_special_tokens=False)
-    row = layout.build("both of them", [(64, 64), (48, 80)])
-    assert ids == row["input_ids"][row["attention_mask"]][: -layout.queries].tolist()
+    row = builder.build("both of them", [(64, 64), (48, 80)])
+    assert ids == row["input_ids"][row["attention_mask"]][: -builder.queries].tolist()
     with_system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]
     text = tokenizer.apply_chat_template(with_system, tokenize=False)
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na")
@@ -127,7 +127,7 @@ def test_other_stages_have_no_separate_adapter(stage, message, tmp_path):
 
 def test_a_vae_of_videos_keeps_what_the_original_folder_has(tmp_path):
     kind, got = nano.KINDS["qwen_vae"], painters.loaded("stage2")
-    values = {k: v for k, v in kind.config.to_hf().items() if not k.startswith("_")}
+    values = {k: v for k, v in hub_configs.to_hf(kind.config).items() if not k.startswith("_")}
     original = kind.torch_class(**values)
     original.save_pretrained(tmp_path / "original")
     config, params = kind.read(tmp_path / "original")

@@ -18,6 +18,7 @@ from PIL import Image
 import qk_jax
 from qk_jax import convert as command
 from qk_jax import painting
+from qk_jax.base import runtime
 from qk_jax.base.errors import InputError
 from qk_jax.checkpoints import run_folder
 from qk_jax.data import prompts
@@ -30,7 +31,7 @@ from tests.weights import nano
 
 TOKENIZER = pathlib.Path(qk_jax.__file__).parent / "assets" / "tiny" / "tokenizer"
 # Nano models run once or twice: what matters is how long they compile.
-OPTIONS = (("xla_backend_optimization_level", 0), ("xla_cpu_use_fusion_emitters", False))
+OPTIONS = {"cpu": ("xla_backend_optimization_level=0", "xla_cpu_use_fusion_emitters=false")}
 GRIDS = ((4, 4), (4, 6), (2, 3), (5, 4))
 
 
@@ -133,10 +134,11 @@ def painter(law=SHIFTED, vae_kind="kl", latents=True, zero=True):
     )  # fmt: skip
     model = query_kontext.QueryKontext(config)
     params = nano.random_tree(shapes_of(model.abstract()))
-    layout = prompts.PromptLayout(prompts.load_tokenizer(TOKENIZER), 20, 3, config.vlm_pixels)
+    builder = prompts.PromptBuilder(prompts.load_tokenizer(TOKENIZER), 20, 3, config.vlm_pixels)
     limits = painting.Limits(((64, 64), (48, 80), (80, 48)), 48, 3, 10**6)
+    options = tuple(runtime.compiler_options(OPTIONS, "cpu").items())
     return painting.Painter(
-        config, params, layout, limits=limits, batch=1, options=OPTIONS, name="nano"
+        config, params, builder, limits=limits, batch=1, options=options, name="nano"
     )
 
 
@@ -166,7 +168,7 @@ def request_of(ours, case):
 def assert_paints_the_same(ours, pipe, case):
     request, settings = request_of(ours, case)
     noise = ours.noise(request)
-    (painted,) = ours.paint_with_noise([request], [noise], settings)
+    (painted,) = ours.paint([request], settings, [noise])
     theirs = verify.paint(pipe, request, settings, noise)
     assert painted.std() > 10
     assert np.abs(painted.astype(int) - theirs.astype(int)).max() <= 2

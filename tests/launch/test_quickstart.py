@@ -4,17 +4,14 @@ import json
 import os
 import pathlib
 import subprocess
-import sys
 
 import pytest
+import quickstart
+import report
 
 from qk_jax.base.errors import InputError
 
-LAUNCH = pathlib.Path(__file__).resolve().parents[2] / "launch"
-sys.path.insert(0, str(LAUNCH))
-
-import quickstart  # noqa: E402
-import report  # noqa: E402
+LAUNCH = pathlib.Path(quickstart.__file__).parent
 
 
 def task_figures(scale, copy=True):
@@ -53,16 +50,15 @@ def run(tmp_path, monkeypatch):
 
     def measure(self, name):
         done.append(f"measure {name}")
-        figures = json.dumps(phase(1.0, roles=name == "stage3"))
-        quickstart.write_text(self.out / "evaluation" / f"{name}.json", figures)
+        self.write(f"evaluation/{name}.json", phase(1.0, roles=name == "stage3"))
 
     def command(self, *words):
         done.append(" ".join(str(word) for word in words[:4]))
 
     def compare(self):
         done.append("compare")
-        rows = [{"name": "painted picture, of 255", "difference": 1.0, "is_good": True}]
-        quickstart.write_text(self.out / "comparison.json", json.dumps(rows))
+        line = {"name": "painted picture, of 255", "difference": 1.0, "is_good": True}
+        self.write("comparison.json", [line])
 
     monkeypatch.setattr(quickstart.Quickstart, "measure", measure)
     monkeypatch.setattr(quickstart.Quickstart, "command", command)
@@ -138,8 +134,8 @@ def test_a_difference_from_pytorch_fails(run, monkeypatch, capsys):
     made, _ = run
 
     def differs(self):
-        rows = [{"name": "painted picture, of 255", "difference": 9.0, "is_good": False}]
-        quickstart.write_text(self.out / "comparison.json", json.dumps(rows))
+        line = {"name": "painted picture, of 255", "difference": 9.0, "is_good": False}
+        self.write("comparison.json", [line])
 
     monkeypatch.setattr(quickstart.Quickstart, "compare", differs)
     made.open(fresh=False)

@@ -1,6 +1,7 @@
 """Every path of attention computes the same, alone and over a mesh, with its gradients."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,6 @@ import pytest
 from qk_jax import sharding
 from qk_jax.models import attention as attention_lib
 from qk_jax.models import flash
-from qk_jax.sharding import rules
 from qk_jax.sharding.rules import Activations
 
 CASES = {
@@ -22,6 +22,11 @@ CASES = {
     "whole": (256, 256, 2, 2, 64, False, None),
     "odd": (130, 130, 1, 1, 128, False, None),
 }
+
+
+def forced(name):
+    """Every device computes with the kernel `name`; outside a TPU, splash is interpreted."""
+    return mock.patch.object(attention_lib, "choice", lambda query, key: name)
 
 
 def inputs(name, rows=2):
@@ -42,12 +47,12 @@ def inputs(name, rows=2):
     return arrays, segments, causal
 
 
-def with_gradients(arrays, segments, causal, places=None):
+def with_gradients(arrays, segments, causal, activations=None):
     """(output, gradients) of a loss that reads only tokens that are not padding."""
     seen = 1.0 if segments is None else (segments[0] > 0).astype(jnp.float32)[..., None, None]
 
     def loss(*arrays):
-        out = attention_lib.attention(*arrays, segments, causal=causal, places=places)
+        out = attention_lib.attention(*arrays, segments, causal=causal, activations=activations)
         return jnp.sum(jnp.sin(out) * seen), out * seen
 
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
@@ -58,7 +63,7 @@ def test_splash_attention_is_the_definition(name):
     arrays, segments, causal = inputs(name)
     results = {}
     for kernel in ("xla", "splash"):
-        with attention_lib.kernel(kernel):
+        with forced(kernel):
             results[kernel] = with_gradients(arrays, segments, causal)
     for found, wanted in zip(*map(jax.tree.leaves, results.values()), strict=True):
         np.testing.assert_allclose(found, wanted, atol=2e-5)
@@ -91,9 +96,9 @@ def test_the_definition_hides_what_it_should():
 def test_a_mesh_changes_nothing(kernel, shape, name):
     arrays, segments, causal = inputs(name)
     devices = jax.devices()[: int(np.prod(list(shape.values())))]
-    with attention_lib.kernel("xla"):
+    with forced("xla"):
         wanted = with_gradients(arrays, segments, causal)
-    with attention_lib.kernel(kernel), jax.set_mesh(sharding.build_mesh(shape, devices)):
+    with forced(kernel), jax.set_mesh(sharding.build_mesh(shape, devices)):
         found = with_gradients(arrays, segments, causal, Activations())
     for one, other in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
         np.testing.assert_allclose(np.asarray(one), other, atol=2e-5)
@@ -102,14 +107,14 @@ def test_a_mesh_changes_nothing(kernel, shape, name):
 def test_context_devices_exchange_tokens_for_heads():
     """Tokens cut over 'context' come together by all-to-all, not by a copy of all heads."""
     mesh = sharding.build_mesh({"context": 2}, jax.devices()[:2])
-    places = Activations()
+    activations = Activations()
 
     @jax.jit
     def attend(x):
-        x = sharding.constrain(x, places, "batch", "sequence", None, None)
-        with attention_lib.kernel("splash"):
-            out = attention_lib.attention(x, x, x, places=places)
-        return sharding.constrain(out, places, "batch", "sequence", None, None)
+        x = sharding.constrain(x, activations, "batch", "sequence", None, None)
+        with forced("splash"):
+            out = attention_lib.attention(x, x, x, activations=activations)
+        return sharding.constrain(out, activations, "batch", "sequence", None, None)
 
     with jax.set_mesh(mesh):
         text = attend.lower(jnp.zeros((1, 256, 2, 128))).compile().as_text()
@@ -117,7 +122,7 @@ def test_context_devices_exchange_tokens_for_heads():
 
 
 def test_the_device_decides(monkeypatch):
-    target = functools.partial(monkeypatch.setattr, rules, "target")
+    target = functools.partial(monkeypatch.setattr, sharding, "target")
     x = jnp.zeros((1, 512, 2, 128), jnp.bfloat16)
     for platform, kind, wanted in (
         ("tpu", "TPU v5", "splash"),

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from qk_jax.base.errors import InputError
 from qk_jax.models import layers, lora, mmdit, qwen_vl, rotary
+from qk_jax.weights import hub_configs
 from tests.models import torch_copy
 
 CONFIG = mmdit.MMDiTConfig(
@@ -67,7 +68,7 @@ def theirs(model):
 @functools.cache
 def peer():
     """A random peft model, the base weights and the factors in our layout."""
-    torch_config = {k: v for k, v in CONFIG.to_hf().items() if not k.startswith("_")}
+    torch_config = {k: v for k, v in hub_configs.to_hf(CONFIG).items() if not k.startswith("_")}
     base = torch_copy.randomize(QwenImageTransformer2DModel(**torch_config), seed=3)
     shapes = layers.abstract_params(mmdit.MMDiT(CONFIG), *inputs()[0])
     params = torch_copy.copy(base.state_dict(), shapes)

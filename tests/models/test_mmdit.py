@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import re
 
@@ -13,8 +12,8 @@ import pytest
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 
-from qk_jax.base.errors import InputError
 from qk_jax.models import layers, mmdit, rotary
+from qk_jax.weights import hub_configs
 from tests.models import torch_copy
 
 CONFIG = mmdit.MMDiTConfig(
@@ -49,7 +48,7 @@ CLEAN = dataclasses.replace(CONFIG, zero_cond_t=True)
 @functools.cache
 def peer(config=CONFIG):
     """A random diffusers model and the same weights as our tree."""
-    torch_config = {k: v for k, v in config.to_hf().items() if not k.startswith("_")}
+    torch_config = {k: v for k, v in hub_configs.to_hf(config).items() if not k.startswith("_")}
     model = torch_copy.randomize(QwenImageTransformer2DModel(**torch_config), seed=1)
     shapes = layers.abstract_params(mmdit.MMDiT(CONFIG), *example_args(CONFIG))
     return model, torch_copy.copy(model.state_dict(), shapes)
@@ -285,34 +284,3 @@ def test_a_fresh_model_predicts_zero():
     args = example_args(config)
     params = layers.init_params(mmdit.MMDiT(config), jax.random.key(0), *args)
     assert not np.any(mmdit.MMDiT(config).apply({"params": params}, *args))
-
-
-def test_config_round_trip():
-    for config in (CONFIG, *mmdit.PRESETS.values()):
-        assert mmdit.MMDiTConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
-    public = {
-        "_class_name": "QwenImageTransformer2DModel",
-        "_diffusers_version": "0.34.0.dev0",
-        "guidance_embeds": False,
-        "pooled_projection_dim": 768,
-        "num_layers": 60,
-    }
-    assert mmdit.MMDiTConfig.from_hf(public) == mmdit.PRESETS["20b"]
-    assert mmdit.MMDiTConfig.from_hf({"out_channels": None}).out_channels == 64
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"guidance_embeds": True}, "guidance_embeds = True is not supported"),
-        ({"zero_cond_t": "yes"}, "zero_cond_t must be true or false"),
-        ({"use_layer3d_rope": True}, "use_layer3d_rope"),
-        ({"num_blocks": 3}, "num_blocks"),
-        ({"_class_name": "FluxTransformer2DModel"}, "'FluxTransformer2DModel'"),
-        ({"num_layers": "60"}, "num_layers is '60'"),
-        ({"axes_dims_rope": [16, 56, 58]}, "axes_dims_rope"),
-    ],
-)
-def test_unsupported_configs_are_input_errors(fields, message):
-    with pytest.raises(InputError, match=message):
-        mmdit.MMDiTConfig.from_hf(fields)

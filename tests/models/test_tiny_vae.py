@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from qk_jax.data import records
 from qk_jax.models import vae
-from qk_jax.weights.read import import_vae
+from qk_jax.weights.read import import_model
 
 ASSETS = pathlib.Path(vae.__file__).parents[1] / "assets"
 FOLDER = ASSETS / "tiny" / "vae"
@@ -33,7 +33,7 @@ def held_out(count):
 
 
 def test_keeps_held_out_pictures_and_equals_diffusers():
-    config, params = import_vae(FOLDER, jnp.float32)
+    config, params = import_model("vae", FOLDER, jnp.float32)
     model = vae.VAE(config)
     x = held_out(16)
     encode = jax.jit(lambda x: model.apply({"params": params}, x, method="encode")[0])

@@ -10,6 +10,7 @@ from PIL import Image
 
 from qk_jax import painting
 from qk_jax.base.errors import InputError
+from qk_jax.data.synthesis import tasks
 from qk_jax.pictures.roles import REFERENCE, SOURCE
 
 SETTINGS = painting.Settings(steps=2, guidance=3.0, image_guidance=1.5)
@@ -48,7 +49,7 @@ def test_noise_comes_from_seed_and_number_alone(painter):
 def test_paint_is_paint_with_its_own_noise(painter):
     request = edit(painter)
     own = painter.paint([request], SETTINGS)
-    given = painter.paint_with_noise([request], [painter.noise(request)], SETTINGS)
+    given = painter.paint([request], SETTINGS, [painter.noise(request)])
     np.testing.assert_array_equal(own[0], given[0])
 
 
@@ -87,13 +88,13 @@ def test_text_pictures_roles_and_solver_all_matter(painter):
     assert (painter.paint([request], heun)[0] != base).any()
 
 
-def test_rows_without_pictures_hide_them(painter):
-    batch = painter.rows([edit(painter)], painting.NOTHING)
+def test_batches_without_pictures_hide_them(painter):
+    batch = painter.collate([edit(painter)], painting.NOTHING)
     assert not batch["condition_mask"].any()
-    assert not (batch["input_ids"] == painter.layout.image_token_id).any()
+    assert not (batch["input_ids"] == painter.prompts.image_token_id).any()
     assert not batch["text_mask"].any()
-    full = painter.rows([edit(painter)])
-    assert (full["input_ids"] == painter.layout.image_token_id).any()
+    full = painter.collate([edit(painter)])
+    assert (full["input_ids"] == painter.prompts.image_token_id).any()
     assert full["input_ids"].shape == batch["input_ids"].shape
 
 
@@ -111,25 +112,36 @@ def test_fit_shows_pictures_as_in_training(painter):
     ("change", "words"),
     [
         ({"prompt": " "}, "no prompt"),
+        ({"prompt": b"kite"}, "no prompt"),
         ({"prompt": "word " * 100}, "tokens"),
+        ({"seed": -1}, "seed is -1"),
         ({"size": (33, 32)}, "32x32 is near"),
         ({"size": (4096, 4096)}, "choose a smaller one"),
         ({"references": (np.zeros((64, 64, 3), np.uint8),) * 4}, "at most 3"),
     ],
 )
 def test_what_cannot_be_painted_is_named(painter, change, words):
-    request = dataclasses.replace(painter.fit("a kite"), **change)
     with pytest.raises(InputError, match=words):
-        painter.paint([request], SETTINGS)
+        painter.fit(**{"prompt": "a kite", **change})
 
 
 @pytest.mark.parametrize(
     "settings",
     [{"steps": 0}, {"steps": 10**6}, {"solver": "rk4"}, {"guidance": -1}, {"guidance": np.nan}],
 )
-def test_settings_are_checked(painter, settings):
+def test_settings_are_checked(settings):
     with pytest.raises(InputError):
-        painter.paint([painter.fit("a kite")], painting.Settings(**settings))
+        painting.Settings(**settings)
+
+
+def test_the_request_of_an_example_is_what_training_shows():
+    for task in ("text_to_image", "editing", "composition"):
+        (example,) = tasks.examples("validation", task, 1)
+        request = painting.request_of(example, seed=3, number=2)
+        assert (request.prompt, request.size) == (example.instruction, example.target.shape[:2])
+        assert request.roles == example.roles and (request.seed, request.number) == (3, 2)
+        for a, b in zip(request.pictures, example.pictures, strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_read_composes_on_white_and_refuses(painter, tmp_path):
@@ -141,7 +153,7 @@ def test_read_composes_on_white_and_refuses(painter, tmp_path):
             painter.read(tmp_path / name)
     small = painters.painter()
     limits = dataclasses.replace(small.limits, max_pixels=100)
-    bounded = painting.Painter(small.config, {}, small.layout, limits=limits)
+    bounded = painting.Painter(small.config, {}, small.prompts, limits=limits)
     with pytest.raises(InputError, match="bound"):
         bounded.read(tmp_path / "clear.png")
 
@@ -150,7 +162,7 @@ def test_merged_adapters_paint_as_separate_ones():
     """Painting merges LoRA; the trainer's model with the adapter apart gives the same velocity."""
     tree, model = painters.params(), painters.plan().model
     painter = painters.painter()
-    batch = painter.rows([edit(painter)])
+    batch = painter.collate([edit(painter)])
     x = np.random.default_rng(0).standard_normal((1, 4, 64), np.float32)
     t = np.full(1, 0.5, np.float32)
 

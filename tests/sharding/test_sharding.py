@@ -15,11 +15,17 @@ from qk_jax import sharding
 from qk_jax.base.errors import InputError
 from qk_jax.experiment import config as config_lib
 from qk_jax.models import layers
+from qk_jax.sharding.mesh import _ordered as ordered
 
 TOWERS = sorted({tower for _, tower in sharding.TOWERS})
 RULES = sharding.Rules()
 TABLES = dict.fromkeys(TOWERS, RULES)
 WHOLE = sharding.Rules(**{axis: () for axis in layers.LOGICAL_AXES})
+
+
+def specs(tree, rules, mesh):
+    """The PartitionSpecs of a boxed tree."""
+    return jax.tree.map(lambda one: one.spec, sharding.shardings(tree, rules, mesh))
 
 
 def rows_of(**towers):
@@ -112,11 +118,11 @@ def test_device_order_falls_back_to_jaxs_own(monkeypatch, caplog):
 
     monkeypatch.setattr(mesh_utils, "create_device_mesh", fails)
     monkeypatch.setattr(mesh_utils, "create_hybrid_device_mesh", fails)
-    one = sharding._ordered([1, 4, 1, 2], [1, 1, 1, 1], [Chip(i) for i in range(8)])
+    one = ordered([1, 4, 1, 2], [1, 1, 1, 1], [Chip(i) for i in range(8)])
     assert asked == [False, True] and "finds no device order" in caplog.text
     assert [chip.id for chip in one.reshape(-1)] == list(range(8)) and one.shape == (1, 4, 1, 2)
     chips = [Chip(i, slice_index=i % 2) for i in range(8)]
-    two = sharding._ordered([1, 2, 1, 2], [2, 1, 1, 1], chips)
+    two = ordered([1, 2, 1, 2], [2, 1, 1, 1], chips)
     assert two.shape == (2, 2, 1, 2)
     assert [[chip.slice_index for chip in part.reshape(-1)] for part in two] == [[0] * 4, [1] * 4]
 
@@ -129,7 +135,7 @@ def test_specs_follow_the_tower_of_the_parameter():
         "mmdit": {"to_q": {"kernel": box((8, 16), "embed", "heads")}},
         "lora": {"mmdit": {"to_q": {"lora_b": box((2, 16), None, "adapter")}}},
     }
-    got = sharding.specs(tree, TABLES | {"mmdit": whole}, mesh(fsdp=4, tensor=2))
+    got = specs(tree, TABLES | {"mmdit": whole}, mesh(fsdp=4, tensor=2))
     assert got["vlm"]["language_model"]["q_proj"]["kernel"] == P(None, "fsdp", "tensor")
     assert got["mmdit"]["to_q"]["kernel"] == P(None, ("fsdp", "tensor"))
     assert got["lora"]["mmdit"]["to_q"]["lora_b"] == P(None, "fsdp")
@@ -137,7 +143,7 @@ def test_specs_follow_the_tower_of_the_parameter():
 
 def test_a_spec_names_only_axes_with_several_devices():
     kernel = {"mmdit": {"to_q": {"kernel": box((8, 7), "embed", "heads")}}}
-    got = lambda **shape: sharding.specs(kernel, TABLES, mesh(**shape))  # noqa: E731
+    got = lambda **shape: specs(kernel, TABLES, mesh(**shape))  # noqa: E731
     assert got(fsdp=8)["mmdit"]["to_q"]["kernel"] == P("fsdp", None)
     assert got(fsdp=4, context=2)["mmdit"]["to_q"]["kernel"] == P(("fsdp", "context"), None)
     assert got(data=8)["mmdit"]["to_q"]["kernel"] == P(None, None)
@@ -157,7 +163,7 @@ def test_rows_are_what_their_names_say(row, params, gradients, optimizer):
     tree = {"mmdit": {"to_q": {"kernel": box((8, 16), "embed", "heads")}}}
     table = sharding.tables(dict.fromkeys(TOWERS, dataclasses.asdict(sharding.row(row))))
     for name, wanted in zip(sharding.COLUMNS, (params, gradients, optimizer), strict=True):
-        got = sharding.specs(tree, sharding.column(table, name), mesh(fsdp=4, tensor=2))
+        got = specs(tree, sharding.column(table, name), mesh(fsdp=4, tensor=2))
         assert got["mmdit"]["to_q"]["kernel"] == wanted, name
 
 
@@ -181,7 +187,7 @@ def test_a_config_names_a_row_and_changes_a_cell():
 
 
 def test_a_misspelt_axis_is_an_error_in_rule_table_and_parameter():
-    with pytest.raises(InputError, match="'mlp' is laid over the mesh axis 'tensr'"):
+    with pytest.raises(InputError, match="'mlp' is sharded over the mesh axis 'tensr'"):
         sharding.Rules(mlp=("tensr",))
     good = {tower: {} for tower in TABLES}
     for table, words in (
@@ -195,17 +201,15 @@ def test_a_misspelt_axis_is_an_error_in_rule_table_and_parameter():
     with pytest.raises(InputError, match="need exactly"):
         sharding.tables({"text": {}})
     with pytest.raises(InputError, match="mmdit/to_q/kernel.*'embd'"):
-        sharding.specs(
-            {"mmdit": {"to_q": {"kernel": box((8, 8), "embd", "heads")}}}, TABLES, mesh(fsdp=8)
-        )
+        specs({"mmdit": {"to_q": {"kernel": box((8, 8), "embd", "heads")}}}, TABLES, mesh(fsdp=8))
     with pytest.raises(InputError, match="mmdit/to_q/kernel carries no"):
-        sharding.specs({"mmdit": {"to_q": {"kernel": np.zeros((8, 8))}}}, TABLES, mesh(fsdp=8))
+        specs({"mmdit": {"to_q": {"kernel": np.zeros((8, 8))}}}, TABLES, mesh(fsdp=8))
 
 
 def test_two_dimensions_on_one_mesh_axis_are_an_error():
     tree = {"mmdit": {"mix": {"kernel": box((8, 8), "mlp", "heads")}}}
     with pytest.raises(InputError, match="mmdit/mix/kernel.*'mlp' and 'heads'.*'tensor'"):
-        sharding.specs(tree, TABLES, mesh(fsdp=4, tensor=2))
+        specs(tree, TABLES, mesh(fsdp=4, tensor=2))
 
 
 def test_an_indivisible_dimension_names_the_parameter():
@@ -213,7 +217,7 @@ def test_an_indivisible_dimension_names_the_parameter():
     with pytest.raises(
         InputError, match="connector/fc1/kernel.*'mlp' of size 7.*sharding.connector"
     ):
-        sharding.specs(tree, TABLES, mesh(fsdp=4, tensor=2))
+        specs(tree, TABLES, mesh(fsdp=4, tensor=2))
 
 
 TWO = {
@@ -248,8 +252,8 @@ def test_a_column_that_is_whole_on_purpose_is_no_offence():
 
 def test_batch_rows_must_divide():
     sharding.check_batch(16, mesh(data=2, fsdp=4), rows_of())
-    with pytest.raises(InputError, match="12 rows.*data x fsdp = 8 devices .the batch"):
+    with pytest.raises(InputError, match="12 examples.*data x fsdp = 8 devices .the batch"):
         sharding.check_batch(12, mesh(data=2, fsdp=4), rows_of())
     flat = rows_of(mmdit=sharding.row("zero2_flat"))
-    with pytest.raises(InputError, match="4 rows.*data x fsdp x tensor = 8 .*sharding.mmdit"):
+    with pytest.raises(InputError, match="4 examples.*data x fsdp x tensor = 8 .*sharding.mmdit"):
         sharding.check_batch(4, mesh(fsdp=4, tensor=2), flat)

@@ -18,7 +18,7 @@ def batch(config, seed, rows=None, pictures=0):
     rng = np.random.default_rng(seed)
     rows = rows or config.data.batch
     model = config.model
-    layout = prompts.PromptLayout(
+    layout = prompts.PromptBuilder(
         prompts.load_tokenizer(TOKENIZER), model.max_text, model.num_queries, model.vlm_pixels
     )
     draw = lambda *shape: rng.integers(0, 256, shape, dtype=np.uint8)  # noqa: E731
@@ -50,8 +50,8 @@ def batch(config, seed, rows=None, pictures=0):
 class Pipeline:
     """Stands in for data.pipeline.Pipeline: pictures only at every second step."""
 
-    def __init__(self, config, split, layout):
-        self.config, self.split, self.layout = config, split, layout
+    def __init__(self, config, split, prompts):
+        self.config, self.split, self.prompts = config, split, prompts
 
     def batches(self, first):
         step = first

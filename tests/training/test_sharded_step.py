@@ -1,4 +1,4 @@
-"""One training step is the same on one device and on eight, however the towers lie."""
+"""One training step is the same on one device and on eight, however the towers are sharded."""
 
 import functools
 import pathlib
@@ -29,7 +29,7 @@ ROWS["paper"] = recipes.PAPER.rows
 
 
 def config_of(stage, rows="fsdp", **changes):
-    """A nano config whose towers lie by `rows`.
+    """A nano config whose towers are sharded by `rows` of the table.
 
     With a small eps, Adam's first step is the sign of the gradient, which no two sums share; with
     a large one it is smooth, so that the new parameters can be compared.
@@ -98,20 +98,16 @@ def assert_close(found, wanted, tolerance=1e-5):
     ("stage", "rows", "mesh"),
     [
         ("stage1", "zero1", "all"),
-        ("stage1", "zero2", "tensor"),
         ("stage1", "fsdp", "context"),
-        ("stage1", "tensor", "tensor"),
         ("stage1", "paper", "all"),
         ("stage2", "zero1", "tensor"),
         ("stage2", "zero2", "fsdp"),
         ("stage2", "fsdp", "data"),
         ("stage2", "tensor", "all"),
         ("stage2", "paper", "tensor"),
-        ("stage3", "zero1", "fsdp"),
         ("stage3", "zero2", "context"),
         ("stage3", "fsdp", "all"),
         ("stage3", "paper", "all"),
-        ("highres", "fsdp", "context"),
     ],
 )
 def test_a_step_on_eight_devices_is_the_step_on_one(stage, rows, mesh):
@@ -124,8 +120,8 @@ def test_a_step_on_eight_devices_is_the_step_on_one(stage, rows, mesh):
 
 
 def test_an_offloaded_state_takes_the_same_step():
-    """Moments and average lie in the host's memory between steps, and nothing else changes."""
-    mesh = sharding.build_mesh(MESHES["fsdp"])
+    """Moments and average stay in the host's memory between steps, and nothing else changes."""
+    mesh = sharding.build_mesh({"fsdp": 2}, jax.devices()[:2])
     results = {}
     for offload in (False, True):
         config = config_of("stage2", optimizer__offload=offload)

@@ -12,9 +12,9 @@ from qk_jax.base.errors import InputError
 from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
 from qk_jax.training import start
-from qk_jax.weights import from_pytorch, tables
-from qk_jax.weights.read import mmdit_shapes
-from qk_jax.weights.write import export_lora, export_vae, export_vlm
+from qk_jax.weights import from_pytorch
+from qk_jax.weights import read as weights_read
+from qk_jax.weights.write import export_lora, export_model
 
 NANO = pathlib.Path(__file__).parent / "nano.py"
 
@@ -31,8 +31,8 @@ def random_parts(folder):
     """Folders of a random nano VLM and VAE; their parameters."""
     model = stage("stage1").model
     params = model.init(jax.random.key(0), ("vlm", "vae"))
-    export_vlm(params["vlm"], model.config.vlm, folder / "vlm")
-    export_vae(params["vae"], model.config.vae, folder / "vae")
+    export_model(params["vlm"], model.config.vlm, folder / "vlm")
+    export_model(params["vae"], model.config.vae, folder / "vae")
     return params
 
 
@@ -44,11 +44,11 @@ def same(tree, other):
         np.testing.assert_array_equal(tree[name], other[name], err_msg=name)
 
 
-def test_stage_1_starts_from_a_folder_and_from_an_import(tmp_path):
+def test_stage_1_starts_from_a_folder_and_from_a_converted_one(tmp_path):
     wanted = random_parts(tmp_path)
-    from_pytorch.convert(str(tmp_path / "vae"), str(tmp_path / "imported"))
+    from_pytorch.convert(str(tmp_path / "vae"), str(tmp_path / "converted"))
     mesh = sharding.build_mesh({"fsdp": 2, "data": 4})
-    init = {"vlm": tmp_path / "vlm", "vae": tmp_path / "imported"}
+    init = {"vlm": tmp_path / "vlm", "vae": tmp_path / "converted"}
     params = start.parameters(stage("stage1", mesh, **init), tmp_path)
     same({part: params[part] for part in wanted}, wanted)
     kernel = params["vlm"]["language_model"]["layers"]["mlp"]["up_proj"]["kernel"]
@@ -67,7 +67,7 @@ def test_other_sizes_than_the_config_has_are_named(tmp_path):
 @pytest.mark.parametrize("rank", [2, 3])
 def test_stage_3_starts_from_a_lora_file(tmp_path, rank):
     """The file's alpha and the config's agree in what the model computes."""
-    shapes = mmdit_shapes(stage("stage3").model.config.mmdit)
+    shapes = weights_read.shapes(stage("stage3").model.config.mmdit)
     rng, flat = np.random.default_rng(0), {}
     for path, shape in shapes.items():
         if "/attn/" in path or "_mlp/" in path:
@@ -76,7 +76,7 @@ def test_stage_3_starts_from_a_lora_file(tmp_path, rank):
                 module = path.removesuffix("/kernel")
                 flat[f"{module}/lora_a"] = rng.standard_normal((layers, inner, rank), np.float32)
                 flat[f"{module}/lora_b"] = rng.standard_normal((layers, rank, outer), np.float32)
-    export_lora(unflatten_dict(flat, sep="/"), 0.5, tables.mmdit(), tmp_path / "lora")
+    export_lora(unflatten_dict(flat, sep="/"), 0.5, tmp_path / "lora")
     plan = stage("stage3", lora=tmp_path / "lora")
     if rank != plan.config.lora.rank:
         with pytest.raises(InputError, match="config.lora.rank=3"):

@@ -7,22 +7,13 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from flax.traverse_util import flatten_dict, unflatten_dict
 
+from qk_jax.base.trees import flatten as flat
+from qk_jax.base.trees import unflatten
 from qk_jax.models import mmdit, qwen_vl, vae
 from qk_jax.models.qwen_text import TextConfig
 from qk_jax.models.qwen_vision import VisionConfig
-from qk_jax.weights import tables
-from qk_jax.weights.read import (
-    import_mmdit,
-    import_vae,
-    import_vlm,
-    mmdit_shapes,
-    vae_shapes,
-    vae_table,
-    vlm_shapes,
-)
-from qk_jax.weights.write import export_mmdit, export_vae, export_vlm
+from qk_jax.weights import read, tables, write
 
 VLM = qwen_vl.VLMConfig(
     text=TextConfig(
@@ -51,62 +42,58 @@ QWEN_VAE = vae.QwenImageVAEConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """One model: its config, the functions that convert it and the class that loads it."""
+    """One model: its part and config, and the class that loads it."""
 
+    part: str
     config: Any
-    shapes: Any
-    write: Any
-    read: Any
-    table: tables.Table
     torch_class: Any
+
+    @property
+    def shapes(self):
+        return read.shapes(self.config)
+
+    @property
+    def table(self):
+        return tables.of(self.config)
+
+    def write(self, params, folder, *args, **kwargs):
+        write.export_model(params, self.config, folder, *args, **kwargs)
+
+    def read(self, folder, *args, **kwargs):
+        return read.import_model(self.part, folder, *args, **kwargs)
 
 
 def _vlm(config):
-    table = tables.vlm(config.tie_word_embeddings)
-    return Kind(
-        config, vlm_shapes, export_vlm, import_vlm, table,
-        transformers.Qwen2_5_VLForConditionalGeneration,
-    )  # fmt: skip
+    return Kind("vlm", config, transformers.Qwen2_5_VLForConditionalGeneration)
 
 
 def _vae(config):
-    name = config.to_hf()["_class_name"]
-    return Kind(
-        config, vae_shapes, export_vae, import_vae,
-        vae_table(config), getattr(diffusers, name),
-    )  # fmt: skip
+    return Kind("vae", config, getattr(diffusers, vae.kind(config)))
 
 
 KINDS = {
     "vlm": _vlm(VLM),
     "vlm_tied": _vlm(dataclasses.replace(VLM, tie_word_embeddings=True)),
-    "mmdit": Kind(
-        MMDIT, mmdit_shapes, export_mmdit, import_mmdit,
-        tables.mmdit(), diffusers.QwenImageTransformer2DModel,
-    ),
+    "mmdit": Kind("mmdit", MMDIT, diffusers.QwenImageTransformer2DModel),
     "kl": _vae(KL),
     "kl_plain": _vae(dataclasses.replace(KL, use_quant_conv=False, use_post_quant_conv=False)),
     "qwen_vae": _vae(QWEN_VAE),
-}  # fmt: skip
+}
 
 
 def random_tree(shapes, seed=0):
     """Random float32 parameters: scales about one, matrices about variance-preserving."""
     rng = np.random.default_rng(seed)
-    flat = {}
+    leaves = {}
     for path, shape in shapes.items():
         noise = rng.standard_normal(shape).astype(np.float32)
         if path.endswith("scale"):
-            flat[path] = 1 + 0.2 * noise
+            leaves[path] = 1 + 0.2 * noise
         elif path.endswith(("kernel", "lora_a", "lora_b")):
-            flat[path] = noise / np.float32(np.sqrt(np.prod(shape[:-1][-3:])))
+            leaves[path] = noise / np.float32(np.sqrt(np.prod(shape[:-1][-3:])))
         else:
-            flat[path] = 0.2 * noise
-    return unflatten_dict(flat, sep="/")
-
-
-def flat(tree):
-    return flatten_dict(tree, sep="/")
+            leaves[path] = 0.2 * noise
+    return unflatten(leaves)
 
 
 def assert_same(tree, other):

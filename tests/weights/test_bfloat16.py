@@ -19,6 +19,7 @@ import qk_jax
 from qk_jax.models import mmdit, qwen_vl, vae
 from qk_jax.models.qwen_text import TextConfig
 from qk_jax.models.qwen_vision import VisionConfig
+from qk_jax.weights import hub_configs
 from tests.models import torch_copy
 
 SEEDS = range(3)
@@ -60,9 +61,11 @@ def pair(kind, config, seed, folder):
 
     def make():
         if kind is transformers.Qwen2_5_VLForConditionalGeneration:
-            model = kind(transformers.Qwen2_5_VLConfig.from_dict(config.to_hf()))
+            model = kind(transformers.Qwen2_5_VLConfig.from_dict(hub_configs.to_hf(config)))
         else:
-            model = kind(**{k: v for k, v in config.to_hf().items() if not k.startswith("_")})
+            model = kind(
+                **{k: v for k, v in hub_configs.to_hf(config).items() if not k.startswith("_")}
+            )
         model = torch_copy.randomize(model.float().eval(), seed, scale=0.2)
         with torch.no_grad():
             for weight in model.parameters():

@@ -1,6 +1,7 @@
 """The published config.json files: what they mean, and that nothing else is taken for them."""
 
 import copy
+import json
 import math
 
 import diffusers
@@ -8,9 +9,10 @@ import pytest
 import transformers
 
 from qk_jax.base.errors import InputError
+from qk_jax.base.files import read_json
 from qk_jax.models import mmdit, qwen_vl, vae
-from qk_jax.models.qwen_vl import VLMConfig
-from qk_jax.weights.read import mmdit_shapes, read_json, vae_shapes, vlm_shapes
+from qk_jax.weights.hub_configs import from_hf, to_hf
+from qk_jax.weights.read import shapes
 
 SECTIONS = [16, 24, 24]
 VISION = {
@@ -156,9 +158,9 @@ def edited(config, path, value):
 
 @pytest.mark.parametrize("size", sorted(FLAT))
 def test_published_vlms(size):
-    config = VLMConfig.from_hf(FLAT[size])
+    config = from_hf("vlm", FLAT[size])
     assert config == qwen_vl.PRESETS[size]
-    assert count(vlm_shapes(config)) == COUNTS[size]
+    assert count(shapes(config)) == COUNTS[size]
 
 
 @pytest.mark.parametrize("size", sorted(FLAT))
@@ -166,15 +168,24 @@ def test_published_vlms_saved_again(size, tmp_path):
     transformers.Qwen2_5_VLConfig.from_dict(copy.deepcopy(FLAT[size])).save_pretrained(tmp_path)
     saved = read_json(tmp_path / "config.json")
     assert "rope_parameters" in saved["text_config"]
-    assert VLMConfig.from_hf(saved) == qwen_vl.PRESETS[size]
+    assert from_hf("vlm", saved) == qwen_vl.PRESETS[size]
+
+
+@pytest.mark.parametrize("size", sorted(qwen_vl.PRESETS))
+def test_vlms_survive_the_round_trip_through_transformers(size):
+    config = qwen_vl.PRESETS[size]
+    assert from_hf("vlm", to_hf(config)) == config
+    read = transformers.Qwen2_5_VLConfig.from_dict(to_hf(config))
+    assert from_hf("vlm", read.to_dict()) == config
+    assert hash(config) == hash(from_hf("vlm", to_hf(config)))
 
 
 def test_the_text_encoder_of_qwen_image():
     before = copy.deepcopy(QWEN_IMAGE_TEXT_ENCODER)
-    assert VLMConfig.from_hf(QWEN_IMAGE_TEXT_ENCODER) == qwen_vl.PRESETS["7b"]
+    assert from_hf("vlm", QWEN_IMAGE_TEXT_ENCODER) == qwen_vl.PRESETS["7b"]
     assert before == QWEN_IMAGE_TEXT_ENCODER
     tied = edited(QWEN_IMAGE_TEXT_ENCODER, "text_config.tie_word_embeddings", True)
-    assert VLMConfig.from_hf(tied).tie_word_embeddings
+    assert from_hf("vlm", tied).tie_word_embeddings
 
 
 VLM_CHANGES = {
@@ -225,12 +236,12 @@ VLM_CHANGES = {
 def test_vlms_that_are_not_computed_are_refused_by_name(path):
     for value in VLM_CHANGES[path]:
         with pytest.raises(InputError, match=path.split(".")[-1].removesuffix("s")):
-            VLMConfig.from_hf(edited(QWEN_IMAGE_TEXT_ENCODER, path, value))
+            from_hf("vlm", edited(QWEN_IMAGE_TEXT_ENCODER, path, value))
     flat = path.removeprefix("text_config.")
     if flat != path:
         for value in VLM_CHANGES[path]:
             with pytest.raises(InputError, match=flat.split(".")[-1]):
-                VLMConfig.from_hf(edited(FLAT["7b"], flat, value))
+                from_hf("vlm", edited(FLAT["7b"], flat, value))
 
 
 @pytest.mark.parametrize(
@@ -241,16 +252,22 @@ def test_vlms_that_are_not_computed_are_refused_by_name(path):
 def test_keys_of_vlms_that_change_nothing(path):
     for place in ("", "text_config.", "vision_config."):
         changed = edited(QWEN_IMAGE_TEXT_ENCODER, place + path, 7)
-        assert VLMConfig.from_hf(changed) == qwen_vl.PRESETS["7b"]
-    assert VLMConfig.from_hf(edited(FLAT["7b"], "quantization_config", None))
+        assert from_hf("vlm", changed) == qwen_vl.PRESETS["7b"]
+    assert from_hf("vlm", edited(FLAT["7b"], "quantization_config", None))
 
 
 @pytest.mark.parametrize("name", sorted(TRANSFORMERS))
 def test_published_transformers(name):
-    config = mmdit.MMDiTConfig.from_hf(TRANSFORMERS[name])
+    config = from_hf("mmdit", TRANSFORMERS[name])
     assert config.zero_cond_t == (name == "Qwen-Image-Edit-2511")
     assert config == mmdit.MMDiTConfig(zero_cond_t=config.zero_cond_t)
-    assert count(mmdit_shapes(config)) == 20_430_401_088
+    assert count(shapes(config)) == 20_430_401_088
+
+
+def test_transformers_survive_the_round_trip():
+    for config in mmdit.PRESETS.values():
+        assert from_hf("mmdit", json.loads(json.dumps(to_hf(config)))) == config
+    assert from_hf("mmdit", {"out_channels": None}).out_channels == 64
 
 
 @pytest.mark.parametrize(
@@ -271,15 +288,15 @@ def test_published_transformers(name):
 def test_transformers_that_are_not_computed_are_refused_by_name(path, values):
     for value in values:
         with pytest.raises(InputError, match=path if path != "_class_name" else "class"):
-            mmdit.MMDiTConfig.from_hf(QWEN_IMAGE | {path: value})
+            from_hf("mmdit", QWEN_IMAGE | {path: value})
 
 
 @pytest.mark.parametrize("name", sorted(VAES))
 def test_published_vaes(name):
     values, parameters = VAES[name]
-    config = vae.config_from_hf(values)
+    config = from_hf("vae", values)
     assert config == vae.PRESETS[name]
-    assert count(vae_shapes(config)) == parameters
+    assert count(shapes(config)) == parameters
 
 
 @pytest.mark.parametrize("name", sorted(VAES))
@@ -289,7 +306,16 @@ def test_published_vaes_saved_again(name, tmp_path):
     small = {"block_out_channels": [32] * 4} if name != "qwen_image" else {"base_dim": 4}
     kind.from_config(values | small).save_config(tmp_path)
     saved = read_json(tmp_path / "config.json")
-    assert vae.config_from_hf(saved) == vae.config_from_hf(values | small)
+    assert from_hf("vae", saved) == from_hf("vae", values | small)
+
+
+@pytest.mark.parametrize("name", sorted(vae.PRESETS))
+def test_vaes_survive_the_round_trip_and_diffusers_reads_them_completely(name):
+    config = vae.PRESETS[name]
+    values = to_hf(config)
+    assert from_hf("vae", values) == config
+    theirs = getattr(diffusers, values.pop("_class_name")).from_config(values).config
+    assert {key: theirs[key] for key in values} == values
 
 
 KL_CHANGES = {
@@ -332,4 +358,4 @@ def test_vaes_that_are_not_computed_are_refused_by_name(values, path, changes):
     words = {"_class_name": "class", "block_out_channels": "block_"}  # of as many block types
     for value in changes:
         with pytest.raises(InputError, match=words.get(path, path)):
-            vae.config_from_hf(edited(values, path, value))
+            from_hf("vae", edited(values, path, value))

@@ -18,7 +18,7 @@ from qk_jax.weights.write import export_lora
 from tests.weights import nano
 
 KIND = nano.KINDS["mmdit"]
-SHAPES = KIND.shapes(KIND.config)
+SHAPES = KIND.shapes
 PARAMS = nano.random_tree(SHAPES)
 MODULES = (
     "transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_q",
@@ -34,7 +34,7 @@ WIDTHS = lora_files._linears(SHAPES)
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    KIND.write(PARAMS, KIND.config, folder)
+    KIND.write(PARAMS, folder)
     return folder
 
 
@@ -59,7 +59,7 @@ def ours(path, tmp_path):
         ends = (kernel[-2], rank) if name.endswith("lora_a") else (rank, kernel[-1])
         assert leaf.shape == (*kernel[:-2], *ends)
     merged = jax.tree.map(np.asarray, lora.merge(PARAMS, adapter, 1.0))
-    KIND.write(merged, KIND.config, tmp_path / "merged")
+    KIND.write(merged, tmp_path / "merged")
     return outputs(nano.load(KIND, tmp_path / "merged"))
 
 
@@ -203,11 +203,11 @@ def test_types(files, dtype, wanted, tmp_path):
 def test_what_we_write_we_read(tmp_path):
     adapter = lora.init(jax.random.key(0), PARAMS, lora.MMDIT_TARGETS, rank=3)
     adapter = nano.random_tree({k: v.shape for k, v in nano.flat(adapter).items()}, seed=1)
-    export_lora(adapter, 0.25, KIND.table, tmp_path / "a")
+    export_lora(adapter, 0.25, tmp_path / "a")
     found, rank = lora_files.import_lora(tmp_path / "a", SHAPES)
     assert rank == 3
     nano.assert_same(found, jax.tree.map(np.asarray, lora.scaled(adapter, 0.25)))
-    export_lora(found, 1.0, KIND.table, tmp_path / "b")
+    export_lora(found, 1.0, tmp_path / "b")
     one, other = (
         (tmp_path / name / "pytorch_lora_weights.safetensors").read_bytes() for name in "ab"
     )

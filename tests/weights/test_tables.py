@@ -14,8 +14,8 @@ from qk_jax.base import files
 from qk_jax.base.errors import InputError
 from qk_jax.models import lora, mmdit, qwen_vl, rotary, vae
 from qk_jax.pictures.grids import mrope_positions
-from qk_jax.weights import safetensors
-from qk_jax.weights.write import export_lora, export_vae, spill
+from qk_jax.weights import hub_configs, safetensors
+from qk_jax.weights.write import export_lora, export_model, torch_tensors
 from tests.weights import nano
 
 GRID = (4, 6)
@@ -24,7 +24,7 @@ GRID = (4, 6)
 @functools.cache
 def params_of(name):
     kind = nano.KINDS[name]
-    return nano.random_tree(kind.shapes(kind.config))
+    return nano.random_tree(kind.shapes)
 
 
 @pytest.fixture(params=nano.KINDS)
@@ -37,17 +37,16 @@ def test_every_leaf_has_a_row_and_every_row_a_leaf():
     used = {kind.torch_class: set() for kind in nano.KINDS.values()}
     for kind in nano.KINDS.values():
         tables[kind.torch_class] |= {row.torch for row in kind.table.rows}
-        for path, shape in kind.shapes(kind.config).items():
+        for path, shape in kind.shapes.items():
             for name, layer, row in kind.table.names(path, shape):
                 used[kind.torch_class].add(row.torch)
-                slot = kind.table.locate(name)
-                assert (slot.path, slot.layer, slot.transform) == (path, layer, row.transform)
+                assert kind.table.locate(name) == (path, layer, row.transform)
     assert used == tables
 
 
 def test_params_walk_to_torch_and_back_bit_equal(name, tmp_path):
     kind = nano.KINDS[name]
-    kind.write(params_of(name), kind.config, tmp_path / "ours")
+    kind.write(params_of(name), tmp_path / "ours")
     model = nano.load(kind, tmp_path / "ours")
     model.save_pretrained(tmp_path / "theirs")
     for folder in ("ours", "theirs"):
@@ -59,7 +58,7 @@ def test_params_walk_to_torch_and_back_bit_equal(name, tmp_path):
 @pytest.mark.parametrize("kind_name", ["vlm", "vlm_tied"])
 def test_vlm_computes_the_same(kind_name, tmp_path):
     kind = nano.KINDS[kind_name]
-    kind.write(params_of(kind_name), kind.config, tmp_path)
+    kind.write(params_of(kind_name), tmp_path)
     model = nano.load(kind, tmp_path)
     rng = np.random.default_rng(0)
     pictured = [kind.config.image_token_id] * (GRID[0] * GRID[1] // 4)
@@ -86,7 +85,7 @@ def test_vlm_computes_the_same(kind_name, tmp_path):
 
 def test_mmdit_computes_the_same(tmp_path):
     kind = nano.KINDS["mmdit"]
-    kind.write(params_of("mmdit"), kind.config, tmp_path)
+    kind.write(params_of("mmdit"), tmp_path)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 24, kind.config.in_channels)).astype(np.float32)
     context = rng.standard_normal((1, 5, kind.config.joint_attention_dim)).astype(np.float32)
@@ -112,7 +111,7 @@ def test_mmdit_computes_the_same(tmp_path):
 @pytest.mark.parametrize("kind_name", ["kl", "kl_plain", "qwen_vae"])
 def test_vae_computes_the_same(kind_name, tmp_path):
     kind = nano.KINDS[kind_name]
-    kind.write(params_of(kind_name), kind.config, tmp_path)
+    kind.write(params_of(kind_name), tmp_path)
     model, module = nano.load(kind, tmp_path), vae.VAE(kind.config)
     frame = (slice(None),) * 2 + ((None,) if kind_name == "qwen_vae" else ())
     x = np.random.default_rng(0).uniform(-1, 1, (1, 16, 32, 3)).astype(np.float32)
@@ -133,7 +132,7 @@ def test_vae_computes_the_same(kind_name, tmp_path):
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_small_types_are_written_and_read(name, dtype, tmp_path):
     kind = nano.KINDS[name]
-    kind.write(params_of(name), kind.config, tmp_path, dtype)
+    kind.write(params_of(name), tmp_path, dtype)
     wanted = {path: leaf.astype(dtype) for path, leaf in nano.flat(params_of(name)).items()}
     as_stored, as_float = kind.read(tmp_path)[1], kind.read(tmp_path, np.float32)[1]
     for path, leaf in nano.flat(as_stored).items():
@@ -148,22 +147,22 @@ def test_small_types_are_written_and_read(name, dtype, tmp_path):
 def test_values_beyond_float16_are_refused(tmp_path):
     kind = nano.KINDS["mmdit"]
     params = nano.flat(params_of("mmdit")) | {"img_in/bias": np.full(32, 7e4, np.float32)}
-    params = nano.unflatten_dict(params, sep="/")
+    params = nano.unflatten(params)
     with pytest.raises(InputError, match="img_in.bias has values beyond the range of float16"):
-        kind.write(params, kind.config, tmp_path, np.float16)
+        kind.write(params, tmp_path, np.float16)
     assert not list(tmp_path.iterdir())
 
 
 def test_shards_are_small_and_leave_nothing_stale(tmp_path):
     kind = nano.KINDS["mmdit"]
-    kind.write(params_of("mmdit"), kind.config, tmp_path, max_shard_bytes=30_000)
+    kind.write(params_of("mmdit"), tmp_path, max_shard_bytes=30_000)
     files = sorted(tmp_path.glob("*.safetensors"))
     index = files.read_json(tmp_path / "diffusion_pytorch_model.safetensors.index.json")
     assert len(files) > 2 and set(index["weight_map"].values()) == {file.name for file in files}
     assert all(file.stat().st_size < 34_000 for file in files)
     nano.load(kind, tmp_path)
     nano.assert_same(kind.read(tmp_path)[1], params_of("mmdit"))
-    kind.write(params_of("mmdit"), kind.config, tmp_path)
+    kind.write(params_of("mmdit"), tmp_path)
     left = ["config.json", "diffusion_pytorch_model.safetensors"]
     assert sorted(file.name for file in tmp_path.iterdir()) == left
 
@@ -171,16 +170,16 @@ def test_shards_are_small_and_leave_nothing_stale(tmp_path):
 def test_the_qwen_vae_keeps_what_pictures_never_reach(tmp_path):
     kind = nano.KINDS["qwen_vae"]
     torch.manual_seed(0)
-    values = {k: v for k, v in kind.config.to_hf().items() if not k.startswith("_")}
+    values = {k: v for k, v in hub_configs.to_hf(kind.config).items() if not k.startswith("_")}
     model = kind.torch_class(**values)
     model.save_pretrained(tmp_path / "original")
     config, params = kind.read(tmp_path / "original")
-    export_vae(params, config, tmp_path / "full", original=tmp_path / "original")
+    export_model(params, config, tmp_path / "full", original=tmp_path / "original")
     copy = nano.load(kind, tmp_path / "full").state_dict()
     assert copy.keys() == model.state_dict().keys()
     for name, weight in model.state_dict().items():
         assert torch.equal(copy[name], weight), name
-    export_vae(params, config, tmp_path / "bare")
+    export_model(params, config, tmp_path / "bare")
     bare = nano.load(kind, tmp_path / "bare").state_dict()
     assert not any(weight.any() for name, weight in bare.items() if "time_conv" in name)
 
@@ -199,14 +198,14 @@ def test_names_of_both_generations_are_known():
 @pytest.mark.parametrize("change", ["layers", "width", "unknown", "missing", "class"])
 def test_weights_that_do_not_fit_their_config_are_refused(change, tmp_path):
     kind = nano.KINDS["mmdit"]
-    kind.write(params_of("mmdit"), kind.config, tmp_path)
-    config = kind.config.to_hf()
+    kind.write(params_of("mmdit"), tmp_path)
+    config = hub_configs.to_hf(kind.config)
     message = {
         "layers": r"holds tensors .*: transformer_blocks\.1\.",
         "width": "shape",
-        "unknown": "no place for: extra.weight",
+        "unknown": "this model does not have: extra.weight",
         "missing": "lacks img_in.bias",
-        "class": "'FluxTransformer2DModel'; give a QwenImageTransformer2DModel",
+        "class": "'FluxTransformer2DModel'; give one of class 'QwenImageTransformer2DModel'",
     }[change]
     if change == "layers":
         config["num_layers"] = 1
@@ -221,25 +220,24 @@ def test_weights_that_do_not_fit_their_config_are_refused(change, tmp_path):
             tensors["extra.weight"] = np.zeros(3, np.float32)
         else:
             del tensors["img_in.bias"]
-        safetensors.write_tensors(tmp_path, "diffusion_pytorch_model", tensors.items())
+        safetensors.write_tensors(tmp_path, "diffusion_pytorch_model", tensors)
     files.write_json(tmp_path / "config.json", config)
     with pytest.raises(InputError, match=message):
         kind.read(tmp_path)
 
 
 def test_a_tree_of_another_config_is_refused(tmp_path):
-    kind = nano.KINDS["kl"]
     with pytest.raises(InputError, match="quant_conv/bias has the shape"):
-        kind.write(params_of("kl"), nano.KINDS["kl_plain"].config, tmp_path)
+        nano.KINDS["kl_plain"].write(params_of("kl"), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_ignored_tensors_must_be_named(tmp_path):
     kind = nano.KINDS["mmdit"]
-    tensors = dict(spill(kind.table, params_of("mmdit"), kind.shapes(kind.config)))
-    tensors["extra.weight"] = np.zeros(3, np.float32)
-    safetensors.write_tensors(tmp_path, "model", tensors.items())
-    files.write_json(tmp_path / "config.json", kind.config.to_hf())
+    tensors = torch_tensors(kind.table, params_of("mmdit"), kind.shapes)
+    more = {"extra.weight": np.zeros(3, np.float32)}
+    safetensors.write_tensors(tmp_path, "model", tensors | more)
+    files.write_json(tmp_path / "config.json", hub_configs.to_hf(kind.config))
     with pytest.raises(InputError, match="extra.weight"):
         kind.read(tmp_path)
     _, params = kind.read(tmp_path, ignore=[r"extra\..*"])
@@ -251,9 +249,9 @@ def test_an_adapter_computes_the_same_in_diffusers(tmp_path):
     params = params_of("mmdit")
     adapter = lora.init(jax.random.key(0), params, lora.MMDIT_TARGETS, rank=3)
     adapter = nano.random_tree({k: v.shape for k, v in nano.flat(adapter).items()}, seed=1)
-    kind.write(lora.merge(params, adapter, 0.5), kind.config, tmp_path / "merged")
-    kind.write(params, kind.config, tmp_path / "base")
-    export_lora(adapter, 0.5, kind.table, tmp_path / "lora")
+    kind.write(lora.merge(params, adapter, 0.5), tmp_path / "merged")
+    kind.write(params, tmp_path / "base")
+    export_lora(adapter, 0.5, tmp_path / "lora")
     merged, adapted = (nano.load(kind, tmp_path / folder) for folder in ("merged", "base"))
     rng = np.random.default_rng(0)
     given = {
@@ -276,4 +274,4 @@ def test_an_adapter_computes_the_same_in_diffusers(tmp_path):
 def test_an_adapter_of_another_model_is_refused(tmp_path):
     adapter = {"img_conv": {"lora_a": np.zeros((3, 2)), "lora_b": np.zeros((2, 3))}}
     with pytest.raises(InputError, match="img_conv.* fits no Linear"):
-        export_lora(adapter, 1.0, nano.KINDS["mmdit"].table, tmp_path)
+        export_lora(adapter, 1.0, tmp_path)

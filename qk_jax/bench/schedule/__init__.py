@@ -1,4 +1,4 @@
-"""The compiler's own schedule of a TPU program: the one room that reads HLO.
+"""What a compiled program costs on a TPU slice: the slices, and the walk over scheduled HLO.
 
-Topologies of slices that need not be here, the HLO text, its walk, and the time of each op.
+No other room reads HLO.
 """

@@ -1,4 +1,4 @@
-"""What an estimate of a step says: its time, its ops and its collectives (`hlo` makes it)."""
+"""The estimate of a step that `walk` makes: its time, its ops and its collectives."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Collective:
     """One collective of the step, or several that are alike.
 
     Attributes:
-      kind: one of `topologies.KINDS`.
+      kind: one of `hlo_text.COLLECTIVES`.
       axes: mesh axes of more than one device that its groups span.
       group_size: devices of a group; 2, source and target, of a permute.
-      nbytes: of one device's array at its larger, as `topologies.collective_seconds` asks.
+      nbytes: of one device's array (`topologies.collective_seconds`).
       count: executions per step.
       asynchronous: whether work is scheduled between its start and its done.
       seconds: of all executions, at published bandwidths.
@@ -43,7 +43,7 @@ class Op:
     """One op of the step, or several of the same kind and source line.
 
     Attributes:
-      name: the compiler's, of the dearest.
+      name: the compiler's, of the most expensive.
       kind: 'convolution fusion' (a matrix product and what is fused to it), 'copy fusion' (moves
         only), 'fusion', `PALLAS`, 'async copy' (the wait for one), or the opcode.
       seconds: of all executions in the step.
@@ -70,8 +70,8 @@ class Estimate:
       comm_s: all collectives, hidden or not.
       exposed_comm_s: the part of them that is not hidden.
       step_time_s: compute_s + attention_s + exposed_comm_s.
-      collectives: dearest first.
-      ops: dearest first.
+      collectives: the most expensive first.
+      ops: the most expensive first.
       unpriced: names of ops without an estimate that no rule prices; they count with their bytes
         at the bandwidth of HBM, which may be far too little.
     """
@@ -117,15 +117,15 @@ def together(parts: Sequence[Estimate]) -> Estimate:
 
 
 def _merged(found: Iterable[_Item], key: Callable[[_Item], Any]) -> tuple[_Item, ...]:
-    """Those of equal key as one, named after the dearest; dearest first."""
+    """Those of equal key as one, named after the most expensive; the most expensive first."""
     groups = collections.defaultdict(list)
     for one in found:
         groups[key(one)].append(one)
     merged = []
     for same in groups.values():
-        dearest = max(same, key=lambda one: one.seconds)
-        sums = {name: sum(getattr(one, name) for one in same) for name in _sums(dearest)}
-        merged.append(dataclasses.replace(dearest, **sums))
+        first = max(same, key=lambda one: one.seconds)
+        sums = {name: sum(getattr(one, name) for one in same) for name in _sums(first)}
+        merged.append(dataclasses.replace(first, **sums))
     return tuple(sorted(merged, key=lambda one: -one.seconds))
 
 
@@ -136,12 +136,12 @@ def _sums(one: Collective | Op) -> tuple[str, ...]:
 
 
 def repeated(one: _Item, times: int) -> _Item:
-    """One in a computation that runs some times."""
+    """`times` executions as one."""
     return dataclasses.replace(one, **{name: times * getattr(one, name) for name in _sums(one)})
 
 
 def _op_key(op: Op) -> tuple[str, ...]:
-    """Kind and source line; of Pallas calls the kernel too."""
+    """Kind and source line; for Pallas calls the kernel too."""
     kernel = re.sub(r"[.\d]+$", "", op.name) if op.kind == PALLAS else ""
     return op.kind, op.source, kernel
 

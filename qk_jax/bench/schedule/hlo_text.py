@@ -1,6 +1,7 @@
 """Reads the scheduled HLO that libtpu prints: computations, instructions, sources, trip counts.
 
-One pass over the lines, since a real step is tens of megabytes. Nothing here knows about time.
+It is one pass over the lines, since a real step is tens of megabytes. Nothing here knows about
+time.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -21,22 +22,13 @@ ELEMENT_BYTES = {
     "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
     "f8e4m3fn": 1, "f8e5m2": 1, "f8e4m3b11fnuz": 1, "f4e2m1fn": 0.5,
 }  # fmt: skip
-# Matrix products of a splash kernel, 2 T S D FLOPs per head each: the forward has Q K^T and P V;
-# the backward kernels form Q K^T and dO V^T again, then dQ, or dK and dV, or all three.
-PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "fused": 5}
-LANES = 128  # of a vector register
 COLLECTIVES = frozenset(
     "all-gather reduce-scatter all-reduce all-to-all collective-permute".split()
 )
-# Kinds of what is sent between slices, by libtpu's names.
-MEGASCALE = {
-    "ALL_REDUCE": "all-reduce",
-    "ALL_GATHER": "all-gather",
-    "REDUCE_SCATTER": "reduce-scatter",
-    "ALL_TO_ALL": "all-to-all",
-    "ONE_TO_ONE": "collective-permute",
-}
-# These take no time: they name, or address, what is there.
+# Kinds of transfers between slices, by libtpu's names.
+MEGASCALE = {kind.upper().replace("-", "_"): kind for kind in COLLECTIVES}
+MEGASCALE["ONE_TO_ONE"] = "collective-permute"
+# These take no time: they name, or address, what exists.
 FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id "
     "opt-barrier add-dependency domain send-done".split()
@@ -45,7 +37,7 @@ FREE_TARGETS = frozenset(
     "AllocateBuffer ConcatBitcast SliceId PrepareAsyncCallStart PrepareAsyncCallDone Sharding "
     "AssumeGatherIndicesInBound GatherScatterIndicesBitpacked".split()
 )
-# These move or map elements, so that without an estimate (scalars mostly) bytes tell their time.
+# These move or map elements, so that their bytes tell the time of those without an estimate.
 MOVES = frozenset(
     "copy transpose reshape slice concatenate pad reverse broadcast iota dynamic-slice "
     "dynamic-update-slice".split()
@@ -67,8 +59,7 @@ _OPCODE = re.compile(r"\s*([a-z][a-z0-9-]*)\(")
 _OPERAND = re.compile(r"%([^\s,()]+)")
 _CALLED = re.compile(
     r"(?:calls|body|condition|to_apply|branch_computations|true_computation|false_computation|"
-    r"called_computations)="
-    r"(?:%([^\s,{}]+)|\{([^}]*)\})"
+    r"called_computations)=(?:%([^\s,{}]+)|\{([^}]*)\})"
 )
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _METADATA = re.compile(r'(?<!\w)metadata=\{(?:op_type="[^"]*" )?(?:op_name="([^"]*)")?[^}]*\}')
@@ -77,16 +68,13 @@ _MESH = re.compile(
 )
 _FRAME = re.compile(r"stack_frame_id=(\d+)")
 _FILE = re.compile(r'source_file="([^"]*)" source_line=(\d+)')
+_BRACKETS = re.compile(r"[\[({\])},]")
+_SCOPE_NOISE = re.compile(r"^(while|body|cond|closed_call|checkpoint|jit\([^)]*\))$")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Array:
-    """One array of a shape.
-
-    Attributes:
-      dtype: HLO's name of the element type.
-      dims: sizes.
-    """
+    """One array of a shape; `dtype` is HLO's name of the element type."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -99,7 +87,7 @@ class Array:
 
 @functools.lru_cache(maxsize=1 << 16)
 def arrays(shape: str) -> tuple[Array, ...]:
-    """The arrays of a shape, a tuple's in order."""
+    """The arrays of a shape as it is printed, a tuple's in order."""
     return tuple(
         Array(dtype, tuple(map(int, dims.split(","))) if dims else ())
         for dtype, dims in _ARRAY.findall(shape)
@@ -111,14 +99,16 @@ class Instruction:
     """One scheduled instruction.
 
     Attributes:
+      computation: that it is part of.
       name: without the '%'.
       opcode: 'fusion', 'all-gather', ...
       shape: of the result, as it is printed.
       operands: names; of a constant, the literal.
-      attributes: everything behind the operands.
+      attributes: the text after the operands.
       root: whether it is its computation's result.
     """
 
+    computation: str
     name: str
     opcode: str
     shape: str
@@ -128,12 +118,12 @@ class Instruction:
 
     @property
     def nbytes(self) -> int:
-        """Of the result."""
+        """Bytes of the result."""
         return sum(array.nbytes for array in arrays(self.shape))
 
     @property
     def cycles(self) -> int | None:
-        """The compiler's estimate of one execution, None where it made none."""
+        """The compiler's estimate of one execution, None without one."""
         match = _CYCLES.search(self.attributes)
         return int(match[1]) if match else None
 
@@ -147,41 +137,44 @@ class Instruction:
 
     @property
     def scope(self) -> str:
-        """JAX's name stack, '' where there is none."""
+        """JAX's name stack, '' without one."""
         match = _METADATA.search(self.attributes)
         return (match[1] or "") if match else ""
 
     @property
+    def short_scope(self) -> str:
+        """The name stack without the parts that say only how JAX got there."""
+        return "/".join(part for part in self.scope.split("/") if not _SCOPE_NOISE.match(part))
+
+    @property
     def target(self) -> str:
-        """Of a custom call, what it calls."""
+        """The target of a custom call."""
         return self.attribute("custom_call_target").strip('"')
 
     @property
     def rendezvous(self) -> str:
-        """What joins a send between slices to its receive."""
+        """The name that a send between slices shares with its receive."""
         match = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', self.attributes)
         return match[1] if match else self.name
 
     def attribute(self, name: str) -> str:
-        """The text of `name=...` up to the next comma outside brackets, '' where it is absent."""
-        start = self.attributes.find(f", {name}=")
-        if start < 0:
-            return ""
-        start += len(name) + 3
-        return self.attributes[start : _end(self.attributes, start)]
+        """The text of `name=...` up to the next comma outside brackets, '' if it is absent."""
+        _, found, rest = self.attributes.partition(f", {name}=")
+        return rest[: _end(rest, 0, ",")] if found else ""
+
+    @property
+    def body(self) -> str:
+        """The computation that a loop runs."""
+        return self.attribute("body").removeprefix("%")
 
 
-def _end(text: str, start: int) -> int:
-    """Where the value that begins at `start` ends: at a comma outside of brackets."""
+def _end(text: str, start: int, stop: str) -> int:
+    """The position of the first `stop` outside of the brackets that open after `start`."""
     depth = 0
-    for match in re.compile(r"[\[({\])},]").finditer(text, start):
-        if match[0] in "[({":
-            depth += 1
-        elif match[0] == ",":
-            if not depth:
-                return match.start()
-        else:
-            depth -= 1
+    for match in _BRACKETS.finditer(text, start):
+        if match[0] == stop and not depth:
+            return match.start()
+        depth += (match[0] in "[({") - (match[0] in "])}")
     return len(text)
 
 
@@ -192,7 +185,7 @@ class Module:
     Attributes:
       entry: name of the computation that runs.
       computations: instructions of each by name, in the order of the schedule.
-      partitions: devices that it runs on; of several slices, those of one.
+      partitions: devices that it runs on; for several slices, those of one.
       frames: (file, line, parent's id) by stack_frame_id.
     """
 
@@ -202,84 +195,86 @@ class Module:
     frames: dict[int, tuple[str, int, int]]
 
     @functools.cached_property
-    def loops(self) -> dict[str, tuple[str, Instruction]]:
-        """The computation and the while instruction that run each loop's body and condition."""
-        found = {}
-        for computation, instructions in self.computations.items():
-            for one in instructions.values():
-                if one.opcode == "while":
-                    found.update(dict.fromkeys(one.called, (computation, one)))
-        return found
+    def loops(self) -> dict[str, Instruction]:
+        """The while instruction that runs each loop's body or condition."""
+        return {
+            called: one
+            for instructions in self.computations.values()
+            for one in instructions.values()
+            if one.opcode == "while"
+            for called in one.called
+        }
 
     def root(self, computation: str) -> Instruction:
         """The instruction whose result a computation returns."""
         return next(one for one in self.computations[computation].values() if one.root)
 
-    def strip(self, computation: str, name: str) -> Instruction:
-        """The instruction behind the copies and bitcasts that `name` may be."""
-        one = self.computations[computation][name]
+    def operand(self, one: Instruction, index: int) -> Instruction:
+        """The instruction whose result an instruction reads as one of its operands."""
+        return self.computations[one.computation][one.operands[index]]
+
+    def operands(self, one: Instruction) -> list[Instruction]:
+        """All of them that are instructions."""
+        here = self.computations[one.computation]
+        return [here[name] for name in one.operands if name in here]
+
+    def operand_bytes(self, one: Instruction) -> int:
+        """Bytes of all operands."""
+        return sum(operand.nbytes for operand in self.operands(one))
+
+    def strip(self, one: Instruction) -> Instruction:
+        """The instruction that another is a copy or a bitcast of."""
         while one.opcode in ("copy", "bitcast", "copy-done", "copy-start", "convert"):
-            one = self.computations[computation][one.operands[0]]
+            one = self.operand(one, 0)
         return one
 
-    def element(self, computation: str, name: str) -> int | None:
-        """Which element of a loop's state `name` is, None when it is none."""
-        one = self.strip(computation, name)
-        if one.opcode != "get-tuple-element":
+    def element(self, one: Instruction) -> int | None:
+        """The index of a value in the state of its loop, None if it is none of its elements."""
+        one = self.strip(one)
+        if one.opcode != "get-tuple-element" or self.operand(one, 0).opcode != "parameter":
             return None
-        from_ = self.computations[computation][one.operands[0]]
-        return int(one.attribute("index")) if from_.opcode == "parameter" else None
+        return int(one.attribute("index"))
 
-    def initial(self, caller: str, loop: Instruction, element: int) -> str:
-        """Name, in the caller, of what an element of a loop's state is at first."""
-        return self.computations[caller][loop.operands[0]].operands[element]
+    def initial(self, loop: Instruction, element: int) -> Instruction:
+        """The initial value of an element of a loop's state."""
+        return self.operand(self.operand(loop, 0), element)
 
-    def constant(self, computation: str, name: str) -> int | None:
-        """The integer that `name` always is, also where loops hand it through; None otherwise."""
-        one = self.strip(computation, name)
+    def constant(self, one: Instruction) -> int | None:
+        """The integer that a value always is, also if loops pass it on; None otherwise."""
+        one = self.strip(one)
         if one.opcode == "constant":
             return int(one.operands[0]) if re.fullmatch(r"-?\d+", one.operands[0]) else None
-        element = self.element(computation, name)
-        if element is None or computation not in self.loops:
+        element, loop = self.element(one), self.loops.get(one.computation)
+        if element is None or loop is None:
             return None
-        caller, loop = self.loops[computation]
-        body = loop.attribute("body").lstrip("%")
-        if self.element(body, self.root(body).operands[element]) != element:
+        if self.element(self.operand(self.root(loop.body), element)) != element:
             return None
-        return self.constant(caller, self.initial(caller, loop, element))
+        return self.constant(self.initial(loop, element))
 
-    def operand_bytes(self, computation: str, instruction: Instruction) -> int:
-        """Bytes of all operands."""
-        here = self.computations[computation]
-        return sum(here[name].nbytes for name in instruction.operands if name in here)
-
-    def width(self, computation: str, instruction: Instruction) -> float:
+    def width(self, op: Instruction) -> float:
         """Bytes of an op's operands and results over those that its estimate is for.
 
         Outside of matrix products libtpu 0.0.42 estimates narrow elements as if they had 32 bits:
         x * x * x + x of 16384 x 16384 is 1.07 ms on v5p and 1.62 ms on v6e in float32, bfloat16
         and int8 alike. In float32 that is 0.72 and 0.81 of the bandwidth of HBM.
         """
-        here = self.computations[computation]
-        results = arrays(instruction.shape)
-        largest = max((math.prod(array.dims) for array in results), default=0)
-        slices = "dynamic-slice" in self._opcodes_of(instruction)
-        nbytes = 0.0
-        words = 0
-        for one in (instruction, *(here[name] for name in instruction.operands if name in here)):
+        largest = max((math.prod(array.dims) for array in arrays(op.shape)), default=0)
+        slices = "dynamic-slice" in self._opcodes(op)
+        nbytes = words = 0.0
+        for one in (op, *self.operands(op)):
             for array in arrays(one.shape):
                 count = math.prod(array.dims)
-                # Of what it cuts a slice from, an op reads no more than it writes.
+                # An op reads no more of what it slices than it writes.
                 count = min(count, largest) if slices else count
                 size = ELEMENT_BYTES.get(array.dtype, 0)
                 nbytes += size * count
                 words += max(size, 4) * count if size else 0
         return nbytes / words if words else 1.0
 
-    def started(self, computation: str, done: Instruction) -> str:
+    def started(self, done: Instruction) -> str:
         """Name of the start that a done waits for."""
         while not done.opcode.endswith("-start"):
-            done = self.computations[computation][done.operands[0]]
+            done = self.operand(done, 0)
         return done.name
 
     def collective(self, computation: str) -> Instruction | None:
@@ -287,50 +282,47 @@ class Module:
         inside = self.computations[computation].values()
         return next((one for one in inside if one.opcode in COLLECTIVES), None)
 
-    def kind(self, instruction: Instruction) -> str:
+    def kind(self, one: Instruction) -> str:
         """The opcode; of fusions 'convolution fusion', 'copy fusion' (moves only) or 'fusion'."""
-        if instruction.opcode != "fusion":
-            return instruction.opcode
-        opcodes = self._opcodes_of(instruction)
+        if one.opcode != "fusion":
+            return one.opcode
+        opcodes = self._opcodes(one)
         if opcodes & {"convolution", "dot"}:
             return "convolution fusion"
         return "copy fusion" if opcodes <= FREE | MOVES | {"convert"} else "fusion"
 
-    def _opcodes_of(self, instruction: Instruction) -> set[str]:
-        """Its own, or those of what is fused into it."""
-        if instruction.opcode != "fusion":
-            return {instruction.opcode}
-        inside = self.computations[instruction.called[0]].values()
-        return set().union(*(self._opcodes_of(one) for one in inside))
+    def _opcodes(self, one: Instruction) -> set[str]:
+        """Its own, or those of the computation that it fuses."""
+        if one.opcode != "fusion":
+            return {one.opcode}
+        inside = self.computations[one.called[0]].values()
+        return set().union(*map(self._opcodes, inside))
 
-    def origin(self, computation: str, instruction: Instruction, hops: int = 8) -> Instruction:
+    def origin(self, one: Instruction, hops: int = 8) -> Instruction:
         """The instruction whose metadata tells where another comes from.
 
-        Of a fusion around a matrix product, the product; of what the compiler put in, such as a
-        copy, the producer of what it copies, in a loop that of the iteration before.
+        For a fusion around a matrix product it is the product; for one that the compiler inserted,
+        such as a copy, the producer of its operand, in a loop that of the iteration before.
         """
-        inside = []
-        if instruction.opcode == "fusion":
-            inside = [one for one in self.computations[instruction.called[0]].values() if one.scope]
-        products = [one for one in inside if one.opcode in ("convolution", "dot")]
-        if products or instruction.scope:
-            return products[0] if products else instruction
-        if inside or not hops:
-            return inside[-1] if inside else instruction
-        place = 1 if instruction.opcode.startswith("dynamic-update-slice") else 0
-        here = self.computations[computation]
-        element = self.element(computation, instruction.name)
-        if element is not None and computation in self.loops:
-            body = self.loops[computation][1].attribute("body").lstrip("%")
-            before = self.root(body).operands[element]
-            if self.element(body, before) != element:
-                return self.origin(body, self.computations[body][before], hops - 1)
-        if len(instruction.operands) <= place or instruction.operands[place] not in here:
-            return instruction
-        return self.origin(computation, here[instruction.operands[place]], hops - 1)
+        if one.opcode == "fusion":
+            inside = [part for part in self.computations[one.called[0]].values() if part.scope]
+            products = [part for part in inside if part.opcode in ("convolution", "dot")]
+            if products or (inside and not one.scope):
+                return products[0] if products else inside[-1]
+        if one.scope or not hops:
+            return one
+        element, loop = self.element(one), self.loops.get(one.computation)
+        if element is not None and loop is not None:
+            before = self.operand(self.root(loop.body), element)
+            if self.element(before) != element:
+                return self.origin(before, hops - 1)
+        index = 1 if one.opcode.startswith("dynamic-update-slice") else 0
+        name = "".join(one.operands[index : index + 1])
+        producer = self.computations[one.computation].get(name)
+        return one if producer is None else self.origin(producer, hops - 1)
 
     def source(self, instruction: Instruction) -> str:
-        """'file.py:123', the innermost line outside of packages and helpers; '' where unknown."""
+        """'file.py:123', the innermost line outside of packages and helpers; '' if unknown."""
         plain = _FILE.search(instruction.attributes)
         if plain:
             return f"{plain[1].rsplit('/', 1)[-1]}:{plain[2]}"
@@ -351,9 +343,9 @@ def parse(text: str) -> Module:
     """Reads `compiled.as_text()`.
 
     Raises:
-      InputError: it is no scheduled module of partitioned HLO.
+      InputError: it is no scheduled module.
     """
-    head = text[:200_000].split("\n", 1)[0]
+    head = text[:200_000].partition("\n")[0]
     if not head.startswith("HloModule "):
         raise InputError(
             f"the text {head[:40]!r} is no HLO module; give compiled.as_text() of a program "
@@ -364,16 +356,17 @@ def parse(text: str) -> Module:
             f"{head.split(',')[0]} is not scheduled; give the text of the compiled program, not "
             "of the lowered one"
         )
-    entry, computations = "", {}
-    here: dict[str, Instruction] = {}
+    entry = ""
+    computations: dict[str, dict[str, Instruction]] = {}
     for lines in _logical_lines(text):
         header = _HEADER.match(lines)
         if header:
-            here = computations[header[2]] = {}
-            entry = header[2] if header[1] else entry
+            name = header[2]
+            computations[name] = {}
+            entry = name if header[1] else entry
         else:
-            one = _instruction(lines)
-            here[one.name] = one
+            one = _instruction(name, lines)
+            computations[name][one.name] = one
     if not entry:
         raise InputError(f"{head.split(',')[0]} has no ENTRY computation; is the text cut off?")
     match = re.search(r"num_partitions=(\d+)", head)
@@ -400,34 +393,24 @@ def _logical_lines(text: str) -> Iterator[str]:
             open_ += line
 
 
-def _instruction(line: str) -> Instruction:
-    """Parses one."""
+def _instruction(computation: str, line: str) -> Instruction:
     assign = _ASSIGN.match(line)
     start = assign.end() if assign else 0
-    stop = _closing(line, start) if line.startswith("(", start) else line.find(" ", start)
-    opcode = _OPCODE.match(line, stop) if assign else None
-    if not opcode:
+    stop = _end(line, start + 1, ")") + 1 if line.startswith("(", start) else line.find(" ", start)
+    opcode = _OPCODE.match(line, stop)
+    if not assign or not opcode:
         raise InputError(f"the HLO instruction {line.strip()[:80]!r} is not understood")
-    end = _closing(line, opcode.end() - 1)
-    inner = line[opcode.end() : end - 1]
+    end = _end(line, opcode.end(), ")")
+    inner = line[opcode.end() : end]
     operands = (inner,) if opcode[1] == "constant" else tuple(_OPERAND.findall(inner))
     return Instruction(
-        assign[2], opcode[1], line[start:stop], operands, line[end:], bool(assign[1])
-    )
-
-
-def _closing(text: str, start: int) -> int:
-    """The place behind the parenthesis that closes the one at `start`."""
-    depth = 0
-    for match in re.compile(r"[()]").finditer(text, start):
-        depth += 1 if match[0] == "(" else -1
-        if not depth:
-            return match.end()
-    return len(text)
+        computation, assign[2], opcode[1], line[start:stop], operands, line[end + 1 :],
+        bool(assign[1]),
+    )  # fmt: skip
 
 
 def _frames(text: str) -> dict[int, tuple[str, int, int]]:
-    """The tables of sources in front of the computations, joined."""
+    """The tables of sources that precede the computations, joined."""
     tables: dict[str, dict[int, str]] = {}
     name = ""
     for line in text[: text.find("\n%")].splitlines():
@@ -438,15 +421,15 @@ def _frames(text: str) -> dict[int, tuple[str, int, int]]:
             name = line
             tables[name] = {}
     fields = functools.partial(re.findall, r"(\w+)=(\d+)")
-    places = {key: dict(fields(rest)) for key, rest in tables.get("FileLocations", {}).items()}
+    locations = {key: dict(fields(rest)) for key, rest in tables.get("FileLocations", {}).items()}
     frames = {}
     for key, rest in tables.get("StackFrames", {}).items():
         frame = dict(fields(rest))
-        place = places.get(int(frame["file_location_id"]), {})
-        file = tables["FileNames"].get(int(place.get("file_name_id", 0)), "")
+        at = locations.get(int(frame["file_location_id"]), {})
+        file = tables["FileNames"].get(int(at.get("file_name_id", 0)), "")
         # Parents are printed one too high; the outermost frame has 1, which is none.
         parent = int(frame.get("parent_frame_id", 1)) - 1
-        frames[key] = file.strip('"'), int(place.get("line", 0)), parent
+        frames[key] = file.strip('"'), int(at.get("line", 0)), parent
     return frames
 
 
@@ -456,7 +439,7 @@ def groups(instruction: Instruction, partitions: int) -> list[list[int]]:
     XLA writes them as lists, as a reshaped and transposed iota or as axes of a mesh.
 
     Raises:
-      InputError: in a form that is not known.
+      InputError: they have another form.
     """
     pairs = instruction.attribute("source_target_pairs")
     text = pairs or instruction.attribute("replica_groups")
@@ -508,57 +491,27 @@ def _mesh_groups(axes: str, order: str | None, used: str) -> list[list[int]]:
     return ids.transpose(rest + spans).reshape(-1, math.prod(shape[s] for s in spans)).tolist()
 
 
-def trip_count(module: Module, caller: str, loop: Instruction) -> int | None:
-    """How often a while loop runs, None when that is not known before it does.
+def trip_count(module: Module, loop: Instruction) -> int | None:
+    """How often a while loop runs, None if that is unknown before it does.
 
-    libtpu leaves no count on its loops: it is found from the comparison in the condition, the
+    libtpu leaves no count on its loops: it follows from the comparison in the condition, the
     counter's first value and what the body adds to it.
     """
     known = re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.attributes)
     if known:
         return int(known[1])
-    condition, body = (loop.attribute(name).lstrip("%") for name in ("condition", "body"))
-    test = module.root(condition)
-    if test.opcode != "compare" or test.attribute("direction") not in ("LT", "LE"):
+    test = module.root(loop.attribute("condition").removeprefix("%"))
+    direction = test.attribute("direction")
+    if test.opcode != "compare" or direction not in ("LT", "LE"):
         return None
-    counter = module.element(condition, test.operands[0])
-    limit = module.constant(condition, test.operands[1])
+    counter = module.element(module.operand(test, 0))
+    limit = module.constant(module.operand(test, 1))
     if counter is None or limit is None:
         return None
-    start = module.constant(caller, module.initial(caller, loop, counter))
-    after = module.strip(body, module.root(body).operands[counter])
-    steps = [module.constant(body, one) for one in after.operands] if after.opcode == "add" else []
-    step = next((value for value in steps if value), None)
+    start = module.constant(module.initial(loop, counter))
+    after = module.strip(module.operand(module.root(loop.body), counter))
+    steps = map(module.constant, module.operands(after)) if after.opcode == "add" else ()
+    step = next(filter(None, steps), None)
     if start is None or not step:
         return None
-    return max(0, math.ceil((limit - start + (test.attribute("direction") == "LE")) / step))
-
-
-_NOISE = re.compile(r"^(while|body|cond|closed_call|checkpoint|jit\([^)]*\))$")
-
-
-def shortened(scope: str) -> str:
-    """A name stack without the parts that say only how JAX got there."""
-    return "/".join(part for part in scope.split("/") if not _NOISE.match(part))
-
-
-def splash_flops(name: str, operands: Sequence[Array], results: Sequence[Array], mxu: int) -> int:
-    """FLOPs of a splash attention kernel from its shapes, heads filled up to the MXU's side.
-
-    The masks are constants that the text leaves out. One that is computed in the kernel (causal or
-    local) shows in a further operand, the positions of the queries, and is taken for causal: half
-    of the blocks of scores, and the diagonal's, are computed.
-    """
-    q, k = [array for array in operands if array.dtype in ("bf16", "f32", "f16")][:2]
-    *heads, length, size = q.dims
-    keys = k.dims[-2]
-    kind = next(kind for kind in ("dkv", "dq", "fwd") if f"_{kind}" in name)
-    if kind == "dkv" and sum(len(array.dims) >= len(q.dims) for array in results) > 2:
-        kind = "fused"
-    whole = PRODUCTS[kind] * 2 * math.prod(heads) * length * keys * math.ceil(size / mxu) * mxu
-    per_token = {(length, LANES), (keys, LANES), (8, length), (8, keys)}
-    integers = sum(array.dtype == "s32" and array.dims[-2:] in per_token for array in operands)
-    if integers <= (2 if "_segmented" in name else 0):
-        return whole
-    blocks = operands[0].dims[-1]  # along the keys: of the table of masks
-    return whole * (blocks + 1) // (2 * blocks)
+    return max(0, math.ceil((limit - start + (direction == "LE")) / step))

@@ -1,8 +1,8 @@
 """TPU slices: which exist, what one device of them can do, and what a collective costs on them.
 
-libtpu makes a topology of any shape it is asked for, of machines that nobody can rent too; here
-only the slices that Google lists do. Figures are per JAX device: a v4 or v5p chip is one device of
-two TensorCores, a TPU7x chip is two devices of one. Sources, where a line names none: the system
+libtpu makes a topology of any shape, also of machines that nobody can rent; here only the slices
+that Google lists exist. Figures are per JAX device: a v4 or v5p chip is one device of two
+TensorCores, a TPU7x chip is two devices of one. Sources, where a line names none: the system
 architecture pages of docs.cloud.google.com/tpu (v4, v5e, v5p, v6e, tpu7x).
 """
 
@@ -23,7 +23,8 @@ from qk_jax.training import flops
 
 GIB = 2**30
 # For a process that compiles for a slice of which it is no part; set before libtpu loads. Without
-# the first, libtpu asks for the metadata of a TPU VM; without the second, processes wait in line.
+# the first, libtpu asks for the metadata of a TPU VM; without the second, processes exclude each
+# other.
 ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 # Least time of one hop over ICI (scaling book, chapter 3).
 HOP_SECONDS = 1e-6
@@ -36,17 +37,17 @@ class Generation:
     Attributes:
       device_kind: JAX's name, the key of `flops.PEAK_TFLOPS`.
       dimensions: of the torus.
-      cores: TensorCores per chip, which is what a slice's name counts in.
+      cores: TensorCores per chip, which a slice's name counts.
       chip_devices: JAX devices per chip.
       cycle_flops: bfloat16 FLOPs of one of the compiler's cycles when every MXU is busy:
         TensorCores x MXUs x side^2 x 2. On v6e and TPU7x a cycle of the estimate does two passes
         of the two 256 x 256 MXUs (large matmuls reach 93 % of that, none exceeds it).
       hbm_bytes: usable, by libtpu's own out-of-memory message.
       hbm_bandwidth: bytes/s.
-      link_bandwidth: bytes/s one way over one ICI link of a chip; of the scaling book, a tenth
+      link_bandwidth: bytes/s one way over one ICI link of a chip; the scaling book's, a tenth
         under the published headline.
       dcn_bandwidth: bytes/s out of one chip over the data-centre network.
-      die_bandwidth: bytes/s one way between the two devices of a chip; 0 where there is one.
+      die_bandwidth: bytes/s one way between the two devices of a chip; 0 if it has one.
     """
 
     device_kind: str
@@ -76,7 +77,7 @@ class Generation:
 
 
 # The scaling book has no figures of TPU7x: its headline (1,200 GB/s both ways over six links) is
-# v5p's, so is its link here; between the dies the page says six times a link. v4's DCN is the
+# v5p's, and so is its link here; between the dies the page says six times a link. v4's DCN is the
 # scaling book's 25 GB/s of a host of four chips.
 GENERATIONS = {
     "v4": Generation(
@@ -102,8 +103,8 @@ ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x"}
 def shapes(generation: str) -> dict[int, tuple[int, ...]]:
     """{chips: shape in chips} of the slices of a generation that can be rented.
 
-    Up to half a cube a 3-D slice is one of four blocks; above, it is whole cubes of 4x4x4 in the
-    most compact cuboid. Sizes follow the accelerator types of the TPU pages and MaxText's
+    Up to half a cube a 3-D slice is one of four blocks; above, it is the most compact cuboid of
+    whole cubes of 4x4x4. Sizes follow the accelerator types of the TPU pages and MaxText's
     accelerator_to_spec_map: v5p jobs end at 6,144 chips, v4 ones at 2,048, TPU7x at 9,216.
     """
     if GENERATIONS[generation].dimensions == 2:
@@ -156,7 +157,7 @@ class Slice:
 
     @property
     def spec(self) -> Generation:
-        """What its devices can do."""
+        """The figures of its devices."""
         return GENERATIONS[self.generation]
 
     @property
@@ -166,7 +167,7 @@ class Slice:
 
     @property
     def wraps(self) -> tuple[bool, ...]:
-        """Which axes close to a ring: all of whole cubes in 3-D, those of 16 chips in 2-D."""
+        """Which axes are rings: all of whole cubes in 3-D, those of 16 chips in 2-D."""
         if self.spec.dimensions == 3:
             return (self.chips >= 64,) * 3
         return tuple(side == 16 for side in self.shape)
@@ -186,8 +187,8 @@ def parse(text: str) -> Slice:
     """A slice from Google's name: 'v5p-128', 'v5litepod-16', '2x v5e-256', '2xv5e-256'.
 
     Raises:
-      InputError: another form, a generation that is not known, or a size that nobody rents out;
-        the nearest ones that exist are named.
+      InputError: another form, an unknown generation, or a size that nobody rents out; names the
+        nearest that exist.
     """
     match = re.fullmatch(r"(?:(\d+)\s*x\s*)?([a-z0-9]+)-(\d+)", text.strip().lower())
     if not match:
@@ -212,8 +213,8 @@ def parse(text: str) -> Slice:
 def devices(where: Slice) -> list[Any]:
     """Devices to compile for, of a slice that need not be here.
 
-    They have `coords`, `core_on_chip`, `slice_index` (None for a single slice) and `device_kind`;
-    nothing can be put on them.
+    They have `coords`, `core_on_chip`, `slice_index` (None for a single slice) and `device_kind`,
+    and hold no arrays.
 
     Raises:
       InputError: libtpu is not installed.
@@ -224,12 +225,12 @@ def devices(where: Slice) -> list[Any]:
         )
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # Not at the top: with it, every use of this table would pay for a module of compilers.
+    # Not at the top: it imports compilers, which the table does not need.
     from jax.experimental import topologies
 
     shape = (*where.shape, 1)[:3]
     hosts = tuple(map(min, shape, (2, 4 if where.shape == (2, 4) else 2, 1)))
-    options = {
+    options: dict[str, Any] = {
         # v4's default is one device per TensorCore; cloud machines join the two.
         "chip_config_name": "megacore" if where.generation == "v4" else "default",
         "chips_per_host_bounds": hosts,
@@ -244,33 +245,25 @@ def devices(where: Slice) -> list[Any]:
     return list(description.devices)
 
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-
-
 def collective_seconds(kind: str, nbytes: float, group: Sequence[Any], where: Slice) -> float:
-    """Time of one collective at the published bandwidths, with nothing beside it on the links.
+    """Seconds of one collective at the published bandwidths, alone on its links.
 
     A ring runs both ways over every axis of the torus that the group spans, all axes at once; an
-    axis that does not close, or of which the group has a part, has half the bandwidth (scaling
-    book, chapter 3). Groups over several slices first work within each slice, then every device
-    takes its share over the data-centre network. The two devices of a TPU7x chip share its links.
+    axis that is no ring, or of which the group has a part, has half the bandwidth (scaling book,
+    chapter 3). Groups over several slices first work within each slice, then every device takes
+    its share over the data-centre network. The two devices of a TPU7x chip share its links.
 
     Args:
-      kind: one of `KINDS`.
-      nbytes: of one device's array, at its larger: the result of an all-gather, the operand of
-        everything else.
+      kind: one of `hlo_text.COLLECTIVES`.
+      nbytes: of one device's array, where it is larger: the result of an all-gather, the operand
+        of everything else.
       group: devices of one replica group (all groups work at once), or source and target of a
         permute; anything with `coords`, `core_on_chip` and `slice_index`.
       where: the slice that they are of.
-
-    Returns:
-      Seconds.
     """
-    if kind not in KINDS:
-        raise ValueError(f"unknown collective {kind!r}")
     spec = where.spec
-    slices = len({_slice_of(device) for device in group})
-    inside = [device for device in group if _slice_of(device) == _slice_of(group[0])]
+    slices = len(set(map(slice_index, group)))
+    inside = [device for device in group if slice_index(device) == slice_index(group[0])]
     dcn = spec.dcn_bandwidth / spec.chip_devices
     if len(group) < 2:
         return 0.0
@@ -285,8 +278,8 @@ def collective_seconds(kind: str, nbytes: float, group: Sequence[Any], where: Sl
     return 2 * once if kind == "all-reduce" else once
 
 
-def _slice_of(device: Any) -> int:
-    """The slice of a device; those of a single slice do not say."""
+def slice_index(device: Any) -> int:
+    """The slice of a device; those of a single slice may have none."""
     return getattr(device, "slice_index", None) or 0
 
 
@@ -298,8 +291,8 @@ class _Torus:
       devices: of the group.
       chips: under them.
       axes: (chips, bytes/s into a chip, hops) of each axis that the group spans.
-      link: bytes/s of a device's way to a neighbour.
-      die: bytes/s between the devices of a chip, 0 when at most one is in the group.
+      link: bytes/s from a device to a neighbour.
+      die: bytes/s between the devices of a chip, 0 if at most one is in the group.
     """
 
     devices: int
@@ -341,14 +334,14 @@ def _torus(inside: Sequence[Any], where: Slice) -> _Torus:
     die = spec.die_bandwidth if both else 0.0
     axes = []
     for axis, (side, wraps) in enumerate(zip(where.shape, where.wraps, strict=True)):
-        places = sorted({device.coords[axis] for device in inside})
-        if len(places) < 2:
+        at = sorted({device.coords[axis] for device in inside})
+        if len(at) < 2:
             continue
-        steps = {b - a for a, b in itertools.pairwise(places)}
-        stride = max(steps)  # groups that lie between each other's chips share the links
-        ring = wraps and len(steps) == 1 and stride * len(places) == side
-        hops = side // 2 if ring else places[-1] - places[0]
-        axes.append((len(places), link * (2 if ring else 1) / stride, hops))
+        steps = {b - a for a, b in itertools.pairwise(at)}
+        stride = max(steps)  # groups with chips between each other's share the links
+        ring = wraps and len(steps) == 1 and stride * len(at) == side
+        hops = side // 2 if ring else at[-1] - at[0]
+        axes.append((len(at), link * (2 if ring else 1) / stride, hops))
     if math.prod(count for count, _, _ in axes) != chips:
         # No block of the torus: a ring through its chips, one way in and one way out.
         axes = [(chips, link, chips - 1)]

@@ -1,14 +1,13 @@
-"""What one step of a compiled program costs on a slice, from its scheduled HLO alone.
+"""The cost of one step of a compiled program on a slice, from its scheduled HLO alone.
 
 The schedule that libtpu leaves is walked once, in order, on one device (all do the same):
 
-- An op lasts the compiler's own `estimated_cycles` at the generation's clock. Of all but matrix
-  products these count bytes, of narrow elements too many (`Module.width`), which is put right.
-  Bodies of loops count as often as they run; of a conditional's branches the dearest counts,
-  always. What a fusion calls is part of the fusion.
-- Pallas kernels have no such estimate. They last as long as their FLOPs at a stated efficiency
-  or their bytes at the bandwidth of HBM, whichever is longer.
-- A collective lasts as long as the published bandwidths allow (`topologies.collective_seconds`).
+- An op takes the compiler's own `estimated_cycles` at the generation's clock. For all but matrix
+  products these follow the bytes and take narrow elements for wide ones (`Module.width`), which is
+  corrected. Bodies of loops count as often as they run; of a conditional's branches the most
+  expensive counts, always. What a fusion calls is part of the fusion.
+- Pallas kernels have no such estimate; see `kernels`.
+- A collective takes as long as the published bandwidths allow (`topologies.collective_seconds`).
   Between its start and its done it hides behind what is scheduled there; collectives over the same
   links take turns. What is left when the done is reached, and every synchronous one, is exposed.
 - Copies between HBM and the vector memory, or to the host, hide in the same way behind what is
@@ -31,21 +30,10 @@ import jax
 import numpy as np
 
 from qk_jax.base.errors import InputError
-from qk_jax.bench.schedule import estimates, hlo_text, topologies
+from qk_jax.bench.schedule import estimates, hlo_text, kernels, topologies
 from qk_jax.bench.schedule.estimates import PALLAS, Collective, Estimate, Op
 from qk_jax.bench.schedule.hlo_text import Instruction, Module
 
-# Fractions of the bfloat16 peak that splash attention reaches, recomputed products included, where
-# its heads fill the MXU. No table of the kernel alone is published; these follow from whole steps:
-# 8B Llama at 64k tokens on v5p, whose attention is half of the FLOPs, runs at 53 % MFU (MaxText
-# pull request 4687), which is 0.49 over forward and backward if the matmuls reach 0.75; here the
-# two come to 0.48.
-FORWARD_EFFICIENCY = 0.55
-BACKWARD_EFFICIENCY = 0.45
-# Side of the MXU, 128 where not listed (pages of v6e and tpu7x). A head of 128 fills half of 256:
-# Wan 2.2 on TPU7x, two thirds attention, reports 384 of 1,153.5 TFLOP/s (MaxDiffusion pull request
-# 487), 0.31 in the kernels if the rest reaches 0.7; here forward and backward come to 0.24.
-MXU_SIDES = {"v6e": 256, "tpu7x": 256}
 # Bytes/s between a chip and its host (scaling book, chapter 2: PCIe).
 HOST_BANDWIDTH = 1.6e10
 
@@ -77,7 +65,7 @@ class _Transfer:
 
     Attributes:
       seconds: alone on its links.
-      links: what it needs for itself meanwhile.
+      links: that it occupies meanwhile.
       report: the collective, without times; or the op that waits for a copy.
     """
 
@@ -91,8 +79,8 @@ class _Flight:
     """A transfer under way.
 
     Attributes:
-      transfer: what goes on.
-      started: when it was asked for.
+      transfer: itself.
+      started: when the program asked for it.
       begin: when its links were free.
       end: when it will have ended.
       exposed: seconds for which others waited for it.
@@ -117,12 +105,12 @@ class _Run:
         self._flights: dict[Any, _Flight] = {}
 
     def work(self, op: Op) -> None:
-        """Does an op."""
+        """Executes an op."""
         self.now += op.seconds
         self.ops.append(op)
 
     def start(self, key: Any, transfer: _Transfer) -> None:
-        """Starts a transfer, which goes on when its links are free."""
+        """Starts a transfer, which begins when its links are free."""
         begin = max([self.now, *(self._free[link] for link in transfer.links)])
         end = begin + transfer.seconds
         for link in transfer.links:
@@ -131,7 +119,7 @@ class _Run:
         self._flights[key] = _Flight(transfer, self.now, begin, end)
 
     def finish(self, key: Any) -> None:
-        """Waits for a transfer; whatever keeps it from its links is what exposes the time."""
+        """Waits for a transfer; the time counts for whatever keeps it from its links."""
         flight = self._flights.pop(key, None)
         if flight is None:
             return
@@ -148,21 +136,16 @@ class _Run:
         if isinstance(report, Op):
             self.ops.append(dataclasses.replace(report, seconds=exposed))
         else:
-            self.collectives.append(
-                dataclasses.replace(
-                    report,
-                    asynchronous=asynchronous,
-                    seconds=flight.transfer.seconds,
-                    exposed_seconds=exposed,
-                )
-            )
+            seconds = flight.transfer.seconds
+            report = dataclasses.replace(report, seconds=seconds, exposed_seconds=exposed)
+            self.collectives.append(dataclasses.replace(report, asynchronous=asynchronous))
 
     def under_way(self, key: Any) -> bool:
         """Whether a transfer was started and is not finished."""
         return key in self._flights
 
-    def nested(self, inner: _Run, times: int) -> None:
-        """Runs another computation some times; what is under way stands still for its transfers."""
+    def nested(self, inner: _Run, times: int = 1) -> None:
+        """Runs another computation some times; what is under way pauses for its transfers."""
         for flight in self._flights.values():
             if flight.end > self.now:
                 flight.end += times * max(inner.busy.get(x, 0) for x in flight.transfer.links)
@@ -175,36 +158,23 @@ class _Run:
         self.collectives += [estimates.repeated(one, times) for one in inner.collectives]
 
     def close(self) -> None:
-        """Waits for whatever nothing waited for."""
+        """Waits for the transfers that nothing waited for."""
         for key in list(self._flights):
             self.finish(key)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """What the price of a collective depends on; devices of a single slice lack the last."""
-
-    coords: tuple[int, ...]
-    core_on_chip: int
-    slice_index: int
-
-
 class _Network:
-    """Which devices, mesh axes and links a module's replica groups mean."""
+    """The devices, mesh axes and links that a module's replica groups mean."""
 
     def __init__(self, module: Module, mesh: jax.sharding.Mesh, where: topologies.Slice) -> None:
         self._module, self._mesh, self._where = module, mesh, where
-        self._places = [
-            _Place(tuple(d.coords), d.core_on_chip, getattr(d, "slice_index", 0))
-            for d in mesh.devices.flat
-        ]
+        self._devices = list(mesh.devices.flat)
         by_slice = collections.defaultdict(list)
-        for position, place in enumerate(self._places):
-            by_slice[place.slice_index].append(position)
+        for position, device in enumerate(self._devices):
+            by_slice[topologies.slice_index(device)].append(position)
         # A module over several slices is written for one of them; DCN is sends and receives.
         self._slices = list(by_slice.values())
-        everyone = list(range(mesh.size))
-        sizes = {mesh.size: everyone, len(self._slices[0]): self._slices[0]}
+        sizes = {mesh.size: list(range(mesh.size)), len(self._slices[0]): self._slices[0]}
         if module.partitions not in sizes:
             raise InputError(
                 f"the HLO module runs on {module.partitions} devices, the mesh has {mesh.size}; "
@@ -213,17 +183,15 @@ class _Network:
         self._positions = sizes[module.partitions]
         self._cache: dict[Any, _Transfer] = {}
 
-    def collective(
-        self, one: Instruction, kind: str, operand_bytes: int, source: str
-    ) -> _Transfer | None:
-        """The transfer of a collective inside of the module; None where groups are of one."""
+    def collective(self, one: Instruction, kind: str, source: str) -> _Transfer | None:
+        """The transfer of a collective of the module; None where groups are of one device."""
         groups = hlo_text.groups(one, self._module.partitions)
         size = len(groups[0])
         if kind == "collective-permute":
             groups = [group for group in groups if group[0] != group[1]]
         if not groups or size < 2:
             return None
-        nbytes = operand_bytes * (size if kind == "all-gather" else 1)
+        nbytes = self._module.operand_bytes(one) * (size if kind == "all-gather" else 1)
         key = kind, nbytes, tuple(map(tuple, groups))
         if key not in self._cache:
             groups = [[self._positions[i] for i in group] for group in groups]
@@ -240,37 +208,36 @@ class _Network:
         """The transfer of the slowest group, without a source."""
         # All groups of one collective have the same form, but a permute's pairs may not.
         tried = groups if kind == "collective-permute" else groups[:1]
-        times = []
-        for group in tried:
-            places = [self._places[i] for i in group]
-            times.append(topologies.collective_seconds(kind, nbytes, places, self._where))
-        seconds = max(times)
-        worst = tried[times.index(seconds)]
+        devices = [[self._devices[i] for i in group] for group in tried]
+        times = [
+            topologies.collective_seconds(kind, nbytes, group, self._where) for group in devices
+        ]
+        slowest = devices[times.index(max(times))]
         spanned = self._spanned(tried)
         axes = tuple(axis for axis in self._mesh.axis_names if axis in spanned)
-        slices = {self._places[i].slice_index for i in worst}
+        slices = set(map(topologies.slice_index, slowest))
         links = {"dcn"} if len(slices) > 1 else set()
-        if len(slices) < len(worst):
+        if len(slices) < len(slowest):
             # Links carry as much one way as the other; a permute around a ring uses one way.
             ways = "<>"
             if kind == "collective-permute":
                 ways = ">" if sum(b > a for a, b in tried) * 2 > len(tried) else "<"
             links |= {f"{axis}{way}" for axis in axes for way in ways}
-        report = Collective(kind, axes, len(worst), nbytes, 1, False, 0.0, 0.0, "")
-        return _Transfer(seconds, frozenset(links), report)
+        report = Collective(kind, axes, len(slowest), nbytes, 1, False, 0.0, 0.0, "")
+        return _Transfer(max(times), frozenset(links), report)
 
     def _spanned(self, groups: Sequence[Sequence[int]]) -> set[str]:
         """Mesh axes along which devices of one group differ."""
         found: set[str] = set()
         for group in groups:
-            places = np.stack(np.unravel_index(group, self._mesh.devices.shape))
-            differs = (places != places[:, :1]).any(axis=1)
+            indices = np.stack(np.unravel_index(group, self._mesh.devices.shape))
+            differs = (indices != indices[:, :1]).any(axis=1)
             found.update(name for name, d in zip(self._mesh.axis_names, differs, strict=True) if d)
         return found
 
 
 def _named(transfer: _Transfer, source: str) -> _Transfer:
-    """A transfer with the source line that it comes from."""
+    """A transfer with its source line."""
     return dataclasses.replace(transfer, report=dataclasses.replace(transfer.report, source=source))
 
 
@@ -278,8 +245,7 @@ class _Walk:
     """Prices the computations of a module, each once."""
 
     def __init__(self, module: Module, network: _Network, where: topologies.Slice) -> None:
-        self._module, self._network, self._spec = module, network, where.spec
-        self._mxu = MXU_SIDES.get(where.generation, 128)
+        self._module, self._network, self._where = module, network, where
         self._runs: dict[str, _Run] = {}
         self.unpriced: list[str] = []
 
@@ -288,55 +254,53 @@ class _Walk:
         if computation not in self._runs:
             run = self._runs[computation] = _Run()
             for one in self._module.computations[computation].values():
-                self._step(run, computation, one)
+                self._step(run, one)
             run.close()
         return self._runs[computation]
 
-    def _step(self, run: _Run, computation: str, one: Instruction) -> None:
+    def _step(self, run: _Run, one: Instruction) -> None:
         """Advances a run by one instruction."""
         opcode = one.opcode
         if opcode in hlo_text.FREE or (
             opcode == "custom-call" and one.target in hlo_text.FREE_TARGETS
         ):
             return
-        if opcode == "while":
-            self._loop(run, computation, one)
+        if opcode == "while":  # its condition is scalar work, which is left out
+            times = hlo_text.trip_count(self._module, one)
+            if times is None:
+                self.unpriced.append(f"{one.name} (runs an unknown number of times; counted once)")
+            run.nested(self.run(one.body), 1 if times is None else times)
         elif opcode == "conditional":
-            run.nested(max((self.run(name) for name in one.called), key=lambda r: r.now), 1)
+            run.nested(max(map(self.run, one.called), key=lambda branch: branch.now))
         elif opcode == "call":
-            run.nested(self.run(one.called[0]), 1)
+            run.nested(self.run(one.called[0]))
         elif opcode in ("send", "recv", "recv-done"):
-            self._between_slices(run, computation, one)
+            self._between_slices(run, one)
         elif opcode.endswith("-start"):
-            run.start(one.name, self._transfer(computation, one))
+            run.start(one.name, self._transfer(one))
         elif opcode.endswith("-done"):
-            run.finish(self._module.started(computation, one))
+            run.finish(self._module.started(one))
         elif opcode in hlo_text.COLLECTIVES:
-            self._collective(run, computation, one, computation, one)
+            self._collective(run, one, one)
         elif opcode == "fusion":
-            self._fusion(run, computation, one)
+            self._fusion(run, one)
         else:
-            run.work(self._op(computation, one))
+            run.work(self._op(one))
 
-    def _loop(self, run: _Run, computation: str, one: Instruction) -> None:
-        """Runs a while loop; its condition is scalar work of no account."""
-        times = hlo_text.trip_count(self._module, computation, one)
-        if times is None:
-            self.unpriced.append(f"{one.name} (runs an unknown number of times; counted once)")
-        run.nested(self.run(one.attribute("body").lstrip("%")), 1 if times is None else times)
+    def _collective(self, run: _Run, outer: Instruction, one: Instruction) -> None:
+        """Runs a synchronous collective; `outer` is itself or a fusion of it.
 
-    def _collective(
-        self, run: _Run, computation: str, outer: Instruction, where: str, one: Instruction
-    ) -> None:
-        """Runs a synchronous collective of computation `where`; `outer` may be a fusion of it."""
-        nbytes = self._module.operand_bytes(where, one)
-        source = self._source(computation, outer, one)
-        transfer = self._network.collective(one, _kind(one, outer), nbytes, source)
+        An all-reduce in a fusion that keeps a part of it is a reduce-scatter.
+        """
+        kind = one.opcode
+        if kind == "all-reduce" and outer.opcode == "fusion" and outer.nbytes < one.nbytes:
+            kind = "reduce-scatter"
+        transfer = self._network.collective(one, kind, self._source(outer, one))
         if transfer:
             run.start(outer.name, transfer)
             run.finish(outer.name)
 
-    def _fusion(self, run: _Run, computation: str, one: Instruction) -> None:
+    def _fusion(self, run: _Run, one: Instruction) -> None:
         """Runs a fusion, which may start, carry on, finish or be a collective.
 
         An 'async collective fusion' has the collective in a fusion that starts it, again in those
@@ -345,126 +309,99 @@ class _Walk:
         (called,) = one.called
         collective = self._module.collective(called)
         if collective is None:
-            run.work(self._op(computation, one))
+            run.work(self._op(one))
             return
-        targets = {i.target for i in self._module.computations[called].values()}
+        targets = {inside.target for inside in self._module.computations[called].values()}
         chain = re.search(r'chain_id="(\w+)"', collective.attributes)
         key = collective.attribute("channel_id"), chain and chain[1]
         if "AsyncCollectiveStart" in targets:
-            nbytes = self._module.operand_bytes(called, collective)
-            source = self._source(computation, one, collective)
-            transfer = self._network.collective(collective, collective.opcode, nbytes, source)
+            source = self._source(one, collective)
+            transfer = self._network.collective(collective, collective.opcode, source)
             if transfer:
                 run.start(key, transfer)
         elif run.under_way(key) and one.cycles is None:
             run.finish(key)
-        elif run.under_way(key):
-            run.work(self._op(computation, one))
         else:
+            beside = run.under_way(key)
             if one.cycles is not None:
-                run.work(self._op(computation, one))
-            self._collective(run, computation, one, called, collective)
+                run.work(self._op(one))
+            if not beside:
+                self._collective(run, one, collective)
 
-    def _transfer(self, computation: str, one: Instruction) -> _Transfer:
-        """What an instruction '...-start' starts."""
-        kind = one.opcode.removesuffix("-start")
-        inner, where = one, computation
+    def _transfer(self, one: Instruction) -> _Transfer:
+        """The transfer that an instruction '...-start' starts."""
+        kind, inner = one.opcode.removesuffix("-start"), one
         if kind in ("async", "call"):
-            where = one.called[0]
-            inner = self._module.collective(where) or one
+            inner = self._module.collective(one.called[0]) or one
             kind = inner.opcode
         if kind in hlo_text.COLLECTIVES:
-            nbytes = self._module.operand_bytes(where, inner)
-            source = self._source(computation, one, inner)
-            found = self._network.collective(inner, kind, nbytes, source)
-            return found or self._copy(computation, one, 0)
+            found = self._network.collective(inner, kind, self._source(one, inner))
+            return found or self._copy(one, 0)
         if kind not in ("copy", "slice", "dynamic-slice", "dynamic-update-slice"):
             self.unpriced.append(one.name)
-        part = one  # what a slice or a copy brings, what an update writes
+        moved = one  # the result of a slice or a copy, the part that an update writes
         if kind == "dynamic-update-slice":
-            part = self._module.computations[computation][one.operands[1]]
-        behind = part.shape.rpartition("), ")[2] if part.shape.startswith("((") else part.shape
-        nbytes = max((array.nbytes for array in hlo_text.arrays(behind)), default=0)
-        return self._copy(computation, one, nbytes)
+            moved = self._module.operand(one, 1)
+        shape = moved.shape.rpartition("), ")[2] if moved.shape.startswith("((") else moved.shape
+        nbytes = max((array.nbytes for array in hlo_text.arrays(shape)), default=0)
+        return self._copy(one, nbytes)
 
-    def _copy(self, computation: str, one: Instruction, nbytes: int) -> _Transfer:
+    def _copy(self, one: Instruction, nbytes: int) -> _Transfer:
         """A copy beside compute; memory space 5 is the host's."""
         host = "S(5)" in one.shape
-        seconds = nbytes / (HOST_BANDWIDTH if host else self._spec.hbm_bandwidth)
-        op = self._report(computation, one, "async copy", 0.0)
+        seconds = nbytes / (HOST_BANDWIDTH if host else self._where.spec.hbm_bandwidth)
+        op = self._report(one, "async copy", 0.0)
         return _Transfer(seconds, frozenset({"host" if host else "hbm"}), op)
 
-    def _between_slices(self, run: _Run, computation: str, one: Instruction) -> None:
+    def _between_slices(self, run: _Run, one: Instruction) -> None:
         """Runs a send or a receive over the data-centre network, one transfer together."""
         if one.opcode == "recv-done":
-            one = self._module.computations[computation][one.operands[0]]
-            run.finish(one.rendezvous)
+            run.finish(self._module.operand(one, 0).rendezvous)
             return
         key = one.rendezvous
         if run.under_way(key):
             return
-        both = [
-            i
-            for i in self._module.computations[computation].values()
-            if i.opcode in ("send", "recv") and i.rendezvous == key
-        ]
         kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.attributes)
         if not kind or kind[1] not in hlo_text.MEGASCALE:
             self.unpriced.append(one.name)
             return
-        nbytes = max(hlo_text.arrays(i.shape)[0].nbytes for i in both)
-        source = self._report(computation, one, "", 0.0).source
+        nbytes = max(
+            hlo_text.arrays(other.shape)[0].nbytes
+            for other in self._module.computations[one.computation].values()
+            if other.opcode in ("send", "recv") and other.rendezvous == key
+        )
+        source = self._report(one, "", 0.0).source
         run.start(key, self._network.across(hlo_text.MEGASCALE[kind[1]], nbytes, source))
 
-    def _op(self, computation: str, one: Instruction) -> Op:
+    def _op(self, one: Instruction) -> Op:
         """Prices an op that runs by itself."""
+        spec, module = self._where.spec, self._module
         if one.opcode == "custom-call" and one.target == "tpu_custom_call":
-            return self._report(computation, one, PALLAS, self._pallas(computation, one))
-        kind = self._module.kind(one)
+            seconds = kernels.seconds(one, module.operands(one), self._where)
+            if seconds is None:
+                self.unpriced.append(one.name)
+                seconds = (one.nbytes + module.operand_bytes(one)) / spec.hbm_bandwidth
+            return self._report(one, PALLAS, seconds)
+        kind = module.kind(one)
         if one.cycles is not None:
-            width = 1.0 if "convolution" in kind else self._module.width(computation, one)
-            return self._report(computation, one, kind, width * one.cycles / self._spec.clock_hz)
+            width = 1.0 if "convolution" in kind else module.width(one)
+            return self._report(one, kind, width * one.cycles / spec.clock_hz)
         if one.opcode not in hlo_text.MOVES | hlo_text.MAPS:
             self.unpriced.append(one.name)
-        nbytes = one.nbytes + self._module.operand_bytes(computation, one)
-        if one.opcode in ("dynamic-update-slice", "dynamic-slice"):
-            # In place: only the part is read and written.
-            part = one.operands[1] if one.opcode == "dynamic-update-slice" else one.name
-            nbytes = 2 * self._module.computations[computation][part].nbytes
-        return self._report(computation, one, kind, nbytes / self._spec.hbm_bandwidth)
-
-    def _report(self, computation: str, one: Instruction, kind: str, seconds: float) -> Op:
-        """An op with the place in the source that it comes from."""
-        where = self._module.origin(computation, one)
-        scope = hlo_text.shortened(where.scope)
-        source = self._module.source(where) or scope or one.name
-        return Op(one.name, kind, seconds, 1, source, scope)
-
-    def _source(self, computation: str, outer: Instruction, inner: Instruction) -> str:
-        """'file.py:123' of a collective, in the fusion or call `outer` or itself that."""
-        return self._module.source(inner) or self._report(computation, outer, "", 0.0).source
-
-    def _pallas(self, computation: str, one: Instruction) -> float:
-        """Seconds of a Pallas kernel."""
-        here = self._module.computations[computation]
-        operands = [a for name in one.operands for a in hlo_text.arrays(here[name].shape)]
-        results = hlo_text.arrays(one.shape)
-        nbytes = sum(array.nbytes for array in (*operands, *results))
-        backward = bool(re.search(r"_d(q|kv)_", one.name))
-        efficiency = BACKWARD_EFFICIENCY if backward else FORWARD_EFFICIENCY
-        stated = re.search(r'"cost_estimate":\{[^}]*?"flops":"?(\d+)', one.attributes)
-        if stated:
-            flops = int(stated[1])
-        elif "splash" in one.name:
-            flops = hlo_text.splash_flops(one.name, operands, results, self._mxu)
+        if one.opcode == "dynamic-update-slice":  # in place: only the part is read and written
+            nbytes = 2 * module.operand(one, 1).nbytes
+        elif one.opcode == "dynamic-slice":
+            nbytes = 2 * one.nbytes
         else:
-            self.unpriced.append(one.name)
-            flops = 0
-        return max(flops / (efficiency * self._spec.peak_flops), nbytes / self._spec.hbm_bandwidth)
+            nbytes = one.nbytes + module.operand_bytes(one)
+        return self._report(one, kind, nbytes / spec.hbm_bandwidth)
 
+    def _report(self, one: Instruction, kind: str, seconds: float) -> Op:
+        """An op with the source line and scope that it comes from."""
+        origin = self._module.origin(one)
+        source = self._module.source(origin) or origin.short_scope or one.name
+        return Op(one.name, kind, seconds, 1, source, origin.short_scope)
 
-def _kind(one: Instruction, outer: Instruction) -> str:
-    """Of a collective; an all-reduce in a fusion of which a part is kept is a reduce-scatter."""
-    if one.opcode == "all-reduce" and outer.opcode == "fusion" and outer.nbytes < one.nbytes:
-        return "reduce-scatter"
-    return one.opcode
+    def _source(self, outer: Instruction, inner: Instruction) -> str:
+        """'file.py:123' of a collective `inner` in the fusion or call `outer`."""
+        return self._module.source(inner) or self._report(outer, "", 0.0).source

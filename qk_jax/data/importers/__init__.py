@@ -1,1 +1,1 @@
-"""Examples that were made elsewhere, one file a format, and the registry that picks one."""
+"""Examples that were made elsewhere: a file for each format, and the registry of all formats."""

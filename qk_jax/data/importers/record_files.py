@@ -1,22 +1,19 @@
-"""Examples that were made elsewhere: the project's own record files, and TFDS data sets.
-
-A source has `len`, `[i]` -> `tasks.Example`, and the arrays `size_of`, `pictures_of` [N] that the
-batch plan reads before any picture is decoded; so do the made tasks of `qk_jax.data.tasks`.
-"""
+"""Ready examples in the project's own record files, one file for each split."""
 
 from __future__ import annotations
 
 import io
-import os
-from collections.abc import Iterable
-from pathlib import Path
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from qk_jax.base import files
 from qk_jax.base.errors import BadRecord, InputError
 from qk_jax.data import buckets, records
-from qk_jax.data.example import TASKS, Example, TaskSettings, caption_of
+from qk_jax.data.example import TASKS, Example, Source, TaskSettings, caption_of
 from qk_jax.pictures.fitting import contain, cover, decode_picture
 from qk_jax.pictures.roles import REFERENCE, SOURCE
 
@@ -37,7 +34,6 @@ class RecordSource:
         self, file: records.RecordFile, task: str, settings: TaskSettings, max_pixels: int
     ):
         self.task, self.file, self.settings, self.max_pixels = task, file, settings, max_pixels
-        self.name = file.path
         self.numbers = np.flatnonzero(file.index["task"] == task.encode())
         if not len(self.numbers):
             known = sorted({name.decode() for name in np.unique(file.index["task"])})
@@ -45,15 +41,14 @@ class RecordSource:
                 f"{file.path} has no record of task {task} (it has {', '.join(known) or 'none'}); "
                 f"set config.data.tasks.{task} to 0"
             )
-        rows = file.index[self.numbers]
-        self.size_of = buckets.nearest(rows["height"], rows["width"], settings.sizes)
-        self.pictures_of = rows["pictures"].astype(np.int32)
+        index = file.index[self.numbers]
+        self.size_of = buckets.nearest(index["height"], index["width"], settings.sizes)
+        self.pictures_of = index["pictures"].astype(np.int32)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, number: int) -> Example:
-        """Example `number`. Raises: BadRecord."""
         record = int(self.numbers[number])
         name = f"record {record} of {self.file.path}"
         header, blobs = self.file[record]
@@ -80,40 +75,41 @@ class RecordSource:
         return Example(instruction, target, shown, numbers, self.task, record)
 
 
-def write_examples(path: str | os.PathLike, examples: Iterable[Example]) -> int:
+def sources(
+    data: Mapping[str, Any], split: str, settings: TaskSettings, names: Sequence[str]
+) -> dict[str, Source]:
+    """Tasks of <data.records>/<split>.array_record. Raises: InputError; see `RecordSource`."""
+    file = records.RecordFile(files.Path(data["records"]) / f"{split}.array_record")
+    return {name: RecordSource(file, name, settings, data["max_pixels"]) for name in names}
+
+
+def write_examples(path: files.PathLike, examples: Iterable[Example]) -> int:
     """Writes examples as a record file that `RecordSource` reads (PNG); returns how many.
 
     Raises: InputError for an unknown task, an empty instruction, or roles that do not fit.
     """
-    names = {number: name for name, number in _ROLES.items()}
+    return records.write_records(path, map(_entry, itertools.count(), examples))
 
-    def png(picture: np.ndarray) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, "PNG")
-        return buffer.getvalue()
 
-    def rows():
-        for count, example in enumerate(examples):
-            if example.task not in TASKS:
-                raise InputError(f"example {count} has the task {example.task!r}, not of {TASKS}")
-            if len(example.roles) != len(example.pictures):
-                raise InputError(
-                    f"example {count} has {len(example.pictures)} pictures, "
-                    f"but {len(example.roles)} roles"
-                )
-            caption_of(example.instruction, f"example {count}")
-            blobs = {"target": png(example.target)}
-            blobs |= {f"picture_{i + 1}": png(x) for i, x in enumerate(example.pictures)}
-            yield {
-                "header": {
-                    "instruction": example.instruction,
-                    "roles": [names[role] for role in example.roles],
-                },
-                "blobs": blobs,
-                "width": example.target.shape[1],
-                "height": example.target.shape[0],
-                "pictures": len(example.pictures),
-                "task": example.task,
-            }
+def _entry(number: int, example: Example) -> records.Entry:
+    if example.task not in TASKS:
+        raise InputError(f"example {number} has the task {example.task!r}, not of {TASKS}")
+    if len(example.roles) != len(example.pictures):
+        raise InputError(
+            f"example {number} has {len(example.pictures)} pictures, but {len(example.roles)} roles"
+        )
+    names = {role: name for name, role in _ROLES.items()}
+    header = {
+        "instruction": caption_of(example.instruction, f"example {number}"),
+        "roles": [names[role] for role in example.roles],
+    }
+    blobs = {"target": _png(example.target)}
+    blobs |= {f"picture_{i}": _png(x) for i, x in enumerate(example.pictures, start=1)}
+    height, width = example.target.shape[:2]
+    return records.Entry(header, blobs, width, height, len(example.pictures), example.task)
 
-    return records.write_records(Path(path), rows())
+
+def _png(picture: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()

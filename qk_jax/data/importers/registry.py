@@ -1,42 +1,34 @@
+"""Where examples come from: `config.data.records` chooses a format, and FORMATS reads it."""
+
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qk_jax.base.errors import InputError
-from qk_jax.data.example import TaskSettings
+from qk_jax.data.example import Source, TaskSettings
 from qk_jax.data.importers import record_files, tfds
-from qk_jax.data.records import RecordFile
 from qk_jax.data.synthesis import tasks
-from qk_jax.data.synthesis.corpus import Corpus
+
+# (config.data, split, settings, names of tasks) -> their sources; raises InputError
+Reader = Callable[[Mapping[str, Any], str, TaskSettings, Sequence[str]], dict[str, Source]]
+# By what precedes the first ':' of config.data.records; any other text is a folder of record files.
+FORMATS: dict[str, Reader] = {"tfds": tfds.sources}
 
 
 def make_sources(
     config: Mapping[str, Any], split: str, seed: int, names: Sequence[str]
-) -> dict[str, Any]:
+) -> dict[str, Source]:
     """The sources of the tasks `names`, from config.data.
 
-    `records` '' makes the tasks from the cut-outs of `corpus` ('' is the embedded one); a folder
-    with train.array_record and validation.array_record gives ready examples; 'tfds:NAME' gives
-    captioned pictures of a TensorFlow data set.
+    `records` '' makes the tasks from cut-outs, a folder has ready examples, and FORMAT:NAME is read
+    by one of FORMATS.
 
     Raises: InputError for files that are missing or damaged, or a task that they do not have.
     """
     data = config["data"]
-    settings = TaskSettings(
-        sizes=tuple(tuple(size) for size in data["sizes"]),
-        reference_size=data["reference_size"],
-        seed=seed,
-    )
-    place, bound = data.get("records", ""), data["max_pixels"]
-    if place.startswith("tfds:"):
-        if set(names) != {"text_to_image"}:
-            raise InputError(f"{place} has text_to_image only; set other data.tasks to 0")
-        image, text = data.get("tfds_image", "image"), data.get("tfds_text", "text")
-        name = place.removeprefix("tfds:")
-        return {names[0]: tfds.TfdsSource(name, split, settings, image, text, bound)}
-    if place:
-        file = RecordFile(f"{place}/{split}.array_record")
-        return {name: record_files.RecordSource(file, name, settings, bound) for name in names}
-    corpus = Corpus(split, data["corpus"] or None, bound)
-    return {name: tasks.SOURCES[name](corpus, settings) for name in names}
+    settings = TaskSettings(tuple(map(tuple, data["sizes"])), data["reference_size"], seed)
+    if not data["records"]:
+        read: Reader = tasks.sources
+    else:
+        read = FORMATS.get(data["records"].partition(":")[0], record_files.sources)
+    return read(data, split, settings, names)

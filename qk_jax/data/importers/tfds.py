@@ -1,9 +1,14 @@
+"""Captioned pictures of TensorFlow data sets (`config.data.records` = 'tfds:NAME')."""
+
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from qk_jax.base.errors import BadRecord, InputError
-from qk_jax.data.example import Example, TaskSettings, caption_of
+from qk_jax.data.example import Example, Source, TaskSettings, caption_of
 from qk_jax.pictures.fitting import cover
 
 
@@ -46,12 +51,11 @@ class TfdsSource:
         return len(self.data)
 
     def __getitem__(self, number: int) -> Example:
-        """Example `number`. Raises: BadRecord."""
         name = f"record {number} of {self.name}"
-        row = self.data[int(number)]
-        text = row[self.text]
+        features = self.data[int(number)]
+        text = features[self.text]
         caption = caption_of(text.decode() if isinstance(text, bytes) else text, name)
-        picture = np.asarray(row[self.image])
+        picture = np.asarray(features[self.image])
         if self.max_pixels and picture.shape[0] * picture.shape[1] > self.max_pixels:
             raise BadRecord("too large", f"{name}: a picture of {picture.shape[:2]} pixels")
         if picture.ndim != 3 or picture.shape[-1] not in (1, 3) or picture.dtype != np.uint8:
@@ -59,3 +63,16 @@ class TfdsSource:
         picture = np.repeat(picture, 3, axis=-1) if picture.shape[-1] == 1 else picture
         target = cover(picture, self.settings.sizes[self.size_of[number]])
         return Example(caption, target, (), (), self.task, int(number))
+
+
+def sources(
+    data: Mapping[str, Any], split: str, settings: TaskSettings, names: Sequence[str]
+) -> dict[str, Source]:
+    """The one task of a data set. Raises: InputError; see `TfdsSource`."""
+    if set(names) != {TfdsSource.task}:
+        raise InputError(f"{data['records']} has {TfdsSource.task} only; set other data.tasks to 0")
+    source = TfdsSource(
+        data["records"].partition(":")[2], split, settings,
+        data["tfds_image"], data["tfds_text"], data["max_pixels"],
+    )  # fmt: skip
+    return {source.task: source}

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import functools
-import os
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import qk_jax
-from qk_jax.base.errors import BadRecord, InputError
+from qk_jax.base import files
+from qk_jax.base.errors import BadRecord
 from qk_jax.data.example import caption_of
 from qk_jax.data.records import RecordFile
 from qk_jax.pictures.fitting import decode_picture
 
-EMBEDDED = Path(qk_jax.__file__).parent / "assets" / "corpus"
-SPLITS = ("train", "validation")
+EMBEDDED = files.Path(qk_jax.__file__).parent / "assets" / "corpus"
 
 
 class Cutout(NamedTuple):
@@ -27,7 +25,6 @@ class Cutout(NamedTuple):
       colour: float32 [3], mean colour of what is visible.
       caption: a short English phrase in lower case.
       subject: key of the split; pictures of one subject are on one side.
-      group: 'animals & nature', 'flags', 'clip art', ...
       key: name of the picture in its source.
     """
 
@@ -35,35 +32,28 @@ class Cutout(NamedTuple):
     colour: np.ndarray
     caption: str
     subject: str
-    group: str
     key: str
 
 
-def _mean_colour(rgba: np.ndarray) -> np.ndarray:
-    weight = rgba[..., 3:].astype(np.float32)
-    return (rgba[..., :3] * weight).sum((0, 1)) / max(float(weight.sum()), 1.0)
-
-
 class Corpus:
-    """One side of a corpus by number; decoded pictures are kept (about 16 KB each).
+    """One side of a corpus by number; decoded pictures are kept (about 16 KB each)."""
 
-    Args:
-      split: 'train' or 'validation'.
-      folder: with SPLIT.array_record and its index; the embedded one by default.
-      max_pixels: a larger picture is a bad record; 0 for no bound.
+    def __init__(self, split: str, folder: files.PathLike | None = None, max_pixels: int = 0):
+        """Opens the files.
 
-    Raises: InputError when the files are missing or damaged.
-    """
+        Args:
+          split: 'train' or 'validation'.
+          folder: with SPLIT.array_record and its index; the embedded one by default.
+          max_pixels: a larger picture is a bad record; 0 for no bound.
 
-    def __init__(self, split: str, folder: str | os.PathLike | None = None, max_pixels: int = 0):
-        if split not in SPLITS:
-            raise InputError(f"a corpus has the sides {' and '.join(SPLITS)}, not {split!r}")
-        self.split = split
-        self.file = RecordFile(Path(folder or EMBEDDED) / f"{split}.array_record")
-        self.max_pixels = max_pixels
+        Raises:
+          InputError: the files are missing or damaged.
+        """
+        self.split, self.max_pixels = split, max_pixels
+        self.file = RecordFile(files.Path(folder or EMBEDDED) / f"{split}.array_record")
         self._decoded: dict[int, Cutout] = {}
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_decoded": {}}
 
     def __len__(self) -> int:
@@ -83,16 +73,22 @@ class Corpus:
 
     def __getitem__(self, number: int) -> Cutout:
         """Cut-out `number`. Raises: IndexError; BadRecord when it cannot be used."""
-        found = self._decoded.get(number)
-        if found is None:
-            name = f"record {number} of {self.file.path}"
-            header, blobs = self.file[number]
-            caption = caption_of(header.get("caption"), name)
-            if "image" not in blobs:
-                raise BadRecord("undecodable", f"{name}: there is no blob 'image'")
-            rgba = decode_picture(blobs["image"], "RGBA", self.max_pixels, name)
-            subject = str(header.get("subject") or caption)
-            group, key = str(header.get("group", "")), str(header.get("key", number))
-            found = Cutout(rgba, _mean_colour(rgba), caption, subject, group, key)
-            self._decoded[number] = found
-        return found
+        if number not in self._decoded:
+            self._decoded[number] = self._decode(number)
+        return self._decoded[number]
+
+    def _decode(self, number: int) -> Cutout:
+        name = f"record {number} of {self.file.path}"
+        header, blobs = self.file[number]
+        caption = caption_of(header.get("caption"), name)
+        if "image" not in blobs:
+            raise BadRecord("undecodable", f"{name}: there is no blob 'image'")
+        rgba = decode_picture(blobs["image"], "RGBA", self.max_pixels, name)
+        weight = rgba[..., 3:].astype(np.float32)
+        return Cutout(
+            rgba=rgba,
+            colour=(rgba[..., :3] * weight).sum((0, 1)) / max(float(weight.sum()), 1.0),
+            caption=caption,
+            subject=str(header.get("subject") or caption),
+            key=str(header.get("key", number)),
+        )

@@ -1,8 +1,7 @@
-"""Drawing: backgrounds, cut-outs placed on them, simple shapes, and changes of whole pictures.
+"""Drawing: backgrounds, cut-outs pasted onto them, simple shapes, and changes of whole pictures.
 
-A canvas is float32 [H, W, 3] in 0..255; a finished picture is uint8 [H, W, 3]. Places are boxes
-(left, top, right, bottom) in fractions of the canvas; what is placed keeps its aspect ratio and is
-centred in its box.
+A canvas is float32 [H, W, 3] in 0..255; a finished picture is uint8 [H, W, 3]. A cut-out keeps its
+aspect ratio and is centred in its box (`boxes`).
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
+from qk_jax.data.synthesis.boxes import Box
 from qk_jax.pictures.fitting import Size
 
-Box = tuple[float, float, float, float]
 COLOURS = {
     "white": (255, 255, 255),
     "black": (20, 20, 20),
@@ -32,7 +31,7 @@ COLOURS = {
     "brown": (130, 85, 50),
     "light blue": (150, 210, 250),
 }
-# Colours in which an object is recognised after tinting.
+# Colours in which an object is still recognised.
 TINTS = ("red", "green", "blue", "purple", "orange", "yellow", "pink")
 SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross")
 PATTERNS = ("striped", "checkered", "dotted")
@@ -78,7 +77,7 @@ def gradient(size: Size, top: str, bottom: str) -> np.ndarray:
 
 
 def contrasting(rng: Random, shown: np.ndarray, names: Sequence[str]) -> str:
-    """A random colour among `names` far from all colours `shown` [n, 3], or else the farthest."""
+    """A random one of `names` that is far from all colours `shown` [n, 3], or else the farthest."""
     palette = np.array([COLOURS[name] for name in names], np.float32)
     gaps = np.abs(palette[:, None] - shown).mean(-1).min(-1)
     clear = [name for name, gap in zip(names, gaps.tolist(), strict=True) if gap > 55]
@@ -106,7 +105,7 @@ def paste(canvas: np.ndarray, item: Item) -> None:
 
 
 def paint(canvas: np.ndarray, items: Sequence[Item]) -> np.ndarray:
-    """The finished picture of items on a canvas (which stays as it is): uint8 [H, W, 3]."""
+    """The finished picture of items on a canvas, which is left as it is: uint8 [H, W, 3]."""
     canvas = canvas.copy()
     for item in items:
         paste(canvas, item)
@@ -178,16 +177,11 @@ def _zoomed(picture: np.ndarray) -> np.ndarray:
     return _scaled(middle, (height, width), Image.Resampling.BICUBIC)
 
 
-def _coarse(picture: np.ndarray) -> np.ndarray:
+def _shrunk(picture: np.ndarray, factor: int, resample: Image.Resampling) -> np.ndarray:
+    """Scaled down by box means and up again."""
     height, width = picture.shape[:2]
-    small = _scaled(picture, (height // 8, width // 8), Image.Resampling.BOX)
-    return _scaled(small, (height, width), Image.Resampling.NEAREST)
-
-
-def _blurred(picture: np.ndarray) -> np.ndarray:
-    height, width = picture.shape[:2]
-    small = _scaled(picture, (height // 4, width // 4), Image.Resampling.BOX)
-    return _scaled(small, (height, width), Image.Resampling.BICUBIC)
+    small = _scaled(picture, (height // factor, width // factor), Image.Resampling.BOX)
+    return _scaled(small, (height, width), resample)
 
 
 # Changes of a whole picture, uint8 [H, W, 3] to the same shape (turns: to [W, H, 3]).
@@ -203,7 +197,7 @@ CHANGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "red and blue": lambda x: np.ascontiguousarray(x[..., ::-1]),
     "tile": _tiled,
     "zoom": _zoomed,
-    "coarse": _coarse,
-    "blur": _blurred,
+    "coarse": lambda x: _shrunk(x, 8, Image.Resampling.NEAREST),
+    "blur": lambda x: _shrunk(x, 4, Image.Resampling.BICUBIC),
 }
 TURNS = ("turn left", "turn right")

@@ -1,37 +1,34 @@
 """The six tasks, made from captioned cut-outs, so that the exact truth of every example is known.
 
-A task is a source with a length; example `i` is a pure function of (seed, split, task, i). What the
-batch plan needs before any picture is decoded, the target size and the number of condition
-pictures of every example, is held in two arrays.
+A task is a source of examples; example `i` is a pure function of (seed, split, task, i).
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from random import Random
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 
 from qk_jax.base.errors import InputError
 from qk_jax.data import buckets
-from qk_jax.data.example import TASKS, Example, TaskSettings, hashed
+from qk_jax.data.example import TASKS, Example, Source, TaskSettings, hashed
 from qk_jax.data.synthesis import scenes
-from qk_jax.data.synthesis.boxes import is_row, line, place, places
+from qk_jax.data.synthesis.boxes import FULL, aligned, box_at, is_horizontal, positions
 from qk_jax.data.synthesis.corpus import Corpus, Cutout
-from qk_jax.data.synthesis.scenes import COLOURS, Box, Item
+from qk_jax.data.synthesis.scenes import COLOURS, Item
 from qk_jax.data.synthesis.wordings import BESIDE, TO, WHERE, WORDINGS, with_article
 from qk_jax.pictures.fitting import Size
 from qk_jax.pictures.roles import REFERENCE, SOURCE
 
 # A caption with more words names a subject in tasks with one subject only: instructions stay short.
 _SHORT = 4
-_FULL: Box = (0.05, 0.05, 0.95, 0.95)
 
 
-def _mixed(key: int, numbers: np.ndarray) -> np.ndarray:
-    """Uniform [0, 1) for each number, by splitmix64: what is known of an example up front."""
+def _uniform(key: int, numbers: np.ndarray) -> np.ndarray:
+    """A number in [0, 1) drawn for each of `numbers`, by splitmix64."""
     with np.errstate(over="ignore"):
         x = (numbers.astype(np.uint64) + np.uint64(key)) * np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -39,15 +36,15 @@ def _mixed(key: int, numbers: np.ndarray) -> np.ndarray:
     return (x ^ (x >> np.uint64(31))).astype(np.float64) / 2.0**64
 
 
-class Source(abc.ABC):
-    """A task on a corpus: `len`, `[i]` -> Example, and the arrays `size_of`, `pictures_of` [N].
+class Task(abc.ABC):
+    """A task on a corpus (a `Source`).
 
     Example i shows cut-out `first[i % len(first)]` and, where a task needs more, others by chance.
     """
 
-    task: ClassVar[str]
-    variants: ClassVar[int]  # examples per cut-out
-    multiple: ClassVar[bool] = False  # names several subjects, so uses short captions only
+    task: str
+    variants: int  # examples per cut-out
+    multiple = False  # names several subjects, so uses short captions only
 
     def __init__(self, corpus: Corpus, settings: TaskSettings):
         self.corpus, self.settings = corpus, settings
@@ -73,13 +70,16 @@ class Source(abc.ABC):
         cutout = self.corpus[self.first[number % len(self.first)]]
         return self._make(int(number), rng, size, cutout)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_references": {}}
+
     # ---- what a task decides -------------------------------------------------------------------
 
     def _sizes(self, numbers: np.ndarray) -> np.ndarray:
         """Index of the target size of each example: by chance, the squarest half of the time."""
         sizes = self.settings.sizes
         order = sorted(range(len(sizes)), key=lambda i: abs(np.log(sizes[i][0] / sizes[i][1])))
-        drawn = (_mixed(self.key ^ 0x51, numbers) * 2 * max(1, len(sizes) - 1)).astype(np.int64)
+        drawn = (_uniform(self.key ^ 0x51, numbers) * 2 * max(1, len(sizes) - 1)).astype(np.int64)
         return np.array(order)[np.where(drawn < len(sizes), drawn, 0)]
 
     def _pictures(self, numbers: np.ndarray) -> np.ndarray:
@@ -94,12 +94,13 @@ class Source(abc.ABC):
 
     def _sizes_of_cutouts(self, numbers: np.ndarray) -> np.ndarray:
         """Index of the size nearest in aspect ratio to the example's first cut-out."""
-        rows = self.corpus.file.index[self.first[numbers % len(self.first)]]
-        return buckets.nearest(rows["height"], rows["width"], self.settings.sizes)
+        index = self.corpus.file.index[self.first[numbers % len(self.first)]]
+        return buckets.nearest(index["height"], index["width"], self.settings.sizes)
 
     def _others(self, rng: Random, taken: Sequence[Cutout], count: int) -> list[Cutout]:
         """`count` cut-outs with short captions whose subjects are not yet in the picture."""
-        pool, found = self.corpus.captioned(_SHORT), []
+        pool = self.corpus.captioned(_SHORT)
+        found: list[Cutout] = []
         names = {cutout.caption for cutout in taken} | {cutout.subject for cutout in taken}
         while len(found) < count:
             other = self.corpus[rng.choice(pool)]
@@ -117,9 +118,9 @@ class Source(abc.ABC):
         white: float = 0.0,
         unlike: np.ndarray | None = None,
     ) -> tuple[np.ndarray, str]:
-        """A background and its phrase: white, one colour, or with probability `fancy` more.
+        """A background and its phrase: white, one colour, or with probability `fancy` two.
 
-        `unlike` is a canvas of one colour which is not to come again.
+        `unlike` is a canvas whose colour is left out.
         """
         if rng.random() < white:
             return scenes.flat(size, "white"), "a white background"
@@ -139,13 +140,12 @@ class Source(abc.ABC):
         return scenes.patterned(size, pattern, first, second), phrase
 
     def _reference(self, cutout: Cutout) -> np.ndarray:
-        """The cut-out as a reference picture; kept, because it is the same in every example."""
+        """The cut-out on a white square; kept, because it is the same in every example."""
         if cutout.key not in self._references:
-            self._references[cutout.key] = reference(cutout, self.settings.reference_size)
+            side = self.settings.reference_size
+            canvas = scenes.flat((side, side), "white")
+            self._references[cutout.key] = scenes.paint(canvas, [Item(cutout.rgba, FULL)])
         return self._references[cutout.key]
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_references": {}}
 
     def _example(
         self,
@@ -157,10 +157,9 @@ class Source(abc.ABC):
         cutouts: Sequence[Cutout],
         source: np.ndarray | None = None,
         references: Sequence[Cutout] = (),
-        named: str | None = None,
     ) -> Example:
-        """Puts an example together; `named` is the kind of wording where it differs."""
-        instruction = rng.choice(WORDINGS[named or kind]).format(**gaps)
+        """Puts an example together, with one of the wordings of its kind."""
+        instruction = rng.choice(WORDINGS[kind]).format(**gaps)
         pictures = [] if source is None else [source]
         pictures += [self._reference(cutout) for cutout in references]
         roles = (SOURCE,) * (source is not None) + (REFERENCE,) * len(references)
@@ -170,36 +169,31 @@ class Source(abc.ABC):
         )
 
 
-def reference(cutout: Cutout, side: int) -> np.ndarray:
-    """A cut-out as a reference picture: fitted on a white square, uint8 [side, side, 3]."""
-    return scenes.paint(scenes.flat((side, side), "white"), [Item(cutout.rgba, _FULL)])
-
-
-class TextToImage(Source):
+class TextToImage(Task):
     """A caption, on white or on a named background -> the picture."""
 
     task, variants = "text_to_image", 8
 
-    def _sizes(self, numbers):
+    def _sizes(self, numbers: np.ndarray) -> np.ndarray:
         return self._sizes_of_cutouts(numbers)
 
-    def _pictures(self, numbers):
+    def _pictures(self, numbers: np.ndarray) -> np.ndarray:
         return np.zeros(len(numbers))
 
-    def _make(self, number, rng, size, first):
+    def _make(self, number: int, rng: Random, size: Size, first: Cutout) -> Example:
         kind = "plain" if rng.random() < 0.5 else "grounded"
         canvas, ground = scenes.flat(size, "white"), ""
         if kind == "grounded":
             canvas, ground = self._ground(rng, size, [first], fancy=0.2)
-        target = scenes.paint(canvas, [Item(first.rgba, _FULL)])
+        target = scenes.paint(canvas, [Item(first.rgba, FULL)])
         gaps = {"a": first.caption, "ground": ground}
         return self._example(number, rng, kind, gaps, target, [first])
 
 
-class _OnScenes(Source):
+class _OnScenes(Task):
     """Tasks on a scene of one cut-out, sometimes of two."""
 
-    def _sizes(self, numbers):
+    def _sizes(self, numbers: np.ndarray) -> np.ndarray:
         return self._sizes_of_cutouts(numbers)
 
     def _scene(
@@ -210,10 +204,10 @@ class _OnScenes(Source):
             cutouts += self._others(rng, cutouts, 1)
         canvas, _ = self._ground(rng, size, cutouts, fancy=0.2, white=0.3)
         if len(cutouts) == 2:
-            boxes = line(is_row(rng, size), 2)
+            boxes = aligned(2, is_horizontal(rng, size))
         else:
-            boxes = [place(size, rng.choice(places(size)), rng.uniform(0.55, 0.95))]
-            boxes = boxes if rng.random() < 0.5 else [_FULL]
+            boxes = [box_at(rng.choice(positions(size)), size, rng.uniform(0.55, 0.95))]
+            boxes = boxes if rng.random() < 0.5 else [FULL]
         return canvas, [Item(c.rgba, box) for c, box in zip(cutouts, boxes, strict=True)], cutouts
 
 
@@ -222,7 +216,7 @@ class Reconstruction(_OnScenes):
 
     task, variants = "reconstruction", 16
 
-    def _make(self, number, rng, size, first):
+    def _make(self, number: int, rng: Random, size: Size, first: Cutout) -> Example:
         canvas, items, cutouts = self._scene(rng, size, first)
         picture = scenes.paint(canvas, items)
         return self._example(number, rng, "copy", {}, picture, cutouts, source=picture)
@@ -234,7 +228,7 @@ class Transformation(_OnScenes):
     task, variants = "transformation", 32
     kinds = (*scenes.CHANGES, "tint", "silhouette")
 
-    def _make(self, number, rng, size, first):
+    def _make(self, number: int, rng: Random, size: Size, first: Cutout) -> Example:
         canvas, items, cutouts = self._scene(rng, size, first)
         turns = () if size[0] == size[1] else scenes.TURNS  # would not fit the target's size
         kind = rng.choice([kind for kind in self.kinds if kind not in turns])
@@ -258,7 +252,7 @@ def _black(item: Item) -> Item:
     return Item(rgba, item.box)
 
 
-class Editing(Source):
+class Editing(Task):
     """A source picture and an instruction about something in it -> the edited picture."""
 
     task, variants, multiple = "editing", 32, True
@@ -268,7 +262,7 @@ class Editing(Source):
         "move": 1.5, "bigger": 0.75, "smaller": 0.75, "replace": 1,
     }  # fmt: skip
 
-    def _make(self, number, rng, size, first):
+    def _make(self, number: int, rng: Random, size: Size, first: Cutout) -> Example:
         (kind,) = rng.choices(list(self.kinds), list(self.kinds.values()))
         if kind in ("move", "bigger", "smaller"):
             edit = self._geometry
@@ -285,11 +279,11 @@ class Editing(Source):
         """Moves one thing, or changes its size."""
         canvas, gaps = self._canvas(rng, size, [a]), {"a": a.caption}
         if kind == "move":
-            start, end = rng.sample(places(size), 2)
+            start, end = rng.sample(positions(size), 2)
             gaps["to"] = TO[end]
-            boxes = [place(size, start, 0.6), place(size, end, 0.6)]
+            boxes = [box_at(start, size, 0.6), box_at(end, size, 0.6)]
         else:
-            boxes = [place(size, "middle", extent) for extent in (0.47, 0.94)]
+            boxes = [box_at("middle", size, extent) for extent in (0.47, 0.94)]
             boxes = boxes if kind == "bigger" else boxes[::-1]
         source, target = (scenes.paint(canvas, [Item(a.rgba, box)]) for box in boxes)
         return self._example(number, rng, kind, gaps, target, [a], source=source)
@@ -310,9 +304,9 @@ class Editing(Source):
             cutouts += self._others(rng, [a], 1)
             x, added = with_article(cutouts[1].caption), cutouts[1].rgba
         canvas = self._canvas(rng, size, cutouts) if canvas is None else canvas
-        row, before = is_row(rng, size), rng.random() < 0.5
-        boxes = line(row, 2) if before else line(row, 2)[::-1]  # the new thing's box, then a's
-        side = ("left" if before else "right") if row else ("top" if before else "bottom")
+        horizontal, before = is_horizontal(rng, size), rng.random() < 0.5
+        boxes = aligned(2, horizontal)[:: 1 if before else -1]  # the new thing's box, then a's
+        side = ("left" if before else "right") if horizontal else ("top" if before else "bottom")
         here = Item(a.rgba, boxes[1])
         source, target = (scenes.paint(canvas, i) for i in ([here], [here, Item(added, boxes[0])]))
         gaps = {"a": a.caption, "x": x, "beside": BESIDE[side]}
@@ -323,7 +317,7 @@ class Editing(Source):
         cutouts = [a]
         if kind in ("remove", "swap", "replace") or rng.random() < 0.5:
             cutouts += self._others(rng, cutouts, 1)
-        boxes = line(is_row(rng, size), 2) if len(cutouts) == 2 else [_FULL]
+        boxes = aligned(2, is_horizontal(rng, size)) if len(cutouts) == 2 else [FULL]
         boxes = boxes if rng.random() < 0.5 else boxes[::-1]
         canvas = after = self._canvas(rng, size, cutouts)
         items = [Item(c.rgba, box) for c, box in zip(cutouts, boxes, strict=True)]
@@ -346,52 +340,61 @@ class Editing(Source):
         return self._example(number, rng, kind, gaps, target, cutouts, source=source)
 
 
-class Customization(Source):
-    """One reference: this subject on that background at that place."""
+class Customization(Task):
+    """One reference: this subject on that background at that position."""
 
     task, variants, multiple = "customization", 16, True
     extents = {"centre": 0.92, "placed": 0.62, "small": 0.36}
 
-    def _make(self, number, rng, size, first):
+    def _make(self, number: int, rng: Random, size: Size, first: Cutout) -> Example:
         kind = rng.choice(list(self.extents))
-        where = rng.choice([name for name in places(size) if name != "middle"])
-        where = "middle" if kind == "centre" else where
+        position = rng.choice([name for name in positions(size) if name != "middle"])
+        position = "middle" if kind == "centre" else position
         canvas, ground = self._ground(rng, size, [first], fancy=0.5)
-        box = place(size, where, self.extents[kind])
+        box = box_at(position, size, self.extents[kind])
         target = scenes.paint(canvas, [Item(first.rgba, box)])
-        gaps = {"a": first.caption, "ground": ground, "where": WHERE[where]}
+        gaps = {"a": first.caption, "ground": ground, "where": WHERE[position]}
         return self._example(number, rng, kind, gaps, target, [first], references=[first])
 
 
-class Composition(Source):
+class Composition(Task):
     """Two or three references in a row or in a column, in the order of the pictures."""
 
     task, variants, multiple = "composition", 32, True
 
-    def _pictures(self, numbers):
+    def _pictures(self, numbers: np.ndarray) -> np.ndarray:
         # Three in a square would be small, so there are three only in oblong pictures, if any.
         oblong = np.array([height != width for height, width in self.settings.sizes])
         three = oblong[self.size_of[numbers]] | ~oblong.any()
-        return 2 + (three & (_mixed(self.key ^ 0x9C, numbers) < 0.6))
+        return 2 + (three & (_uniform(self.key ^ 0x9C, numbers) < 0.6))
 
-    def _make(self, number, rng, size, first):
+    def _make(self, number: int, rng: Random, size: Size, first: Cutout) -> Example:
         count = int(self.pictures_of[number])
         cutouts = [first, *self._others(rng, [first], count - 1)]
-        row = is_row(rng, size)
+        horizontal = is_horizontal(rng, size)
         canvas, ground = self._ground(rng, size, cutouts, fancy=0.0, white=0.2)
-        items = [Item(c.rgba, box) for c, box in zip(cutouts, line(row, count), strict=True)]
+        boxes = aligned(count, horizontal)
+        items = [Item(c.rgba, box) for c, box in zip(cutouts, boxes, strict=True)]
         gaps = dict(zip("abc", (c.caption for c in cutouts), strict=False)) | {"ground": ground}
-        kind = f"{'row' if row else 'column'} of {count}"
+        kind = f"{'row' if horizontal else 'column'} of {count}"
         target = scenes.paint(canvas, items)
         return self._example(number, rng, kind, gaps, target, cutouts, references=cutouts)
 
 
-SOURCES: dict[str, type[Source]] = {
-    source.task: source
-    for source in (
+SOURCES: dict[str, type[Task]] = {
+    kind.task: kind
+    for kind in (
         TextToImage, Reconstruction, Transformation, Editing, Customization, Composition,
     )
 }  # fmt: skip
+
+
+def sources(
+    data: Mapping[str, Any], split: str, settings: TaskSettings, names: Sequence[str]
+) -> dict[str, Source]:
+    """Tasks made from the cut-outs of config.data.corpus ('' for the embedded ones)."""
+    corpus = Corpus(split, data["corpus"], data["max_pixels"])
+    return {name: SOURCES[name](corpus, settings) for name in names}
 
 
 def examples(
@@ -408,7 +411,7 @@ def examples(
     """A fixed list of examples, each with another cut-out as its first subject.
 
     Args:
-      split: side of the corpus ('train' for retrieval among captions that were trained on).
+      split: side of the corpus.
       task, count, seed: which, how many, and the choice among them.
       settings: of the tasks.
       corpus: to use instead of the embedded one.
@@ -428,28 +431,20 @@ def examples(
         fits &= source.pictures_of == pictures
     order = np.flatnonzero(fits).tolist()
     Random(hashed(seed, split, task, "examples")).shuffle(order)
-    found: list[Example] = []
-    seen: set = set()
+    found: dict[int, Example] = {}  # by their first cut-out
     for number in order:
         if len(found) == count:
             break
         cutout = number % len(source.first)
-        if cutout in seen:
-            continue
-        example = source[number]
-        if kind is None or example.kind == kind:
-            seen.add(cutout)
-            found.append(example)
+        if cutout not in found:
+            example = source[number]
+            if kind is None or example.kind == kind:
+                found[cutout] = example
     if len(found) < count:
         raise InputError(
             f"{split} has {len(found)} such examples of {task}, not {count}; ask for fewer"
         )
-    return found
-
-
-def validation_examples(task: str, count: int, seed: int = 0, **choice) -> list[Example]:
-    """`examples` of held-out subjects."""
-    return examples("validation", task, count, seed, **choice)
+    return list(found.values())
 
 
 def template_texts() -> Iterator[str]:

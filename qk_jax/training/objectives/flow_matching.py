@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from qk_jax.base.types import Batch, Tree
 from qk_jax.diffusion import flow
@@ -27,7 +28,7 @@ def loss_fn(plan: Plan) -> LossFn:
     weight, pixels = plan.config.alignment.weight, plan.config.model.vlm_pixels
     model = plan.model
 
-    def loss(params: Tree, batch: Batch, rng: jax.Array):
+    def loss(params: Tree, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         values, t, kontext = flow_matching(model, params, batch, rng, law)
         aux = {"t": t, "flow": values}
         if weight:
@@ -40,14 +41,12 @@ def loss_fn(plan: Plan) -> LossFn:
 
 def flow_matching(
     model: QueryKontext, params: Tree, batch: Batch, rng: jax.Array, law: flow.TimeLaw
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Flow-matching loss of each example.
+) -> tuple[Float[Array, " B"], Float[Array, " B"], Float[Array, "B K D"]]:
+    """(loss, t, kontext) of flow matching for each example.
 
     x_t = (1 - t) x0 + t eps with target eps - x0, on target tokens only. A batch that holds what
     `QueryKontext.encode` returns is not encoded again; of its pictures only the sizes are read.
-
-    Returns:
-      loss float32 [B], t float32 [B], and the kontext, the VLM's states of the queries [B, K, D].
+    The kontext is the VLM's states of the queries.
     """
     encoded: Mapping[str, Any] = batch if "posterior" in batch else model.encode(params, batch)
     posterior_key, time_key, noise_key = jax.random.split(rng, 3)
@@ -68,16 +67,16 @@ def flow_matching(
 
 
 def alignment(
-    model: QueryKontext, params: Tree, batch: Batch, kontext: jax.Array, pixels: int
-) -> jax.Array:
-    """1 - cosine [B] between the projected mean kontext and the vision tower's mean of the target.
+    model: QueryKontext, params: Tree, batch: Batch, kontext: Float[Array, "B K D"], pixels: int
+) -> Float[Array, " B"]:
+    """1 - cosine between the projected mean kontext and the vision tower's mean of the target.
 
     The vision tower is a fixed teacher: no gradient enters it.
 
     Args:
       model, params: the vision tower and the projection `alignment` are read.
       batch: `target_pixel_values` [B, P, 1176] is the target at its vision size.
-      kontext: [B, K, D].
+      kontext: states of the queries.
       pixels: area at which the VLM sees a picture.
     """
     size = vision_size(*batch["target"].shape[1:3], pixels)

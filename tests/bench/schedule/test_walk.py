@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qk_jax.base.errors import InputError
-from qk_jax.bench.schedule import hlo_text, topologies, walk
+from qk_jax.bench.schedule import hlo_text, kernels, topologies, walk
 
 V5E = topologies.parse("v5e-16")
 SPEC = V5E.spec
@@ -500,7 +500,7 @@ FULL = 2 * 2 * 16 * 2048 * 2048 * 128  # of one product: 2 rows, 16 heads
 def test_flops_of_splash_kernels(name, results, extra, mxu, products):
     heads = "bf16[2,16,2048,128]"
     operands = f"s8[1,4,4] s8[1,4,4] {heads} {heads} {heads} s32[2,2048,128] s32[2,8,2048] {extra}"
-    found = hlo_text.splash_flops(
+    found = kernels.splash_flops(
         f"splash_mha_{name}",
         hlo_text.arrays(operands),
         hlo_text.arrays("f32[2,512,128] " + results * f"{heads} "),
@@ -510,7 +510,7 @@ def test_flops_of_splash_kernels(name, results, extra, mxu, products):
 
 
 def test_pallas_call_that_states_its_flops():
-    flops = int(1e-3 * walk.FORWARD_EFFICIENCY * SPEC.peak_flops)
+    flops = int(1e-3 * kernels.FORWARD_EFFICIENCY * SPEC.peak_flops)
     config = f'"custom_call_config":{{"body":"x","cost_estimate":{{"flops":"{flops}"}}}}'
     call = 'f32[256,128] custom-call(%p), custom_call_target="tpu_custom_call"'
     entry = (

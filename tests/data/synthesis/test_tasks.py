@@ -4,11 +4,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import qk_jax.data.corpus as corpus_lib
 
 from qk_jax.base.errors import InputError
 from qk_jax.data import prompts
 from qk_jax.data.example import TASKS, TaskSettings
+from qk_jax.data.synthesis import corpus as corpus_lib
 from qk_jax.data.synthesis import scenes, tasks
 from qk_jax.data.synthesis.wordings import WORDINGS
 from qk_jax.pictures.roles import SOURCE
@@ -18,7 +18,7 @@ TOKENIZER = corpus_lib.EMBEDDED.parent / "tiny" / "tokenizer"
 
 @pytest.fixture(scope="module")
 def corpora():
-    return {split: corpus_lib.Corpus(split) for split in corpus_lib.SPLITS}
+    return {split: corpus_lib.Corpus(split) for split in ("train", "validation")}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_held_out_subjects_are_never_in_training_and_the_reverse(corpora, sample
     for task, (_, examples) in sampled.items():
         seen = {subject for example in examples for subject in example.subjects}
         assert seen and seen <= subjects["train"]
-        held_out = tasks.validation_examples(task, 30)
+        held_out = tasks.examples("validation", task, 30)
         seen = {subject for example in held_out for subject in example.subjects}
         assert seen and seen <= subjects["validation"] and not seen & subjects["train"]
 
@@ -120,11 +120,11 @@ def test_every_kind_occurs_and_has_four_wordings(sampled):
 
 
 def test_instructions_fit_the_text_window(sampled):
-    layout = prompts.PromptLayout(prompts.load_tokenizer(TOKENIZER), 48, 16, 112 * 112)
+    builder = prompts.PromptBuilder(prompts.load_tokenizer(TOKENIZER), 48, 16, 112 * 112)
     for _, examples in sampled.values():
         for example in examples:
             assert "{" not in example.instruction
-            layout.build(example.instruction, strict=True)
+            builder.encode_text(example.instruction, strict=True)
 
 
 def test_reconstruction_and_transformations_are_exact(sampled):
@@ -197,16 +197,16 @@ def test_composition_keeps_the_order_of_the_pictures():
 
 
 def test_examples_are_a_fixed_choice_of_different_subjects():
-    twice = [tasks.validation_examples("composition", 12, seed=3, pictures=2) for _ in range(2)]
+    twice = [tasks.examples("validation", "composition", 12, seed=3, pictures=2) for _ in range(2)]
     for a, b in zip(*twice, strict=True):
         same(a, b)
     assert len({example.subjects[0] for example in twice[0]}) > 9
     plain = tasks.examples("train", "text_to_image", 100, kind="plain", size=(64, 64))
     assert {e.target.shape for e in plain} == {(64, 64, 3)} and {e.kind for e in plain} == {"plain"}
     with pytest.raises(InputError, match="ask for fewer"):
-        tasks.validation_examples("editing", 10_000)
+        tasks.examples("validation", "editing", 10_000)
     with pytest.raises(InputError, match="no task"):
-        tasks.validation_examples("singing", 1)
+        tasks.examples("validation", "singing", 1)
 
 
 def test_other_sizes_are_drawn_at_other_sizes():

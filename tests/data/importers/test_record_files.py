@@ -1,0 +1,87 @@
+"""Record files: written examples are read back, fitted to the sizes of the training."""
+
+import numpy as np
+import pytest
+
+from configs import stage3
+from qk_jax.base.errors import InputError
+from qk_jax.data import records
+from qk_jax.data.example import TASKS, Example
+from qk_jax.data.importers import record_files, registry
+from qk_jax.data.synthesis import tasks
+from qk_jax.pictures.fitting import contain, cover
+from qk_jax.pictures.roles import REFERENCE, SOURCE
+
+GIVEN = ("text_to_image", "editing", "composition")
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return [example for task in GIVEN for example in tasks.examples("validation", task, 12)]
+
+
+def sources(folder, names):
+    config = stage3.get_config("tiny")
+    config.data.records = str(folder)
+    return registry.make_sources(config, "train", 0, names)
+
+
+def test_written_examples_are_read_back(examples, tmp_path):
+    assert record_files.write_examples(tmp_path / "train.array_record", examples) == 36
+    for task, source in sources(tmp_path, GIVEN).items():
+        expected = [example for example in examples if example.task == task]
+        assert len(source) == len(expected)
+        assert source.pictures_of.tolist() == [len(example.pictures) for example in expected]
+        for number, example in enumerate(expected):
+            got = source[number]
+            assert (got.instruction, got.roles) == (example.instruction, example.roles)
+            np.testing.assert_array_equal(got.target, example.target)
+            for a, b in zip(got.pictures, example.pictures, strict=True):
+                np.testing.assert_array_equal(a, b)
+    with pytest.raises(InputError, match="no record of task customization"):
+        sources(tmp_path, ["customization"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"roles": ()}, "1 pictures, but 0 roles"),
+        ({"task": "singing"}, "task 'singing'"),
+        ({"instruction": " "}, "the caption is ' '"),
+    ],
+)
+def test_wrong_examples_are_named_and_leave_nothing(examples, tmp_path, change, words):
+    wrong = examples[12]._replace(**change)
+    with pytest.raises(InputError, match=f"example 1.* {words}"):
+        record_files.write_examples(tmp_path / "a.array_record", [examples[0], wrong])
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_of_other_sizes_are_fitted_by_their_roles(tmp_path):
+    wide = np.zeros((100, 300, 3), np.uint8)
+    wide[:, 100:200] = 200
+    example = Example("both", wide, (wide, wide), (SOURCE, REFERENCE), TASKS[3], 0)
+    record_files.write_examples(tmp_path / "train.array_record", [example])
+    found = sources(tmp_path, [TASKS[3]])[TASKS[3]][0]
+    np.testing.assert_array_equal(found.target, cover(wide, (48, 80)))
+    np.testing.assert_array_equal(found.pictures[0], found.target)
+    np.testing.assert_array_equal(found.pictures[1], contain(wide, 64))
+
+
+def test_covering_crops_evenly_and_containing_shows_all():
+    wide = np.zeros((100, 300, 3), np.uint8)
+    wide[:, 100:200] = 200
+    covered = cover(wide, (64, 64))
+    assert covered.shape == (64, 64, 3) and (covered[:, 4:-4] == 200).all()
+    fitted = contain(wide, 60)
+    assert (fitted[:20] == 255).all() and (fitted[30, 5] == 0).all()
+
+
+def test_an_index_of_another_file_is_named(examples, tmp_path):
+    for name, count in (("train", 5), ("other", 6)):
+        record_files.write_examples(tmp_path / f"{name}.array_record", examples[:count])
+    records.index_path(tmp_path / "other.array_record").replace(
+        records.index_path(tmp_path / "train.array_record")
+    )
+    with pytest.raises(InputError, match="belong to different versions"):
+        sources(tmp_path, ["text_to_image"])["text_to_image"][0]

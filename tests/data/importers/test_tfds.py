@@ -1,0 +1,79 @@
+"""TensorFlow data sets, from one that is made here."""
+
+import io
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from configs import stage3
+from qk_jax.base.errors import InputError
+from qk_jax.data.importers import registry
+
+COUNT = 20
+
+
+class Shades(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+    code_path = None  # or it looks for checksums in this folder
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "text": tfds.features.Text(),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for shade in range(COUNT):
+            buffer = io.BytesIO()
+            Image.new("RGB", (50, 30), (shade, 100, 100)).save(buffer, "PNG")
+            buffer.seek(0)
+            yield shade, {"image": buffer, "text": f"shade {shade}"}
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    builder = Shades(data_dir=str(tmp_path), file_format="array_record")
+    builder.download_and_prepare()
+    found = tfds.builder_from_directory(builder.data_path)
+    monkeypatch.setattr(tfds, "builder", lambda name: found)
+
+
+def sources(split="train", names=("text_to_image",), **data):
+    config = stage3.get_config("tiny")
+    config.data.records = "tfds:shades"
+    config.data.update(data)
+    return registry.make_sources(config, split, 0, list(names))
+
+
+def test_captioned_pictures_are_read(prepared):
+    source = sources()["text_to_image"]
+    assert len(source) == COUNT
+    seen = set()
+    for number in range(COUNT):
+        example = source[number]
+        assert example.target.shape == (64, 64, 3) and not example.pictures
+        assert example.instruction == f"shade {example.target[0, 0, 0]}"
+        assert example.record == number
+        seen.add(example.instruction)
+    assert len(seen) == COUNT
+    assert not source.pictures_of.any() and len(np.unique(source.size_of)) == 1
+
+
+def test_what_it_does_not_have_is_named(prepared):
+    with pytest.raises(InputError, match="no split"):
+        sources("validation")
+    with pytest.raises(InputError, match="text_to_image only"):
+        sources(names=("text_to_image", "editing"))
+    with pytest.raises(InputError, match="no feature 'caption', but image, text"):
+        sources(tfds_text="caption")
+
+
+def test_an_unknown_data_set_is_named():
+    with pytest.raises(InputError, match="tfds:shades"):
+        sources()

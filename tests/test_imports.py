@@ -1,0 +1,49 @@
+"""What importing costs, told by the modules that come with it: a list holds on any machine."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+# Slow to import and not needed to load a published model from its folder.
+HEAVY = {
+    "accelerate", "array_record", "beartype", "diffusers", "grain", "huggingface_hub", "matplotlib",
+    "ml_collections", "optax", "orbax", "pandas", "peft", "PIL", "pyarrow", "safetensors", "scipy",
+    "tensorboardX", "tensorflow", "tensorflow_datasets", "tensorstore", "tokenizers", "torch",
+    "tqdm", "transformers", "wandb",
+}  # fmt: skip
+
+
+def loaded(statement: str) -> set[str]:
+    """Names of all modules that are there after `statement` in a fresh process."""
+    code = f"{statement}\nimport json, sys\nprint(json.dumps(list(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout))
+
+
+def packages(modules: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in modules}
+
+
+def test_the_package_alone_imports_nothing():
+    modules = loaded("import qk_jax; dir(qk_jax)")
+    assert not packages(modules) & (HEAVY | {"absl", "etils", "flax", "jax", "numpy"})
+    assert {name for name in modules if name.startswith("qk_jax")} == {"qk_jax"}
+
+
+def test_loading_published_models_imports_jax_and_flax_alone():
+    modules = loaded("from qk_jax import load_mmdit, load_vae, load_vlm")
+    assert not packages(modules) & HEAVY
+    assert "jax.experimental.pallas" not in modules  # kernels for TPUs
+    rooms = {".".join(name.split(".")[:2]) for name in modules if name.startswith("qk_jax.")}
+    assert rooms <= {
+        f"qk_jax.{room}"
+        for room in ("api", "base", "diffusion", "models", "pictures", "sharding", "weights")
+    }
+
+
+@pytest.mark.parametrize("main", ["train", "sample", "convert", "bench.__main__"])
+def test_mains_import_what_their_verb_needs(main):
+    unneeded = {"diffusers", "matplotlib", "peft", "tensorflow_datasets", "torch", "transformers"}
+    assert not packages(loaded(f"import qk_jax.{main}")) & unneeded
