@@ -88,8 +88,7 @@ def base(stage: str, size: str) -> ConfigDict:
     config.rules = STAGES[stage].rules
     config.lora = ConfigDict({"pattern": "", "rank": 0, "alpha": 0.0})  # models/lora.py
     config.init = ConfigDict({
-        # folders of transformers and diffusers, Hub ids (owner/name[@revision]) or imports of
-        # `qk_jax.convert from-pytorch`; '' starts fresh
+        # folders of transformers and diffusers or Hub ids (owner/name[@revision]); '' starts fresh
         "vlm": str(ASSETS / "tiny/vlm") if tiny else "",
         "vae": str(ASSETS / "tiny/vae") if tiny else "",
         "mmdit": "",

@@ -44,8 +44,8 @@ MODES = {
 class Quickstart:
     """A run of the command, in one folder."""
 
-    def __init__(self, out: files.Path, mode: str):
-        self.out, self.mode = out, mode
+    def __init__(self, out: files.PathLike, mode: str):
+        self.out, self.mode = files.Path(out), mode
         self.size, self.extent = MODES[mode]
         self.specs = {stage: f"{ROOT}/configs/{stage}.py:{self.size}" for stage in STAGES}
         configs = [config_lib.to_json(config_lib.load(spec)) for spec in self.specs.values()]

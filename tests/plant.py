@@ -226,7 +226,8 @@ BUGS = (
         "jnp.round((x + 1.0) * 127.5)", "jnp.floor((x + 1.0) * 127.5)",
         "tests/export/test_pipeline.py -k 'verify_passes or same_noise'"),
     Bug("painting: a source chooses the size of its transpose", "qk_jax/painting/painter.py",
-        "buckets.nearest(*source.shape[:2]", "buckets.nearest(*source.shape[1::-1]",
+        "buckets.nearest(source.shape[0], source.shape[1]",
+        "buckets.nearest(source.shape[1], source.shape[0]",
         "tests/painting/test_painter.py -k fit"),
     # ---- training ------------------------------------------------------------------------------
     Bug("training: the shift is that of the channels",

@@ -94,11 +94,11 @@ def token_positions() -> tuple[np.ndarray, np.ndarray]:
     """Positions of a target and of a source of its size, int32 [sizes, 2 TOKENS, 3], and which of
     a picture's tokens are real, bool [sizes, TOKENS]."""
     positions, real = [], []
-    roles = np.full((1, 1), SOURCE)
     for size in SIZES:
         grid = grid_of(size)
         with jax.ensure_compile_time_eval():  # the first call may come while a step is traced
-            at = np.split(np.asarray(rotary.image_positions(LAW, grid, (grid,), roles)[0]), 2)
+            found = rotary.image_positions(LAW, grid, (grid,), jnp.full((1, 1), SOURCE))
+            at = np.split(np.asarray(found[0]), 2)
         rest = ((0, TOKENS - len(at[0])), (0, 0))
         positions.append(np.concatenate([np.pad(part, rest) for part in at]))
         real.append(np.arange(TOKENS) < len(at[0]))
@@ -158,7 +158,7 @@ class Encoder:
     def decode(self, tokens: np.ndarray, size: int) -> np.ndarray:
         """Normalised packed latents [n, TOKENS, 64] of one size -> uint8 [n, H, W, 3]."""
         height, width = SIZES[size]
-        real = tokens[:, : math.prod(grid_of(SIZES[size]))]
+        real = jnp.asarray(tokens[:, : math.prod(grid_of(SIZES[size]))])
         z = vae.denormalize(mmdit.unpack(real, height // 8, width // 8), self.config)
         x = np.asarray(self.pixels({"params": self.params}, z))
         return np.clip((x + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)

@@ -259,7 +259,7 @@ def card_words(metrics: dict[str, Any]) -> dict[str, Any]:
         for run in metrics["runs"]
     )
     words["pictures"] = ", ".join(f"{n:,} of {task}" for task, n in metrics["pictures"].items())
-    return words | {"dropped": DROP_TEXT, "guidance": GUIDANCE, "euler": STEPS, "config": CONFIG}
+    return words | {"dropped": DROP_TEXT, "guidance": GUIDANCE, "euler": STEPS, "model": CONFIG}
 
 
 def go_on_from(folder: files.Path) -> tuple[Tree, list[dict[str, Any]]]:

@@ -45,6 +45,7 @@ KINDS = {"one": (SQUARE,), "two": (WIDE, TALL), "text": ()}  # sizes of the pict
 SHARES = {"one": 0.45, "two": 0.4, "text": 0.15}  # of the batches
 RATE, WARM_UP = 2e-3, 60  # peak learning rate; steps
 OPTIMIZER = common.adamw(0.05, lambda p: jax.tree.map(lambda x: x.ndim > 2, p), b2=0.98)
+SLOTS = 64  # of a batch that is measured
 CANDIDATES = 50  # captions of the retrieval figures
 
 
@@ -187,7 +188,7 @@ class Collator:
 def inputs(batch: dict, grids: tuple) -> tuple:
     """The arguments of the model."""
     names = ("input_ids", "position_ids", "attention_mask", "pixel_values")
-    return *(batch[name] for name in names), grids
+    return *(jnp.asarray(batch[name]) for name in names), grids
 
 
 def token_losses(params: Tree, batch: dict, grids: tuple) -> jax.Array:
@@ -220,13 +221,13 @@ def train_step(
 
 
 def losses_of(
-    params: Tree, collate: Collator, talks: list[Conversation], blind: bool = False, size: int = 64
+    params: Tree, collate: Collator, talks: list[Conversation], blind: bool = False
 ) -> np.ndarray:
     """Summed loss and number of tokens of each conversation [n, 2]; n need not fill batches."""
     out = []
-    for start in range(0, len(talks), size):
-        part = talks[start : start + size]
-        part = part + part[:1] * (size - len(part))  # one compiled shape
+    for start in range(0, len(talks), SLOTS):
+        part = talks[start : start + SLOTS]
+        part = part + part[:1] * (SLOTS - len(part))  # one compiled shape
         out.append(np.stack(answer_losses(params, *collate(part, blind)), axis=1))
     return np.concatenate(out)[: len(talks)]
 

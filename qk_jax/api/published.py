@@ -158,7 +158,7 @@ def _positions(
                 "image_grid_thw by row and pad with another token"
             )
         one = slice(row, row + 1)
-        positions[one] = mrope_positions(ids[one], mask[one], tuple(own), config)
+        positions[one] = mrope_positions(ids[one], mask[one], tuple(own), config.image_token_id)
     return positions
 
 

@@ -1,4 +1,4 @@
-"""Where a model lies: a folder as it is, or a Hub id through the user's cache and login."""
+"""Finding a model: a folder as it is, or a Hub id through the user's cache and login."""
 
 from __future__ import annotations
 

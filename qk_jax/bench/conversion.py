@@ -56,7 +56,8 @@ def _random(number: int, shape: tuple[int, ...]) -> np.ndarray:
 def write_model(folder: files.Path, shape: str) -> int:
     """A Qwen2.5-VL folder of random bfloat16 weights; the bytes of its tensors."""
     config = qwen_vl.PRESETS[shape]
-    table, tensors = tables.of(config), {}
+    table = tables.of(config)
+    tensors: dict[str, Tensor] = {}
     for path, ours in read.shapes(config).items():
         for name, layer, row in table.names(path, ours):
             one = row.transform.torch_shape(ours if layer is None else ours[1:])

@@ -218,7 +218,7 @@ class Side(contextlib.AbstractContextManager["Side"]):
         if not line:
             self.close()
             raise InputError(
-                f"the side {self._name!r} failed, its message stands above; "
+                f"the side {self._name!r} failed, see its message above; "
                 "when memory is short give a smaller --batch or fewer --blocks"
             )
         answer = json.loads(line)

@@ -256,7 +256,9 @@ class PromptBuilder:
         return {
             "input_ids": input_ids,
             "attention_mask": mask,
-            "position_ids": mrope_positions(input_ids[None], mask[None], grids, self)[0],
+            "position_ids": mrope_positions(
+                input_ids[None], mask[None], grids, self.image_token_id
+            )[0],
             "text_mask": np.arange(self.max_text) >= self.max_text - len(words),
         }
 

@@ -1,4 +1,4 @@
-"""How alike two pictures are: in pixels, in layout, and in an embedding. Host only, numpy."""
+"""How alike two pictures are: in pixels, contours and embeddings. Host code in numpy."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def coarse(pictures: np.ndarray) -> np.ndarray:
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine similarity of every row of a [N, D] with every row of b [M, D]: [N, M]."""
+    """Cosine similarity of every vector of a [N, D] with every one of b [M, D]: [N, M]."""
     unit = [x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12) for x in (a, b)]
     return unit[0] @ unit[1].T
 
 
 def ranks(painted: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Rank (0 is best) of row i of `truth` among all of them, for row i of `painted`: int [N].
+    """Rank (0 is best) of `truth[i]` among all of them, for `painted[i]`: int [N].
 
     Features [N, D] each, centred by the mean over their own set (what all pictures share, such as a
     white ground, tells nothing), compared by cosine. Equal similarities count against the truth.
@@ -68,8 +68,8 @@ def edges(pictures: np.ndarray) -> np.ndarray:
 def layout_change(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """1 - correlation of the edge maps of pictures [N, H, W, 3] of one size: float64 [N].
 
-    0 when every contour stands where it stood, about 1 when the contours are unrelated in place.
-    Colours and textures without contours do not count, hence this is layout and not identity.
+    0 when every contour is where it was, about 1 when their positions are unrelated. Colours and
+    textures without contours do not count, so this is not identity.
     """
     return 1.0 - np.sum(edges(before) * edges(after), axis=(-2, -1))
 

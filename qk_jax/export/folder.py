@@ -26,7 +26,7 @@ INDEX = "model_index.json"
 
 
 class Adapter(NamedTuple):
-    """The transformer's adapter beside the weights that it adapts.
+    """The transformer's adapter, apart from the weights that it adapts.
 
     Attributes:
       base: parameters of the transformer without it.
@@ -40,7 +40,7 @@ class Adapter(NamedTuple):
 
 
 def separate(loaded: Loaded) -> Adapter:
-    """The adapter of a checkpoint, for an export beside the weights.
+    """The adapter of a checkpoint, to be exported apart from the weights.
 
     Raises:
       InputError: its stage has no adapter, or one that `load_lora_weights` of diffusers cannot

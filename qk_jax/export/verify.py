@@ -81,7 +81,7 @@ def tensors(
     Args:
       painter: the checkpoint.
       folder: its export.
-      adapter: what the export has beside the weights; None when it is merged.
+      adapter: what the export has apart from the weights; None when it is merged.
 
     Raises:
       InputError: a tensor is missing or has another shape.
@@ -161,13 +161,14 @@ def _steps(painter: painting.Painter, pipe: Any, request: painting.Request) -> l
     words, queries = states(params, {k: v for k, v in batch.items() if k != "roles"})
     context, mask = programs.context(params, batch)
     latents, noise = painter.latents(batch), painter.noise(request)
-    grids = [(z.shape[-3] // 2, z.shape[-2] // 2) for z in (noise, *latents)]
-    tokens = mmdit.pack(noise[None])
+    start = jnp.asarray(noise)[None]
+    grids = [(z.shape[1] // 2, z.shape[2] // 2) for z in (start, *latents)]
+    tokens = mmdit.pack(start)
     found = velocity(
         params, tokens, jnp.full((1,), SIGMA), context, mask,
         grids[0], latents, batch["roles"], batch["condition_mask"],
     )  # fmt: skip
-    decoded = programs.decode(params, noise[None])
+    decoded = programs.decode(params, start)
     settings = painting.Settings(steps=4)
     (painted,) = painter.paint([request], settings, [noise])
 

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu import splash_attention
 from jaxtyping import Array, Bool, Float, Int
 
 from qk_jax import sharding
@@ -87,6 +86,8 @@ def splash(
     causal: bool,
 ) -> Float[Array, "B query heads head_dim"]:
     """Splash attention (jax.experimental.pallas.ops.tpu); interpreted outside a TPU."""
+    from jax.experimental.pallas.ops.tpu import splash_attention  # slow to import
+
     platform, kind = sharding.target()
     batch, length, heads, dim = query.shape
     span = key.shape[1]

@@ -147,14 +147,12 @@ def merge(params: Tree, adapter: Tree, scale: float | jax.Array) -> Tree:
     Raises:
       InputError: the adapter belongs to other parameters.
     """
-    flat = flatten(params)
-    factors = flatten(adapter)
-    for path in factors:
-        name, factor = path.rsplit("/", 1)
+    flat, factors = flatten(params), flatten(adapter)
+    for path, a in factors.items():
+        name, _, factor = path.rpartition("/")
         if factor != "lora_a":
             continue
-        a, b = factors[path], factors[f"{name}/lora_b"]
-        kernel = flat.get(f"{name}/kernel")
+        b, kernel = factors[f"{name}/lora_b"], flat.get(f"{name}/kernel")
         shape = (*a.shape[:-1], b.shape[-1])
         if kernel is None or kernel.shape != shape:
             found = "absent" if kernel is None else list(kernel.shape)
@@ -162,12 +160,7 @@ def merge(params: Tree, adapter: Tree, scale: float | jax.Array) -> Tree:
                 f"the adapter of {name} is for a kernel {list(shape)}, which here is {found}; "
                 "give the adapter and the model of the same run"
             )
-        flat[f"{name}/kernel"] = _merged(kernel, a, b, scale)
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        delta = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        flat[f"{name}/kernel"] = (kernel.astype(jnp.float32) + scale * delta).astype(kernel.dtype)
     return unflatten(flat)
-
-
-def _merged(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float | jax.Array) -> jax.Array:
-    """kernel [..., in, out] + scale a b in float32, in the kernel's dtype."""
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    delta = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-    return (kernel.astype(jnp.float32) + scale * delta).astype(kernel.dtype)

@@ -195,14 +195,9 @@ def jobs_of(painter: Painter, order: Order, size: tuple[int, int] | None, count:
         request = painter.fit(prompt, source, references, size, seed)
     if count == 1:
         return [Job(order, request, order.out)]
-    return [
-        Job(
-            order,
-            dataclasses.replace(request, number=number),
-            order.out.with_stem(f"{order.out.stem}-{number}"),
-        )
-        for number in range(count)
-    ]
+    requests = (dataclasses.replace(request, number=number) for number in range(count))
+    stem = order.out.stem
+    return [Job(order, x, order.out.with_stem(f"{stem}-{x.number}")) for x in requests]
 
 
 def write_png(path: files.Path, pixels: np.ndarray, texts: dict[str, str]) -> None:

@@ -1,21 +1,26 @@
-"""Pictures in and onto the sizes that are trained: decoding, covering, fitting, flattening."""
+"""Pictures decoded, covered, contained and flattened onto the sizes that are trained."""
 
 from __future__ import annotations
 
 import io
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 from qk_jax.base.errors import BadRecord
 
 Size = tuple[int, int]  # (height, width) in pixels
+Picture = UInt8[np.ndarray, "height width *channels"]
 
 
-def decode_picture(data: bytes, mode: str, max_pixels: int, name: str) -> np.ndarray:
-    """An encoded picture as uint8 [h, w, channels of mode].
+def decode_picture(
+    data: bytes, mode: str, max_pixels: int, name: str
+) -> UInt8[np.ndarray, "height width *channels"]:
+    """An encoded picture in a mode of PIL.
 
-    Raises: BadRecord of kind 'undecodable' or 'too large' (more than max_pixels, 0 for no bound).
+    Raises:
+      BadRecord: of kind 'undecodable' or 'too large' (more than max_pixels; 0 is no bound).
     """
     try:
         image = Image.open(io.BytesIO(data))
@@ -31,8 +36,8 @@ def decode_picture(data: bytes, mode: str, max_pixels: int, name: str) -> np.nda
         raise BadRecord("undecodable", f"{name}: a picture cannot be decoded ({error})") from None
 
 
-def cover(picture: np.ndarray, size: Size) -> np.ndarray:
-    """Scales a picture to cover (H, W) and crops what is over, evenly: uint8 [H, W, 3]."""
+def cover(picture: Picture, size: Size) -> UInt8[np.ndarray, "H W *channels"]:
+    """Scales a picture to cover `size` and crops both sides evenly."""
     height, width = picture.shape[:2]
     if (height, width) == tuple(size):
         return picture
@@ -44,8 +49,8 @@ def cover(picture: np.ndarray, size: Size) -> np.ndarray:
     return np.asarray(resized)
 
 
-def contain(picture: np.ndarray, side: int) -> np.ndarray:
-    """Scales a picture into a white square, centred: uint8 [side, side, 3]."""
+def contain(picture: Picture, side: int) -> UInt8[np.ndarray, "{side} {side} 3"]:
+    """Scales a picture into the middle of a white square."""
     height, width = picture.shape[:2]
     if (height, width) == (side, side):
         return picture
@@ -57,8 +62,8 @@ def contain(picture: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(out)
 
 
-def on_white(image: Image.Image) -> np.ndarray:
-    """An image as uint8 RGB [h, w, 3], on white where it is transparent."""
+def on_white(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
+    """An image in RGB, on white where it is transparent."""
     rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, "white")
     return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))

@@ -151,7 +151,8 @@ def _context(count: _Count, config: ModelConfig, batch: Batch) -> bool:
     text, (examples, length) = config.vlm.text, batch["input_ids"].shape
 
     def grid(picture: Any) -> tuple[int, int]:
-        return grid_of(*vision_size(*picture.shape[1:3], config.vlm_pixels))
+        height, width = picture.shape[1:3]
+        return grid_of(*vision_size(height, width, config.vlm_pixels))
 
     seen = _vision(count, config.vlm.vision, examples, tuple(map(grid, batch["conditions"])))
     # The queries, and the words and pictures before them, are two segments: the latter have no

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
 
 from qk_jax.base import files
 from qk_jax.base.errors import InputError
@@ -125,10 +124,12 @@ class Writers:
         self._wandb = None
         if not self.active:
             return
+        import tensorboardX  # imports torch where there is one
+
         self._path = folder / "metrics.jsonl"
         _drop_after(self._path, first_step)
         self._file = self._path.open("a")
-        self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
+        self._board = tensorboardX.SummaryWriter(str(folder), purge_step=first_step + 1)
         if config.wandb.project:
             try:
                 import wandb

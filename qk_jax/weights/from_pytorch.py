@@ -18,7 +18,7 @@ from qk_jax.weights.safetensors import TensorFolder
 
 PARTS = ("vlm", "mmdit", "vae")
 SMALL = ("tokenizer", "processor", "scheduler")  # a pipeline's folders without weights
-COPIED = (".json", ".txt", ".jinja")  # files beside the weights: tokenizers, model_index.json
+COPIED = (".json", ".txt", ".jinja")  # tokenizers, model_index.json
 
 
 def parts_of(folder: files.Path) -> dict[str, files.Path]:

@@ -100,33 +100,32 @@ def _vlm(values: Values) -> VLMConfig:
             f"model_type is {values.get('model_type')!r}, not {MODEL_TYPE!r}; "
             "give the folder of a Qwen2.5-VL model"
         )
-    text, vision = values.get("text_config", values), values.get("vision_config")
-    for name, part in (("text_config", text), ("vision_config", vision)):
-        if not isinstance(part, dict):
-            raise InputError(f"the {VLM} config has no {name}; download the config.json again")
-    place = "" if text is values else "text_config."
-    sizes = _names(TextConfig)
+    text = _section(values, "text_config") if "text_config" in values else values
+    vision = _section(values, "vision_config")
+    prefix = "" if text is values else "text_config."
+    sizes, vision_sizes = _names(TextConfig), _names(VisionConfig)
     known = (sizes | {*_TOKEN_IDS, *_ELSEWHERE}) - {"mrope_section"}
     # A nested config may repeat keys of the language model at the top, where they do not count.
-    for prefix, part, keys, choices in (
-        ("", values, known | {"text_config", "vision_config"}, _TEXT),
-        (place, text, known if place else values, _TEXT),
-        ("vision_config.", vision, _names(VisionConfig), _VISION),
-    ):
-        nothing = {key for key, value in part.items() if value is None}
-        _check_keys(VLM, part, keys, choices, _IDLE | nothing, prefix)
-        _check_layers(part, prefix)
-    rope = _rope(text, place)
+    _check_vlm_keys(values, known | {"text_config", "vision_config"}, _TEXT)
+    if text is not values:
+        _check_vlm_keys(text, known, _TEXT, prefix)
+    _check_vlm_keys(vision, vision_sizes, _VISION, "vision_config.")
+    rope = _rope(text, prefix)
     ids = {key: values[key] for key in _TOKEN_IDS if key in values}
     found = VLMConfig(
         **_fields(VLM, VLMConfig, ids),
-        tie_word_embeddings=_is_tied(values, "") or _is_tied(text, place),
-        text=TextConfig(**_fields(VLM, TextConfig, {**rope, **text}, place, sizes - _OPTIONAL)),
-        vision=VisionConfig(
-            **_fields(VLM, VisionConfig, vision, "vision_config.", _names(VisionConfig))
-        ),
+        tie_word_embeddings=_is_tied(values, "") or _is_tied(text, prefix),
+        text=TextConfig(**_fields(VLM, TextConfig, {**rope, **text}, prefix, sizes - _OPTIONAL)),
+        vision=VisionConfig(**_fields(VLM, VisionConfig, vision, "vision_config.", vision_sizes)),
     )
     _check_sizes(found)
+    return found
+
+
+def _section(values: Values, name: str) -> dict[str, Any]:
+    found = values.get(name)
+    if not isinstance(found, dict):
+        raise InputError(f"the {VLM} config has no {name}; download the config.json again")
     return found
 
 
@@ -167,8 +166,12 @@ def _is_tied(values: Values, prefix: str) -> bool:
     return _fields(VLM, VLMConfig, found, prefix)["tie_word_embeddings"]
 
 
-def _check_layers(text: Values, prefix: str) -> None:
-    layers = text.get("layer_types")
+def _check_vlm_keys(
+    values: Values, known: Collection[str], choices: Choices, prefix: str = ""
+) -> None:
+    nothing = {key for key, value in values.items() if value is None}
+    _check_keys(VLM, values, known, choices, _IDLE | nothing, prefix)
+    layers = values.get("layer_types")
     full = isinstance(layers, list) and all(layer == "full_attention" for layer in layers)
     if layers is not None and not full:
         raise InputError(
@@ -176,10 +179,10 @@ def _check_layers(text: Values, prefix: str) -> None:
         )
 
 
-def _rope(text: Values, place: str) -> dict[str, Any]:
+def _rope(text: Values, prefix: str) -> dict[str, Any]:
     """The rotary parameters of the language model, under whichever of two names they are."""
     rope = text.get("rope_scaling") or text.get("rope_parameters")
-    where = f"{place}rope_scaling"
+    where = f"{prefix}rope_scaling"
     if not isinstance(rope, dict):
         raise InputError(f"the {VLM} config has no {where}; download the config.json again")
     kind = rope.get("rope_type", rope.get("type"))
@@ -232,7 +235,9 @@ def _check_sizes(config: VLMConfig) -> None:
 def _mmdit(values: Values) -> MMDiTConfig:
     if values.get("out_channels", 16) is None:
         values = {**values, "out_channels": values.get("in_channels", MMDiTConfig.in_channels)}
-    _check_class(values, CLASS_NAME)
+    name = values.get("_class_name", CLASS_NAME)
+    if name != CLASS_NAME:
+        raise InputError(f"the transformer config is of class {name!r}; give a {CLASS_NAME}")
     _check_keys(CLASS_NAME, values, _names(MMDiTConfig), _MMDIT, {"pooled_projection_dim"})
     return MMDiTConfig(**_fields(CLASS_NAME, MMDiTConfig, values))
 
@@ -262,12 +267,6 @@ def _kl_types(blocks: int) -> dict[str, Any]:
 
 def _names(cls: type) -> set[str]:
     return {field.name for field in dataclasses.fields(cls)}
-
-
-def _check_class(values: Values, name: str) -> None:
-    found = values.get("_class_name", name)
-    if found != name:
-        raise InputError(f"the config is of class {found!r}; give one of class {name!r}")
 
 
 def _check_keys(
@@ -307,7 +306,7 @@ def _fields(
     found = {}
     for key, kind in typing.get_type_hints(cls).items():
         if key in values:
-            value = values[key]
+            value: Any = values[key]
             value = tuple(value) if isinstance(value, list) else value
             if expected := _expected(value, kind, 0 if key in _FROM_ZERO else 1):
                 raise InputError(
@@ -332,7 +331,7 @@ def _expected(value: Any, kind: Any, least: int) -> str:
     return "" if right else f"a list of {noun}s"
 
 
-def _fits(value: Any, kind: type, least: int) -> bool:
+def _fits(value: Any, kind: Any, least: int) -> bool:
     if kind is float:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is kind and (kind is bool or value >= least)

@@ -26,7 +26,7 @@ from qk_jax.weights.leaves import Shapes, cast
 from qk_jax.weights.safetensors import TensorFolder
 
 METADATA = "lora_adapter_metadata"  # of diffusers, in the header: a LoraConfig as JSON
-CONFIG = "adapter_config.json"  # of peft, beside the file
+CONFIG = "adapter_config.json"  # of peft, in the same folder
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "lora_unet_")
 PARTS = {
     "lora_A.weight": "a",

@@ -17,7 +17,7 @@ import math
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -136,6 +136,7 @@ def _header(file: files.Path) -> tuple[dict[str, tuple[str, Shape, int]], dict[s
       ValueError: the tensors do not fill the file exactly, without holes and overlaps.
       OSError, RecursionError: as for any file of JSON.
     """
+    handle: Any  # etils types every file as one of text
     with file.open("rb") as handle:
         end = handle.seek(0, 2)
         handle.seek(0)
@@ -189,6 +190,7 @@ def _read(span: _Span, shape: Shape, bounds: list[tuple[int, int]]) -> np.ndarra
     unsigned = np.dtype(f"u{_SIZES[span.kind]}")
     out = np.empty([stop - start for start, stop in bounds], unsigned)
     slab = math.prod(shape[1:]) * unsigned.itemsize  # bytes of one index along the first axis
+    handle: Any
     with span.file.open("rb") as handle:
         handle.seek(span.start + (bounds[0][0] * slab if bounds else 0))
         if out.shape[1:] == shape[1:]:
@@ -203,9 +205,9 @@ def _read(span: _Span, shape: Shape, bounds: list[tuple[int, int]]) -> np.ndarra
     return out
 
 
-def _fill(handle: BinaryIO, array: np.ndarray) -> None:
+def _fill(handle: Any, array: np.ndarray) -> None:
     """Fills a whole contiguous array from where `handle` stands."""
-    data = memoryview(array.reshape(-1).view(np.uint8))
+    data = array.reshape(-1).view(np.uint8)
     if handle.readinto(data) != len(data):
         raise ValueError("it ends within a tensor")
 
@@ -384,19 +386,21 @@ def _write(file: files.Path, tensors: Tensors) -> None:
         reached = ends[1]
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)
+    handle: Any
     with file.open("wb") as handle, concurrent.futures.ThreadPoolExecutor(1) as maker:
         handle.write(len(text).to_bytes(8, "little") + text)
-        future = maker.submit(np.asarray, tensors[names[0]]) if names else None
+        coming = [maker.submit(np.asarray, tensors[name]) for name in names[:1]]
         for name, following in zip(names, [*names[1:], None], strict=True):
-            array = future.result()
-            future = following and maker.submit(np.asarray, tensors[following])
+            array = coming.pop().result()
+            if following is not None:
+                coming.append(maker.submit(np.asarray, tensors[following]))
             if array.shape != tuple(tensors[name].shape) or array.dtype != tensors[name].dtype:
                 raise ValueError(f"tensor {name} became {array.dtype} {array.shape}")
             _drain(handle, array)
             del array
 
 
-def _drain(handle: BinaryIO, array: np.ndarray) -> None:
+def _drain(handle: Any, array: np.ndarray) -> None:
     """Writes an array in C order, a block at a time: a transposed one is not copied whole."""
     bits = array.view(f"u{array.dtype.itemsize}")
     if bits.ndim < 2 or bits.flags.c_contiguous:

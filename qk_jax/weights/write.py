@@ -17,7 +17,7 @@ from qk_jax.base.types import Tree
 from qk_jax.models import lora, qwen_vl, vae
 from qk_jax.weights import hub_configs, read, tables
 from qk_jax.weights.leaves import Leaf, Shapes, cast
-from qk_jax.weights.safetensors import Tensor, TensorFolder, write_tensors
+from qk_jax.weights.safetensors import Shape, Tensor, TensorFolder, write_tensors
 
 LORA = "pytorch_lora_weights"  # base name of an adapter's file
 
@@ -96,17 +96,16 @@ def export_model(
         leaf = next(iter(trees.flatten(meta.unbox(params)).values()))
         values, base = values | {"dtype": jnp.dtype(dtype or leaf.dtype).name}, "model"
     elif isinstance(config, vae.QwenImageVAEConfig):
-        tensors = _with_time(
-            tensors, config, None if original is None else TensorFolder(original), dtype
-        )
+        source = None if original is None else TensorFolder(original)
+        tensors = _with_time(tensors, config, source, dtype)
     write_tensors(folder, base, tensors, max_shard_bytes)
     write_json(files.Path(folder) / "config.json", values)
 
 
-def _time_convolutions(config: vae.QwenImageVAEConfig) -> dict[str, tuple[int, ...]]:
+def _time_convolutions(config: vae.QwenImageVAEConfig) -> dict[str, Shape]:
     """Names and shapes of AutoencoderKLQwenImage's `time_conv` tensors."""
     widths = [config.base_dim * multiple for multiple in config.dim_mult]
-    found: dict[str, tuple[int, ...]] = {}
+    found: dict[str, Shape] = {}
     for level, is_temporal in enumerate(config.temperal_downsample):
         if is_temporal:
             index = (level + 1) * (config.num_res_blocks + 1) - 1
@@ -124,38 +123,31 @@ def _with_time(
     dtype: Any,
 ) -> dict[str, Tensor]:
     """Completes 2-D tensors to the 3-D model's, from `original` or with zeros."""
-    table = tables.of(config)
-    *_, last = tensors.values()
-    added = _time_convolutions(config)
-    if original is None:
-        zeros = {
-            name: Tensor(shape, last.dtype, functools.partial(np.zeros, shape, last.dtype))
-            for name, shape in added.items()
-        }
-        return tensors | zeros
 
-    def read_original(name: str, shape: tuple[int, ...], kind: Any) -> np.ndarray:
+    def make(name: str, shape: Shape, kind: np.dtype, last_tap: Tensor | None) -> np.ndarray:
+        if original is None:
+            return np.zeros(shape, kind)
         if original.shapes.get(name) != shape:
             raise InputError(
                 f"{original.path} has {name} of shape {original.shapes.get(name)}, not {shape}; "
                 "give the folder that the VAE was imported from"
             )
-        return cast(original.read(name), kind, name)
+        array = cast(original.read(name), kind, name)
+        if last_tap is not None:
+            array[:, :, -1] = last_tap.make()[:, :, -1]
+        return array
 
-    def complete(name: str, tensor: Tensor) -> np.ndarray:
-        full = read_original(name, tensor.shape, tensor.dtype)
-        full[:, :, -1] = tensor.make()[:, :, -1]
-        return full
+    def lazy(name: str, shape: Shape, kind: np.dtype, last_tap: Tensor | None = None) -> Tensor:
+        return Tensor(shape, kind, functools.partial(make, name, shape, kind, last_tap))
 
-    out = {}
-    for name, tensor in tensors.items():
+    table, out = tables.of(config), dict(tensors)
+    for name, tensor in tensors.items() if original is not None else ():
         target = table.locate(name)
         if target is not None and target.transform.taps:
-            tensor = Tensor(tensor.shape, tensor.dtype, functools.partial(complete, name, tensor))
-        out[name] = tensor
-    for name, shape in added.items():
-        kind = jnp.dtype(dtype or original.dtypes.get(name, last.dtype))
-        out[name] = Tensor(shape, kind, functools.partial(read_original, name, shape, kind))
+            out[name] = lazy(name, tensor.shape, tensor.dtype, tensor)
+    for name, shape in _time_convolutions(config).items():
+        kind = dtype or (original.dtypes.get(name) if original is not None else None)
+        out[name] = lazy(name, shape, jnp.dtype(kind or tensors["decoder.conv_out.bias"].dtype))
     return out
 
 

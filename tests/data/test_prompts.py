@@ -11,7 +11,7 @@ from transformers import Qwen2VLImageProcessorPil
 from qk_jax.base.errors import InputError
 from qk_jax.data import prompts
 from qk_jax.models.qwen_vl import PRESETS
-from qk_jax.pictures.grids import grid_of, mrope_positions, smart_resize, vision_size
+from qk_jax.pictures.grids import mrope_positions, vision_size
 
 FOLDER = pathlib.Path(prompts.__file__).parents[1] / "assets" / "tiny" / "tokenizer"
 SIZES = ((64, 64), (48, 80))
@@ -30,9 +30,8 @@ def test_patches_equal_the_image_processor(height, width):
     area = size[0] * size[1]
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": area, "longest_edge": area})
     theirs = processor(picture, return_tensors="np")
-    grid = grid_of(*smart_resize(height, width, area, area))
-    assert tuple(theirs["image_grid_thw"][0, 1:]) == grid
-    ours = prompts.patches(picture, smart_resize(height, width, area, area))
+    shown = tuple(14 * int(side) for side in theirs["image_grid_thw"][0, 1:])
+    ours = prompts.patches(picture, shown)
     assert ours.dtype == np.float32
     np.testing.assert_allclose(ours, theirs["pixel_values"], atol=1e-6)
 
@@ -79,7 +78,10 @@ def test_text_and_queries_are_static_slices(builder):
 def test_positions_are_those_of_mrope(builder):
     prompt = builder.build("a cat", SIZES)
     again = mrope_positions(
-        prompt["input_ids"][None], prompt["attention_mask"][None], builder.grids(SIZES), builder
+        prompt["input_ids"][None],
+        prompt["attention_mask"][None],
+        builder.grids(SIZES),
+        builder.image_token_id,
     )
     np.testing.assert_array_equal(prompt["position_ids"], again[0])
     assert (prompt["position_ids"][:, ~prompt["attention_mask"]] == 0).all()

@@ -424,7 +424,7 @@ def pipe(monkeypatch):
         settings = TaskSettings(sizes=tuple(config["data"]["sizes"]), seed=seed)
         return {name: Source(name, settings) for name in names}
 
-    def collate(examples, dropped, layout, targets=False):
+    def collate(examples, dropped, builder, targets=False):
         text, pictures = np.transpose(dropped)
         record = np.array([example.record for example in examples])
         task = np.array([TASKS.index(example.task) for example in examples])
@@ -435,8 +435,8 @@ def pipe(monkeypatch):
     tokenizer = prompts.load_tokenizer(TOKENIZER)
 
     def make(config, split="train"):
-        layout = prompts.PromptLayout(tokenizer, config.model.max_text, 1, 1)
-        return pipeline.Pipeline(config, split, 0, 1, layout)
+        builder = prompts.PromptBuilder(tokenizer, config.model.max_text, 1, 1)
+        return pipeline.Pipeline(config, split, 0, 1, builder)
 
     return make
 
@@ -489,7 +489,7 @@ def test_batch_and_what_is_dropped(stage, size, pipe):
 @pytest.mark.parametrize("size", SIZES)
 def test_shapes_of_a_task_are_bounded(size, pipe):
     made = pipe(config_of("stage2", size, data__batch=4))
-    found = Counter(shape.task for shape in made.shapes())
+    found = Counter(group.task for group in made.groups)
     assert set(found.values()) == {2 if size == "tiny" else 8}
 
 

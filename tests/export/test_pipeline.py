@@ -68,8 +68,7 @@ def test_patches_and_sizes():
 def test_mrope_positions():
     grids = ((4, 6), (6, 2))
     pictured = np.array([0] * 3 + [1] * 6 + [0] * 2 + [1] * 3 + [0] * 4)
-    config = type("Config", (), {"image_token_id": 1})
-    ours = mrope_positions(pictured[None], np.ones((1, len(pictured))), grids, config)
+    ours = mrope_positions(pictured[None], np.ones((1, len(pictured))), grids, 1)
     theirs = pipeline.mrope_positions(torch.from_numpy(pictured == 1), grids)
     np.testing.assert_array_equal(ours[0], theirs[:, 0])
 

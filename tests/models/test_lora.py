@@ -10,9 +10,9 @@ import peft
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
-from flax.traverse_util import flatten_dict
 
 from qk_jax.base.errors import InputError
+from qk_jax.base.trees import flatten
 from qk_jax.models import layers, lora, mmdit, qwen_vl, rotary
 from qk_jax.weights import hub_configs
 from tests.models import torch_copy
@@ -37,15 +37,15 @@ PEFT_TARGETS = [
 
 
 def inputs():
-    """Positional arguments of MMDiT, as numpy, and a cotangent of its output."""
+    """Positional arguments of MMDiT, and a cotangent of its output."""
     rng = np.random.default_rng(0)
     tokens = math.prod(GRID)
     law = rotary.PositionLaw("qwen_image")
     arguments = (
-        rng.normal(size=(2, tokens, CONFIG.in_channels)).astype(np.float32),
-        rng.normal(size=(2, TEXT, CONFIG.joint_attention_dim)).astype(np.float32),
-        np.ones((2, TEXT), bool),
-        np.array([0.25, 0.0625], np.float32),
+        jnp.asarray(rng.normal(size=(2, tokens, CONFIG.in_channels)), jnp.float32),
+        jnp.asarray(rng.normal(size=(2, TEXT, CONFIG.joint_attention_dim)), jnp.float32),
+        jnp.ones((2, TEXT), bool),
+        jnp.array([0.25, 0.0625]),
         rotary.image_positions(law, GRID, (), jnp.zeros((2, 0), jnp.int32)),
         rotary.text_positions(law, TEXT, GRID, ()),
     )
@@ -61,7 +61,7 @@ def ours(params, adapter):
 
 def theirs(model):
     """The torch model's output."""
-    hidden, context, mask, t = map(torch.from_numpy, inputs()[0][:4])
+    hidden, context, mask, t = (torch.from_numpy(np.array(x)) for x in inputs()[0][:4])
     return model(hidden, context, mask, t, [[(1, *GRID)]] * 2, return_dict=False)[0]
 
 
@@ -70,7 +70,7 @@ def peer():
     """A random peft model, the base weights and the factors in our layout."""
     torch_config = {k: v for k, v in hub_configs.to_hf(CONFIG).items() if not k.startswith("_")}
     base = torch_copy.randomize(QwenImageTransformer2DModel(**torch_config), seed=3)
-    shapes = layers.abstract_params(mmdit.MMDiT(CONFIG), *inputs()[0])
+    shapes = layers.abstract_params(mmdit.MMDiT(CONFIG), *mmdit.MMDiT(CONFIG).example())
     params = torch_copy.copy(base.state_dict(), shapes)
     config = peft.LoraConfig(
         r=RANK, lora_alpha=ALPHA, target_modules=PEFT_TARGETS, init_lora_weights=False
@@ -132,7 +132,7 @@ def test_merge_equals_peft():
         if hasattr(module, "get_delta_weight")
     }
     assert len(deltas) == ADAPTED * CONFIG.num_layers
-    before, after = flatten_dict(params, sep="/"), flatten_dict(merged, sep="/")
+    before, after = flatten(params), flatten(merged)
     assert before.keys() == after.keys()
     changed = 0
     for path, kernel in after.items():
@@ -166,19 +166,8 @@ def test_merge_sums_in_float32_and_rounds_once():
 @functools.cache
 def whole():
     """Shapes of a tree with both towers."""
-    config = qwen_vl.PRESETS["tiny"]
-    ids = jnp.zeros((1, 8), jnp.int32)
-    arguments = (
-        ids,
-        jnp.zeros((1, 3, 8), jnp.int32),
-        ids == 0,
-        jnp.zeros((1, 16, 1176)),
-        ((4, 4),),
-    )
-    return {
-        "vlm": layers.abstract_params(qwen_vl.QwenVL(config), *arguments),
-        "mmdit": layers.abstract_params(mmdit.MMDiT(CONFIG), *inputs()[0]),
-    }
+    towers = {"vlm": qwen_vl.QwenVL(qwen_vl.PRESETS["tiny"]), "mmdit": mmdit.MMDiT(CONFIG)}
+    return {name: layers.abstract_params(tower, *tower.example()) for name, tower in towers.items()}
 
 
 def test_default_targets_are_every_linear_of_the_blocks():
@@ -191,7 +180,7 @@ def test_default_targets_are_every_linear_of_the_blocks():
 def test_a_fresh_adapter_keeps_layers_and_changes_nothing():
     _, params, _ = peer()
     adapter = lora.init(jax.random.key(0), params, lora.MMDIT_TARGETS, 3)
-    flat = flatten_dict(adapter, sep="/")
+    flat = flatten(adapter)
     assert flat["transformer_blocks/img_mlp/net_2/lora_a"].shape == (2, 128, 3)
     assert flat["transformer_blocks/img_mlp/net_2/lora_b"].shape == (2, 3, 32)
     for path, leaf in flat.items():

@@ -11,13 +11,12 @@ import transformers
 from flax import traverse_util
 from flax.core import meta
 
-from qk_jax.base.errors import InputError
 from qk_jax.models import mrope
 from qk_jax.models.layers import abstract_params
 from qk_jax.models.qwen_text import TextConfig
 from qk_jax.models.qwen_vision import VisionConfig, windows_of
 from qk_jax.models.qwen_vl import PRESETS, QwenVL, VLMConfig
-from qk_jax.pictures.grids import grid_of, mrope_positions, vision_size
+from qk_jax.pictures.grids import mrope_positions
 from qk_jax.weights import hub_configs
 from tests.models import torch_copy
 
@@ -106,7 +105,7 @@ def test_vision_tower_equals_transformers():
         with torch.no_grad():
             theirs = model.model.visual(torch.from_numpy(pixels[row]), GRID_THW).pooler_output
         close(ours[row], theirs)
-    pooled = MODEL.apply({"params": params}, pixels, GRIDS, method="pool")
+    pooled = MODEL.apply({"params": params}, jnp.asarray(pixels), GRIDS, method="pool")
     close(pooled, np.asarray(ours).mean(1))
 
 
@@ -134,14 +133,8 @@ def test_positions_equal_get_rope_index(padding):
         given["input_ids"], given["mm_token_type_ids"], given["image_grid_thw"],
         attention_mask=given["attention_mask"],
     )  # fmt: skip
-    ours = mrope_positions(ids, mask, GRIDS, CONFIG)
+    ours = mrope_positions(ids, mask, GRIDS, IMAGE)
     np.testing.assert_array_equal(ours, theirs.numpy().swapaxes(0, 1))
-
-
-def test_positions_refuse_pictures_of_another_size():
-    ids, mask, _ = batch("left")
-    with pytest.raises(InputError, match="row 0 has 22 picture tokens"):
-        mrope_positions(ids, mask, ((8, 8), (4, 10)), CONFIG)
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
@@ -150,7 +143,7 @@ def test_hidden_states_and_logits_equal_transformers(padding):
     ids, mask, pixels = batch(padding)
     with torch.no_grad():
         theirs = model(**torch_inputs(ids, mask, pixels), output_hidden_states=True)
-    positions = mrope_positions(ids, mask, GRIDS, CONFIG)
+    positions = mrope_positions(ids, mask, GRIDS, IMAGE)
     hidden = hidden_of(params, ids, positions, mask, pixels)
     close(np.asarray(hidden)[mask], theirs.hidden_states[-1][torch.from_numpy(mask)])
     logits = MODEL.apply({"params": params}, hidden, method="logits")
@@ -168,7 +161,7 @@ def test_gradients_equal_transformers():
     grads = {name: value.grad for name, value in model.model.named_parameters()}
     grads["lm_head.weight"] = model.lm_head.weight.grad
     theirs = torch_copy.copy(grads, shapes(CONFIG))
-    positions = mrope_positions(ids, mask, GRIDS, CONFIG)
+    positions = mrope_positions(ids, mask, GRIDS, IMAGE)
 
     @jax.jit
     def gradient(params):
@@ -189,7 +182,7 @@ def test_a_row_without_pictures_beside_one_with():
     ids, mask, pixels = (x.copy() for x in batch("left"))
     ids[1, -4:], mask[1] = [7, 8, 9, 10], False
     ids[1, :-4], mask[1, -4:] = 0, True
-    positions = mrope_positions(ids, mask, GRIDS, CONFIG)
+    positions = mrope_positions(ids, mask, GRIDS, IMAGE)
     np.testing.assert_array_equal(positions[1, :, -4:], np.tile(np.arange(4), (3, 1)))
     hidden = hidden_of(params, ids, positions, mask, pixels)
     with torch.no_grad():
@@ -200,7 +193,7 @@ def test_a_row_without_pictures_beside_one_with():
 def test_queries_take_the_last_places():
     model, params = reference()
     ids, mask, pixels = batch("left")
-    positions = mrope_positions(ids, mask, GRIDS, CONFIG)
+    positions = mrope_positions(ids, mask, GRIDS, IMAGE)
     queries = np.random.default_rng(2).standard_normal((3, 64)).astype(np.float32)
     ours = hidden_of(params, ids, positions, mask, pixels, queries)
     given = torch_inputs(ids, mask, pixels)
@@ -219,13 +212,11 @@ def test_queries_take_the_last_places():
 def test_rematerialisation_and_bfloat16_change_only_rounding():
     _, params = reference()
     ids, mask, pixels = batch("left")
-    positions = mrope_positions(ids, mask, GRIDS, CONFIG)
-    plain = hidden_of(params, ids, positions, mask, pixels)
+    inputs = (ids, mrope_positions(ids, mask, GRIDS, IMAGE), mask, pixels)
+    plain = hidden_of(params, *inputs)
 
     def run(model):
-        return jax.jit(
-            lambda p: model.apply({"params": p}, ids, positions, mask, pixels, GRIDS)
-        )(params)  # fmt: skip
+        return jax.jit(lambda p, *x: model.apply({"params": p}, *x, GRIDS))(params, *inputs)
 
     close(run(QwenVL(CONFIG, remat="full")), plain, 1e-6)
     half = run(QwenVL(CONFIG, dtype=jnp.bfloat16))
@@ -234,11 +225,11 @@ def test_rematerialisation_and_bfloat16_change_only_rounding():
 
 
 def test_mrope_tables_against_float64():
-    positions = np.array([[[0, 7, 900], [0, 40, 901], [0, 80, 902]]])
+    positions = jnp.array([[[0, 7, 900], [0, 40, 901], [0, 80, 902]]])
     cos, sin = mrope.mrope_cos_sin(positions, 128, 1e6, (16, 24, 24), jnp.float32)
     inverse = 1e6 ** -(np.arange(0, 128, 2) / 128)
     axis = np.repeat([0, 1, 2], (16, 24, 24))
-    angles = positions[0][axis].T * inverse
+    angles = np.asarray(positions)[0][axis].T * inverse
     np.testing.assert_allclose(cos[0, :, :64], np.cos(angles), atol=1e-4)
     np.testing.assert_allclose(sin[0, :, 64:], np.sin(angles), atol=1e-4)
     np.testing.assert_allclose(sin[0, :2, 64:], np.sin(angles)[:2], atol=4e-6)
@@ -258,19 +249,3 @@ def test_published_parameter_counts(preset, count):
 
 def test_a_batch_without_pictures_still_makes_the_vision_tower():
     assert "blocks" in shapes(PRESETS["tiny"])["visual"]
-
-
-def test_picture_sizes():
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-    for height, width in [(64, 64), (480, 640), (3000, 2000), (30, 1000), (17, 90)]:
-        assert smart_resize(height, width) == smart_resize(height, width)
-        shown = vision_size(height, width, 384 * 384)
-        assert smart_resize(*shown) == shown
-    assert vision_size(48, 80, 112 * 112) == (84, 140)
-    assert vision_size(64, 64, 384 * 384) == (392, 392)
-    assert grid_of(84, 140) == (6, 10)
-    with pytest.raises(InputError):
-        smart_resize(1, 500)
-    with pytest.raises(InputError):
-        grid_of(30, 28)

@@ -141,6 +141,13 @@ def test_specs_follow_the_tower_of_the_parameter():
     assert got["lora"]["mmdit"]["to_q"]["lora_b"] == P(None, "fsdp")
 
 
+def test_a_parameter_of_no_tower_is_an_error():
+    assert sharding.tower("alignment/proj/kernel") == "connector"
+    assert sharding.tower("lora/vlm/visual/blocks/mlp/up_proj/lora_a") == "vision"
+    with pytest.raises(InputError, match="parameter mmdit2/to_q/kernel belongs to no tower"):
+        sharding.tower("mmdit2/to_q/kernel")
+
+
 def test_a_spec_names_only_axes_with_several_devices():
     kernel = {"mmdit": {"to_q": {"kernel": box((8, 7), "embed", "heads")}}}
     got = lambda **shape: specs(kernel, TABLES, mesh(**shape))  # noqa: E731

@@ -180,7 +180,7 @@ def test_a_lora_file_gets_the_names_of_diffusers(tmp_path):
         module, half, _ = name.removeprefix("transformer.").rsplit(".", 2)
         module = f"lora_unet_{module.replace('.', '_')}"
         kohya[f"{module}.{'lora_down' if half == 'lora_A' else 'lora_up'}.weight"] = array
-        kohya[f"{module}.alpha"] = np.float32(rank)
+        kohya[f"{module}.alpha"] = np.array(rank, np.float32)
     (tmp_path / "a").mkdir()
     save_file(kohya, tmp_path / "a/style.safetensors")
     out = convert(tmp_path, "--base", str(tmp_path / "base"))

@@ -117,9 +117,9 @@ def test_folders_of_peft(options, base, tmp_path):
 
 
 def pair(module, rank, rng, dtype=np.float32):
-    linear = WIDTHS[module]
-    down = rng.standard_normal((rank, linear.fan_in)) / linear.fan_in**0.5
-    up = rng.standard_normal((linear.fan_out, rank)) / rank**0.5
+    fan_in, fan_out = WIDTHS[module].kernel[-2:]
+    down = rng.standard_normal((rank, fan_in)) / fan_in**0.5
+    up = rng.standard_normal((fan_out, rank)) / rank**0.5
     return down.astype(dtype), up.astype(dtype)
 
 

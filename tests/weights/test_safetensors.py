@@ -10,7 +10,8 @@ import tracemalloc
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from qk_jax.base import files
 from qk_jax.base.errors import InputError
@@ -294,10 +295,10 @@ def test_what_is_written_is_what_safetensors_reads(tmp_path):
     read = {}
     for file in sorted(set(index["weight_map"].values())):
         assert stat.S_IMODE((tmp_path / file).stat().st_mode) == 0o644
-        shard = safetensors.torch.load_file(tmp_path / file)
+        shard = load_file(tmp_path / file)
         assert sum(tensor.nbytes for tensor in shard.values()) <= 200
         read |= shard
-        with safetensors.safe_open(tmp_path / file, "numpy") as handle:
+        with safe_open(tmp_path / file, "numpy") as handle:
             assert handle.metadata() == {"format": "pt"}
         start = 8 + int.from_bytes((tmp_path / file).read_bytes()[:8], "little")
         assert start % 64 == 0

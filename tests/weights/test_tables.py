@@ -65,7 +65,7 @@ def test_vlm_computes_the_same(kind_name, tmp_path):
     ids = np.array([[3, 4, 52, *pictured, 53, 5, 6]], np.int32)
     mask = np.ones(ids.shape, bool)
     pixels = rng.standard_normal((1, GRID[0] * GRID[1], 1176)).astype(np.float32)
-    positions = mrope_positions(ids, mask, (GRID,), kind.config)
+    positions = mrope_positions(ids, mask, (GRID,), kind.config.image_token_id)
     with torch.no_grad():
         theirs = model(
             input_ids=torch.from_numpy(ids).long(),
@@ -77,7 +77,8 @@ def test_vlm_computes_the_same(kind_name, tmp_path):
 
     @jax.jit
     def logits(params):
-        hidden = module.apply({"params": params}, ids, positions, mask, pixels, (GRID,))
+        given = map(jnp.asarray, (ids, positions, mask, pixels))
+        hidden = module.apply({"params": params}, *given, (GRID,))
         return module.apply({"params": params}, hidden, method="logits")
 
     np.testing.assert_allclose(logits(params_of(kind_name)), theirs, atol=2e-5, rtol=1e-5)
@@ -102,7 +103,7 @@ def test_mmdit_computes_the_same(tmp_path):
     words = rotary.text_positions(law, 5, GRID, ())
     ours = jax.jit(
         lambda p: mmdit.MMDiT(kind.config).apply(
-            {"params": p}, x, context, np.ones((1, 5), bool), t, places, words
+            {"params": p}, *map(jnp.asarray, (x, context, np.ones((1, 5), bool), t)), places, words
         )
     )(params_of("mmdit"))
     np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -156,10 +157,10 @@ def test_values_beyond_float16_are_refused(tmp_path):
 def test_shards_are_small_and_leave_nothing_stale(tmp_path):
     kind = nano.KINDS["mmdit"]
     kind.write(params_of("mmdit"), tmp_path, max_shard_bytes=30_000)
-    files = sorted(tmp_path.glob("*.safetensors"))
+    shards = sorted(tmp_path.glob("*.safetensors"))
     index = files.read_json(tmp_path / "diffusion_pytorch_model.safetensors.index.json")
-    assert len(files) > 2 and set(index["weight_map"].values()) == {file.name for file in files}
-    assert all(file.stat().st_size < 34_000 for file in files)
+    assert len(shards) > 2 and set(index["weight_map"].values()) == {file.name for file in shards}
+    assert all(file.stat().st_size < 34_000 for file in shards)
     nano.load(kind, tmp_path)
     nano.assert_same(kind.read(tmp_path)[1], params_of("mmdit"))
     kind.write(params_of("mmdit"), tmp_path)
@@ -205,7 +206,7 @@ def test_weights_that_do_not_fit_their_config_are_refused(change, tmp_path):
         "width": "shape",
         "unknown": "this model does not have: extra.weight",
         "missing": "lacks img_in.bias",
-        "class": "'FluxTransformer2DModel'; give one of class 'QwenImageTransformer2DModel'",
+        "class": "'FluxTransformer2DModel'; give a QwenImageTransformer2DModel",
     }[change]
     if change == "layers":
         config["num_layers"] = 1
@@ -246,9 +247,10 @@ def test_ignored_tensors_must_be_named(tmp_path):
 
 def test_an_adapter_computes_the_same_in_diffusers(tmp_path):
     kind = nano.KINDS["mmdit"]
-    params = params_of("mmdit")
+    params = jax.tree.map(jnp.asarray, params_of("mmdit"))
     adapter = lora.init(jax.random.key(0), params, lora.MMDIT_TARGETS, rank=3)
     adapter = nano.random_tree({k: v.shape for k, v in nano.flat(adapter).items()}, seed=1)
+    adapter = jax.tree.map(jnp.asarray, adapter)
     kind.write(lora.merge(params, adapter, 0.5), tmp_path / "merged")
     kind.write(params, tmp_path / "base")
     export_lora(adapter, 0.5, tmp_path / "lora")

@@ -22,9 +22,7 @@ ELEMENT_BYTES = {
     "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
     "f8e4m3fn": 1, "f8e5m2": 1, "f8e4m3b11fnuz": 1, "f4e2m1fn": 0.5,
 }  # fmt: skip
-COLLECTIVES = frozenset(
-    "all-gather reduce-scatter all-reduce all-to-all collective-permute".split()
-)
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 # Kinds of transfers between slices, by libtpu's names.
 MEGASCALE = {kind.upper().replace("-", "_"): kind for kind in COLLECTIVES}
 MEGASCALE["ONE_TO_ONE"] = "collective-permute"
@@ -50,8 +48,8 @@ MAPS = frozenset(
     "reduce-precision stochastic-convert rng-bit-generator rng-get-and-update-state reduce map "
     "real imag complex".split()
 )
-# Files that every layer calls into, so that their caller tells more.
-HELPERS = ("layers.py", "sharding.py")
+# Files that every layer calls, so that their caller tells more.
+HELPERS = ("qk_jax/models/layers.py", "qk_jax/sharding/specs.py")
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,]*)\]")
 _HEADER = re.compile(r"(ENTRY )?%(\S+) \(")
 _ASSIGN = re.compile(r"\s+(ROOT )?%(\S+) = ")
@@ -69,7 +67,7 @@ _MESH = re.compile(
 _FRAME = re.compile(r"stack_frame_id=(\d+)")
 _FILE = re.compile(r'source_file="([^"]*)" source_line=(\d+)')
 _BRACKETS = re.compile(r"[\[({\])},]")
-_SCOPE_NOISE = re.compile(r"^(while|body|cond|closed_call|checkpoint|jit\([^)]*\))$")
+_SCOPE_NOISE = re.compile(r"^(while|body|cond|closed_call|checkpoint|eval_jaxpr|jit\([^)]*\))$")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -271,11 +269,11 @@ class Module:
                 words += max(size, 4) * count if size else 0
         return nbytes / words if words else 1.0
 
-    def started(self, done: Instruction) -> str:
-        """Name of the start that a done waits for."""
-        while not done.opcode.endswith("-start"):
-            done = self.operand(done, 0)
-        return done.name
+    def started(self, one: Instruction) -> Instruction:
+        """The start that an update goes on with or a done waits for."""
+        while not one.opcode.endswith("-start"):
+            one = self.operand(one, 0)
+        return one
 
     def collective(self, computation: str) -> Instruction | None:
         """The collective of a computation that a fusion or an asynchronous op calls."""
@@ -316,7 +314,7 @@ class Module:
             before = self.operand(self.root(loop.body), element)
             if self.element(before) != element:
                 return self.origin(before, hops - 1)
-        index = 1 if one.opcode.startswith("dynamic-update-slice") else 0
+        index = 1 if "update" in one.opcode else 0  # the part, not the buffer or the start
         name = "".join(one.operands[index : index + 1])
         producer = self.computations[one.computation].get(name)
         return one if producer is None else self.origin(producer, hops - 1)
@@ -331,9 +329,8 @@ class Module:
         inner = ""
         while frame in self.frames:
             file, line, frame = self.frames[frame]
-            name = file.rsplit("/", 1)[-1]
-            here = f"{name}:{line}"
-            if "site-packages/" not in file and name not in HELPERS:
+            here = f"{file.rsplit('/', 1)[-1]}:{line}"
+            if "site-packages/" not in file and not file.endswith(HELPERS):
                 return here
             inner = inner or here
         return inner

@@ -276,10 +276,13 @@ class _Walk:
             run.nested(self.run(one.called[0]))
         elif opcode in ("send", "recv", "recv-done"):
             self._between_slices(run, one)
-        elif opcode.endswith("-start"):
-            run.start(one.name, self._transfer(one))
+        elif opcode.endswith(("-start", "-update")):
+            # A start without operands only readies another core; the update gives it the data.
+            start = self._module.started(one)
+            if (one is start) == bool(start.operands):
+                run.start(start.name, self._transfer(start, one))
         elif opcode.endswith("-done"):
-            run.finish(self._module.started(one))
+            run.finish(self._module.started(one).name)
         elif opcode in hlo_text.COLLECTIVES:
             self._collective(run, one, one)
         elif opcode == "fusion":
@@ -328,14 +331,14 @@ class _Walk:
             if not beside:
                 self._collective(run, one, collective)
 
-    def _transfer(self, one: Instruction) -> _Transfer:
-        """The transfer that an instruction '...-start' starts."""
+    def _transfer(self, one: Instruction, begun: Instruction) -> _Transfer:
+        """The transfer of an instruction '...-start', which itself or an update has begun."""
         kind, inner = one.opcode.removesuffix("-start"), one
         if kind in ("async", "call"):
             inner = self._module.collective(one.called[0]) or one
             kind = inner.opcode
         if kind in hlo_text.COLLECTIVES:
-            found = self._network.collective(inner, kind, self._source(one, inner))
+            found = self._network.collective(inner, kind, self._source(begun, inner))
             return found or self._copy(one, 0)
         if kind not in ("copy", "slice", "dynamic-slice", "dynamic-update-slice"):
             self.unpriced.append(one.name)

@@ -70,7 +70,7 @@ def sources(
 ) -> dict[str, Source]:
     """The one task of a data set. Raises: InputError; see `TfdsSource`."""
     if set(names) != {TfdsSource.task}:
-        raise InputError(f"{data['records']} has {TfdsSource.task} only; set other data.tasks to 0")
+        raise InputError(f"{data['records']} has text_to_image only; set other data.tasks to 0")
     source = TfdsSource(
         data["records"].partition(":")[2], split, settings,
         data["tfds_image"], data["tfds_text"], data["max_pixels"],

@@ -131,7 +131,9 @@ def test_attention_of_the_real_sizes_fits_into_vmem(name, shape):
     where, mesh = setup = mesh_of(name)
 
     def loss(*taken):
-        return jnp.sum(attention(*taken, activations=sharding.row("fsdp").activations), dtype="float32")
+        return jnp.sum(
+            attention(*taken, activations=sharding.row("fsdp").activations), dtype="float32"
+        )
 
     x = shaped(mesh, (mesh.size * shape[0], *shape[1:]), ("data", "fsdp"))
     found = estimate(setup, jax.grad(loss, argnums=(0, 1, 2)), x, x, x)

@@ -1,11 +1,13 @@
 """The estimate: its reading of HLO, and its figures, on small texts."""
 
 import dataclasses
+import pathlib
 import types
 
 import numpy as np
 import pytest
 
+import qk_jax
 from qk_jax.base.errors import InputError
 from qk_jax.bench.schedule import hlo_text, kernels, topologies, walk
 
@@ -135,6 +137,8 @@ def test_replica_groups(attribute, expected):
 
 
 def test_source_is_the_callers_outside_of_packages_and_helpers():
+    root = pathlib.Path(qk_jax.__file__).parent.parent
+    assert all((root / name).is_file() for name in hlo_text.HELPERS)
     tables = """FileNames
 1 "/home/me/qk_jax/models/mmdit.py"
 2 "/home/me/qk_jax/models/layers.py"
@@ -256,7 +260,7 @@ def test_unknown_trip_count_is_said():
     assert found.unpriced == ("while.1 (runs an unknown number of times; counted once)",)
 
 
-def test_dearest_branch_counts():
+def test_most_expensive_branch_counts():
     before = "".join(
         f"%branch_{i} (p: f32[256,128]) -> f32[256,128] {{\n"
         f"  %p = f32[256,128]{{1,0}} parameter(0)\n  ROOT {work('a', cycles=n * CYCLES)}\n}}\n\n"
@@ -452,6 +456,30 @@ def test_collective_on_another_core():
     )
     (one,) = walk.estimate(text(*entry, before=before), BOTH, V5E).collectives
     assert (one.kind, one.nbytes, one.asynchronous) == ("reduce-scatter", 1024 * 128 * 2, True)
+
+
+def test_collective_that_gets_its_operand_after_its_start():
+    """As libtpu 0.0.50 offloads collectives: the data comes with an update of the call."""
+    before = f"""
+%called (q: bf16[1024,128]) -> bf16[256,128] {{
+  %q = bf16[1024,128]{{1,0}} parameter(0)
+  ROOT %s = bf16[256,128]{{1,0}} reduce-scatter(%q), channel_id=1, {ALONG}, to_apply=%add
+}}, execution_thread="sparsecore"
+"""
+    shape = "((bf16[1024,128]), bf16[256,128])"
+    entry = (
+        '%c = ((), (), (s32[1])) call-start(), async_execution_thread="sparsecore", '
+        "to_apply=%called",
+        work("a"),
+        f"%u = {shape} call-update(%c, %p)",
+        work("b", cycles=10),
+        "%d = bf16[256,128] call-done(%u)",
+    )
+    found = walk.estimate(text(*entry, before=before), BOTH, V5E)
+    (one,) = found.collectives
+    assert (one.kind, one.count, one.asynchronous) == ("reduce-scatter", 1, True)
+    assert one.exposed_seconds == pytest.approx(one.seconds, rel=1e-2) and not found.unpriced
+    assert found.compute_s == ms(1)
 
 
 def test_sends_between_slices_are_collectives_over_dcn():
