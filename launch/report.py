@@ -115,7 +115,7 @@ def _role_rows(roles: Figures) -> list[list[str]]:
     words = {
         "identity_cosine": "identity: cosine in the vision tower",
         "identity_psnr": "identity: PSNR to the condition picture, dB",
-        "layout_change": "freedom: 1 - correlation of contours in place",
+        "layout_change": "freedom: 1 - correlation of the contours",
         "displacement": "freedom: shift that fits best, picture diagonals",
     }
     return [

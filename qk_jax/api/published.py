@@ -18,16 +18,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh
 
 from qk_jax import sharding
 from qk_jax.base.errors import InputError
 from qk_jax.base.hub import component_folder
+from qk_jax.base.types import Tree
 from qk_jax.models import mmdit, qwen_vl, rotary, vae
 from qk_jax.pictures.grids import MERGE, PATCH_DIM, Grids, mrope_positions, picture_tokens
 from qk_jax.weights.read import import_model
 
-Params = dict[str, Any]
 QWEN_IMAGE_LAW = rotary.PositionLaw("qwen_image")
 
 
@@ -43,7 +44,7 @@ class LoadedVLM:
     """
 
     config: qwen_vl.VLMConfig
-    params: Params
+    params: Tree
     dtype: Any
     mesh: Mesh | None = None
 
@@ -164,7 +165,7 @@ def _positions(
 
 @functools.partial(jax.jit, static_argnames=("module", "grids"))
 def _states(
-    params: Params,
+    params: Tree,
     ids: jax.Array,
     positions: jax.Array,
     mask: jax.Array,
@@ -173,7 +174,7 @@ def _states(
     module: qwen_vl.QwenVL,
     grids: Grids,
 ) -> jax.Array:
-    return module.apply({"params": params}, ids, positions, mask, pixels, grids)
+    return _apply(module, params, ids, positions, mask, pixels, grids)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -188,7 +189,7 @@ class LoadedMMDiT:
     """
 
     config: mmdit.MMDiTConfig
-    params: Params
+    params: Tree
     dtype: Any
     mesh: Mesh | None = None
 
@@ -276,7 +277,7 @@ def _token_grids(img_shapes: Sequence[Any], batch: int) -> Grids:
 
 @functools.partial(jax.jit, static_argnames=("module", "grids"))
 def _velocity(
-    params: Params,
+    params: Tree,
     hidden: jax.Array,
     context: jax.Array,
     mask: jax.Array,
@@ -288,8 +289,9 @@ def _velocity(
     """The generator with positions of the Qwen-Image law, which does not know roles."""
     target, *conditions = grids
     roles = jnp.zeros((hidden.shape[0], len(conditions)), jnp.int32)
-    return module.apply(
-        {"params": params},
+    return _apply(
+        module,
+        params,
         hidden,
         context,
         mask,
@@ -312,7 +314,7 @@ class LoadedVAE:
     """
 
     config: vae.VAEConfig
-    params: Params
+    params: Tree
     dtype: Any
     mesh: Mesh | None = None
 
@@ -357,16 +359,20 @@ class LoadedVAE:
 
 
 @functools.partial(jax.jit, static_argnames="module")
-def _encode(params: Params, x: jax.Array, rng: jax.Array | None, *, module: vae.VAE) -> jax.Array:
-    mean, logvar = module.apply({"params": params}, x, method="encode")
+def _encode(params: Tree, x: jax.Array, rng: jax.Array | None, *, module: vae.VAE) -> jax.Array:
+    mean, logvar = _apply(module, params, x, method="encode")
     z = mean if rng is None else vae.sample(mean, logvar, rng)
     return vae.normalize(z, module.config)
 
 
 @functools.partial(jax.jit, static_argnames="module")
-def _decode(params: Params, z: jax.Array, *, module: vae.VAE) -> jax.Array:
+def _decode(params: Tree, z: jax.Array, *, module: vae.VAE) -> jax.Array:
     z = vae.denormalize(z, module.config)
-    return module.apply({"params": params}, z, method="decode").astype(jnp.float32)
+    return _apply(module, params, z, method="decode").astype(jnp.float32)
+
+
+def _apply(module: nn.Module, params: Tree, *args: Any, **kwargs: Any) -> Any:
+    return module.apply({"params": params}, *args, **kwargs)
 
 
 def _wrong(name: str, given: Any, wanted: str) -> InputError:
@@ -388,14 +394,14 @@ def _by_rows(x: Any, mesh: Mesh | None) -> jax.Array:
 
 def _imported(
     model: str | os.PathLike, part: str, dtype: Any, mesh: Mesh | None
-) -> tuple[Any, Params]:
+) -> tuple[Any, Tree]:
     """(config, parameters on their devices) of a part of a published model."""
     folder = component_folder(model, part)
     config, params = import_model(part, folder, dtype, mesh=mesh)
     return config, params if mesh is not None else jax.device_put(params)
 
 
-def _dtype(params: Params, dtype: Any) -> np.dtype:
+def _dtype(params: Tree, dtype: Any) -> np.dtype:
     """The compute dtype: the given one, or that which holds the values of all parameters."""
     return jnp.dtype(jnp.result_type(*jax.tree.leaves(params)) if dtype is None else dtype)
 

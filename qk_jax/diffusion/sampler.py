@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,44 +43,10 @@ class ScheduleConfig:
 
     def mu(self, tokens: int) -> float:
         """The dynamic shift for `tokens` packed target tokens (condition tokens do not count)."""
-        return linear_shift(
-            tokens,
-            self.base_shift,
-            self.max_shift,
-            self.base_image_seq_len,
-            self.max_image_seq_len,
-        )
+        lengths = self.base_image_seq_len, self.max_image_seq_len
+        return linear_shift(tokens, self.base_shift, self.max_shift, *lengths)
 
-    @classmethod
-    def from_hf(cls, values: Mapping[str, Any]) -> ScheduleConfig:
-        """From the content of a scheduler_config.json; missing keys get diffusers' defaults.
-
-        Raises:
-          InputError: another class, an unknown key, or a variant that `schedule` does not have.
-        """
-        name = values.get("_class_name", "FlowMatchEulerDiscreteScheduler")
-        if name != "FlowMatchEulerDiscreteScheduler":
-            raise InputError(
-                f"the scheduler config is of class {name!r};"
-                " give one of FlowMatchEulerDiscreteScheduler"
-            )
-        known = {field.name for field in dataclasses.fields(cls)}
-        arguments: dict[str, Any] = dict(
-            use_dynamic_shifting=False, max_shift=1.15, max_image_seq_len=4096, shift_terminal=None
-        )
-        for key, value in values.items():
-            if key in known:
-                arguments[key] = value
-            elif key == "time_shift_type" and value == "exponential" or key.startswith("_"):
-                continue
-            elif value:  # the other keys are switches that are off by default
-                raise InputError(
-                    f"the scheduler config says {key} = {value!r}, which is not supported;"
-                    " remove it"
-                )
-        return cls(**arguments)
-
-    def to_hf(self) -> dict:
+    def to_hf(self) -> dict[str, Any]:
         """The content of a scheduler_config.json."""
         return {
             "_class_name": "FlowMatchEulerDiscreteScheduler",

@@ -14,19 +14,16 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
 
 from qk_jax import sharding
 from qk_jax.models import flash
-from qk_jax.models.flash import Segments
+from qk_jax.models.flash import Keys, Queries, Segments
 from qk_jax.sharding.rules import Activations
 
 NAME = "attention"  # of the result, for rematerialisation policies (`layers.remat_policy`)
 
 
-def choice(
-    query: Float[Array, "B query heads head_dim"], key: Float[Array, "B key kv_heads head_dim"]
-) -> str:
+def choice(query: Queries, key: Keys) -> str:
     """The kernel for these shapes on the device computed for: 'xla', 'splash' or 'cudnn'."""
     platform, kind = sharding.target()
     if max(query.shape[1], key.shape[1]) < flash.MIN_LENGTH:
@@ -39,14 +36,14 @@ def choice(
 
 
 def attention(
-    query: Float[Array, "B query heads head_dim"],
-    key: Float[Array, "B key kv_heads head_dim"],
-    value: Float[Array, "B key kv_heads head_dim"],
+    query: Queries,
+    key: Keys,
+    value: Keys,
     segments: Segments = None,
     *,
     causal: bool = False,
     activations: Activations | None = None,
-) -> Float[Array, "B query heads head_dim"]:
+) -> Queries:
     """Scaled dot-product attention with grouped key/value heads, in query's dtype.
 
     Args:
@@ -96,9 +93,7 @@ def _repeated(x: jax.Array, heads: int, parts: int) -> jax.Array:
     raise AssertionError("heads divide, so keys repeated once per query head do")
 
 
-def _xla(
-    query: jax.Array, key: jax.Array, value: jax.Array, segments: Segments, causal: bool
-) -> jax.Array:
+def _xla(query: Queries, key: Keys, value: Keys, segments: Segments, causal: bool) -> Queries:
     """The definition, with the softmax in float32."""
     query, key, value = flash.named(query, key, value)
     batch, length, heads, dim = query.shape

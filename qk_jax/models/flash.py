@@ -17,6 +17,8 @@ from qk_jax import sharding
 MIN_LENGTH = 256  # tokens; below, scores are small and a kernel pads them to whole blocks
 LANES = 128  # of a TPU's vector registers: blocks of tokens are multiples
 PADDED = -1  # segment of the tokens that fill the last block
+Queries = Float[Array, "B query heads head_dim"]
+Keys = Float[Array, "B key kv_heads head_dim"]
 Segments = tuple[Int[Array, "B query"], Int[Array, "B key"]] | None
 
 
@@ -78,13 +80,7 @@ def _padded(length: int, size: int) -> int:
     return -(-length // size) * size
 
 
-def splash(
-    query: Float[Array, "B query heads head_dim"],
-    key: Float[Array, "B key kv_heads head_dim"],
-    value: Float[Array, "B key kv_heads head_dim"],
-    segments: Segments,
-    causal: bool,
-) -> Float[Array, "B query heads head_dim"]:
+def splash(query: Queries, key: Keys, value: Keys, segments: Segments, causal: bool) -> Queries:
     """Splash attention (jax.experimental.pallas.ops.tpu); interpreted outside a TPU."""
     from jax.experimental.pallas.ops.tpu import splash_attention  # slow to import
 
@@ -143,18 +139,12 @@ def named(*inputs: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(checkpoint_name(x, "joint") for x in inputs)
 
 
-def cudnn_supports(query: Float[Array, "B query heads head_dim"]) -> bool:
+def cudnn_supports(query: Queries) -> bool:
     """Whether cuDNN's flash attention computes this: half precision, heads of up to 128."""
     return query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= 128
 
 
-def cudnn(
-    query: Float[Array, "B query heads head_dim"],
-    key: Float[Array, "B key kv_heads head_dim"],
-    value: Float[Array, "B key kv_heads head_dim"],
-    segments: Segments,
-    causal: bool,
-) -> Float[Array, "B query heads head_dim"]:
+def cudnn(query: Queries, key: Keys, value: Keys, segments: Segments, causal: bool) -> Queries:
     """cuDNN's flash attention."""
     query, key, value = named(query, key, value)
     hidden = mask(segments, query.shape[1], key.shape[1], causal)

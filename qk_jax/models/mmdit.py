@@ -166,7 +166,9 @@ class FeedForward(nn.Module):
 
 
 Table = tuple[Array, Array]  # (cos, sin), float32 [(B,) tokens, head_dim / 2]
-Streams = tuple[Float[Array, "B N width"], Float[Array, "B L width"]]  # (image, text)
+Image = Float[Array, "B N width"]
+Text = Float[Array, "B L width"]
+Streams = tuple[Image, Text]
 
 
 class JointAttention(nn.Module):
@@ -179,8 +181,8 @@ class JointAttention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        image: Float[Array, "B N width"],
-        text: Float[Array, "B L width"],
+        image: Image,
+        text: Text,
         image_table: Table,
         text_table: Table,
         segments: Int[Array, "B L+N"],
@@ -290,9 +292,7 @@ class NormOut(nn.Module):
     activations: Activations | None = None
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B N width"], time: Float[Array, "B width"]
-    ) -> Float[Array, "B N width"]:
+    def __call__(self, x: Image, time: Float[Array, "B width"]) -> Image:
         linear = _modulation(2 * x.shape[-1], self.dtype, name="linear")
         scale, shift = _modulations(linear, time, 2, self.activations)
         return (layers.layer_norm(x) * (1 + scale) + shift).astype(self.dtype)

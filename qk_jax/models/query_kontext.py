@@ -151,14 +151,12 @@ class QueryKontext:
 
     def posterior(
         self, params: Tree, pictures: UInt8[Array, "B H W 3"]
-    ) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
+    ) -> tuple[vae.Latents, vae.Latents]:
         """Mean and log variance of the latents of pictures, not yet normalised."""
         x = pictures.astype(jnp.float32) / 127.5 - 1.0
         return self._apply("vae", params, x, method="encode")
 
-    def encode_pictures(
-        self, params: Tree, pictures: UInt8[Array, "B H W 3"]
-    ) -> Float[Array, "B h w C"]:
+    def encode_pictures(self, params: Tree, pictures: UInt8[Array, "B H W 3"]) -> vae.Latents:
         """Normalised latents of pictures in float32: the mode of their posterior, as diffusers'
         pipelines take it for condition pictures."""
         return vae.normalize(self.posterior(params, pictures)[0], self.config.vae)
@@ -170,7 +168,7 @@ class QueryKontext:
             "latents": self.condition_latents(params, batch),
         }
 
-    def decode(self, params: Tree, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+    def decode(self, params: Tree, latents: vae.Latents) -> vae.Pictures:
         """Normalised latents -> pictures in [-1, 1], float32."""
         z = vae.denormalize(latents, self.config.vae)
         x = self._apply("vae", params, z, method="decode")

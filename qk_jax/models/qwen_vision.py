@@ -25,6 +25,8 @@ from qk_jax.sharding.rules import Activations
 from qk_jax.sharding.specs import constrain
 
 NORM_EPSILON = 1e-6
+Heads = Float[Array, "B P heads head_dim"]
+Patches = Float[Array, "B P width"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +90,9 @@ def windows_of(grids: Grids, window_size: int) -> Windows:
     return Windows(order, np.argsort(order), picture, slots, valid, np.flatnonzero(valid))
 
 
-def window_attention(
-    query: Float[Array, "B P heads head_dim"],
-    key: Float[Array, "B P heads head_dim"],
-    value: Float[Array, "B P heads head_dim"],
-    windows: Windows,
-    activations: Activations | None,
-) -> Float[Array, "B P heads head_dim"]:
-    """Attention within windows."""
+def _window_attention(
+    query: Heads, key: Heads, value: Heads, windows: Windows, activations: Activations | None
+) -> Heads:
     batch, patches, heads, dim = query.shape
     count, length = windows.slots.shape
     whole = count * length == patches
@@ -113,14 +110,9 @@ def window_attention(
     return out if whole else out[:, windows.position]
 
 
-def picture_attention(
-    query: Float[Array, "B P heads head_dim"],
-    key: Float[Array, "B P heads head_dim"],
-    value: Float[Array, "B P heads head_dim"],
-    windows: Windows,
-    activations: Activations | None,
-) -> Float[Array, "B P heads head_dim"]:
-    """Attention within each picture."""
+def _picture_attention(
+    query: Heads, key: Heads, value: Heads, windows: Windows, activations: Activations | None
+) -> Heads:
     ids = None
     if windows.picture.any():
         picture = jnp.tile(windows.picture.astype(np.int32), (query.shape[0], 1))
@@ -137,9 +129,7 @@ class VisionAttention(nn.Module):
     activations: Activations | None = None
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B P width"], cos: Table, sin: Table, full: Bool[Array, ""]
-    ) -> Float[Array, "B P width"]:
+    def __call__(self, x: Patches, cos: Table, sin: Table, full: Bool[Array, ""]) -> Patches:
         """Attends within windows, or within pictures where `full`; patches sorted by window."""
         cfg = self.config
         fused = Dense(3 * cfg.hidden_size, ("embed", "heads"), dtype=self.dtype, name="qkv")(x)
@@ -151,8 +141,8 @@ class VisionAttention(nn.Module):
         windows = windows_of(self.grids, cfg.window_size)
         out = jax.lax.cond(
             full,
-            functools.partial(picture_attention, windows=windows, activations=self.activations),
-            functools.partial(window_attention, windows=windows, activations=self.activations),
+            functools.partial(_picture_attention, windows=windows, activations=self.activations),
+            functools.partial(_window_attention, windows=windows, activations=self.activations),
             query, key, value,
         )  # fmt: skip
         out = out.reshape(x.shape)
@@ -192,8 +182,8 @@ class VisionBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B P width"], cos: Table, sin: Table, full: Bool[Array, ""]
-    ) -> tuple[Float[Array, "B P width"], None]:
+        self, x: Patches, cos: Table, sin: Table, full: Bool[Array, ""]
+    ) -> tuple[Patches, None]:
         cfg, dtype, activations = self.config, self.dtype, self.activations
         x = constrain(x, activations, "batch", "sequence", "embed")
         normed = RMSNorm(NORM_EPSILON, dtype, name="norm1")(x)
@@ -211,7 +201,7 @@ class PatchEmbed(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, patches: Float[Array, "B P 1176"]) -> Float[Array, "B P width"]:
+    def __call__(self, patches: Float[Array, "B P 1176"]) -> Patches:
         axes = ("patch", "embed")
         return Dense(self.features, axes, use_bias=False, dtype=self.dtype, name="proj")(patches)
 
@@ -223,7 +213,7 @@ class Merger(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B P width"]) -> Float[Array, "B P//4 D"]:
+    def __call__(self, x: Patches) -> Float[Array, "B P//4 D"]:
         cfg = self.config
         x = RMSNorm(NORM_EPSILON, self.dtype, name="ln_q")(x)
         x = x.reshape(x.shape[0], -1, cfg.hidden_size * MERGE**2)

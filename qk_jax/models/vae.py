@@ -27,6 +27,8 @@ from qk_jax.sharding.rules import Activations
 from qk_jax.sharding.specs import constrain
 
 LOGVAR_RANGE = (-30.0, 20.0)
+Pictures = Float[Array, "B H W 3"]
+Latents = Float[Array, "B h w C"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +200,7 @@ class Encoder(nn.Module):
     activations: Activations | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w moments"]:
+    def __call__(self, x: Pictures) -> Float[Array, "B h w moments"]:
         config, dtype, groups = self.config, self.dtype, self.config.norm_num_groups
         widths, attends = config.block_out_channels, config.mid_block_add_attention
         x = Conv(widths[0], dtype=dtype, name="conv_in")(x)
@@ -222,7 +224,7 @@ class QwenEncoder(nn.Module):
     activations: Activations | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w moments"]:
+    def __call__(self, x: Pictures) -> Float[Array, "B h w moments"]:
         config, dtype, names = (
             self.config,
             self.dtype,
@@ -251,14 +253,14 @@ class Decoder(nn.Module):
     activations: Activations | None = None
 
     @nn.compact
-    def __call__(self, z: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+    def __call__(self, z: Latents) -> Pictures:
         config, dtype, groups = self.config, self.dtype, self.config.norm_num_groups
         widths, attends = config.block_out_channels[::-1], config.mid_block_add_attention
         x = Conv(widths[0], dtype=dtype, name="conv_in")(z)
         x = MidBlock(widths[0], groups, attends, dtype, self.activations, name="mid_block")(x)
-        conv, shrink, last = ("conv", 1, "conv_norm_out")
+        conv, shrink, last = "conv", 1, "conv_norm_out"
         if isinstance(config, QwenImageVAEConfig):
-            conv, shrink, last = ("resample_1", 2, "norm_out")
+            conv, shrink, last = "resample_1", 2, "norm_out"
         for index, width in enumerate(widths):
             resampled = width // shrink if index + 1 < len(widths) else None
             stage = Stage(
@@ -293,23 +295,21 @@ class VAE(nn.Module):
         if config.use_post_quant_conv:
             self.post_quant_conv = Conv(channels, size=1, dtype=self.dtype)
 
-    def encode(
-        self, x: Float[Array, "B H W 3"]
-    ) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
+    def encode(self, x: Pictures) -> tuple[Latents, Latents]:
         """Pictures in [-1, 1] -> (mean, log variance) of latents, float32."""
         h = self.encoder(constrain(x, self.activations, "batch", None, None, None))
         h = self.quant_conv(h) if self.config.use_quant_conv else h
         mean, logvar = jnp.split(h.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
-    def decode(self, z: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+    def decode(self, z: Latents) -> Pictures:
         """Latents -> pictures, about [-1, 1]; AutoencoderKLQwenImage clamps, AutoencoderKL not."""
         if self.config.use_post_quant_conv:
             z = self.post_quant_conv(z)
         x = self.decoder(z)
         return jnp.clip(x, -1.0, 1.0) if isinstance(self.config, QwenImageVAEConfig) else x
 
-    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    def __call__(self, x: Pictures) -> Pictures:
         """Pictures through the posterior mean and back; used to make the parameters."""
         return self.decode(self.encode(x)[0])
 

@@ -23,10 +23,6 @@ TOWERS = (
     ("mmdit/", "mmdit"),
     ("vae/", "vae"),
 )
-# Axes worth sharding; convolutions, patches and norms are too small or too oddly sized.
-SHARDABLE = frozenset({
-    "embed", "mlp", "mlp_in", "heads", "heads_in", "kv_heads", "vocab", "modulation", "adapter",
-})  # fmt: skip
 
 
 def _check_mesh_axes(row: Any) -> None:
@@ -70,6 +66,10 @@ class Rules:
 
     def __post_init__(self) -> None:
         _check_mesh_axes(self)
+
+
+# Axes worth sharding; convolutions, patches and norms are too small or too oddly sized.
+SHARDABLE = frozenset(field.name for field in dataclasses.fields(Rules) if field.default)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -208,7 +208,7 @@ def test_a_hidden_picture_equals_no_picture():
             *map(jnp.asarray, (hidden, given["context"], given["mask"], given["t"])),
             rotary.image_positions(law, TARGET, grids, jnp.zeros((BATCH, len(grids)), jnp.int32)),
             rotary.text_positions(law, TEXT, TARGET, grids),
-            None if hidden_mask is None else jnp.asarray(hidden_mask),
+            hidden_mask,
         )[:, :tokens]
 
     length = given["hidden"].shape[1]

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import painters
 import pytest
@@ -162,9 +163,9 @@ def test_merged_adapters_paint_as_separate_ones():
     """Painting merges LoRA; the trainer's model with the adapter apart gives the same velocity."""
     tree, model = painters.params(), painters.plan().model
     painter = painters.painter()
-    batch = painter.collate([edit(painter)])
-    x = np.random.default_rng(0).standard_normal((1, 4, 64), np.float32)
-    t = np.full(1, 0.5, np.float32)
+    batch = jax.tree.map(jnp.asarray, painter.collate([edit(painter)]))
+    x = jax.random.normal(jax.random.key(0), (1, 4, 64))
+    t = jnp.full(1, 0.5)
 
     def velocity(model, params):
         context, mask = model.context(params, batch)

@@ -135,7 +135,7 @@ def vae_outputs(config, decodes, rng):
 
     def ours(model):
         if decodes:
-            return model.decode(vae.normalize(x, config))
+            return model.decode(vae.normalize(jnp.asarray(x), config))
         return vae.denormalize(model.encode(x), config)
 
     return theirs, ours

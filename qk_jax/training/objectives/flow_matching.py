@@ -50,7 +50,8 @@ def flow_matching(
     """
     encoded: Mapping[str, Any] = batch if "posterior" in batch else model.encode(params, batch)
     posterior_key, time_key, noise_key = jax.random.split(rng, 3)
-    z = vae.sample(*encoded["posterior"], posterior_key)
+    mean, logvar = encoded["posterior"]
+    z = vae.sample(mean, logvar, posterior_key)
     x0 = mmdit.pack(vae.normalize(z, model.config.vae))
     height, width = batch["target"].shape[1:3]
     grid = (height // PACKED, width // PACKED)
@@ -79,11 +80,11 @@ def alignment(
       kontext: states of the queries.
       pixels: area at which the VLM sees a picture.
     """
-    size = vision_size(*batch["target"].shape[1:3], pixels)
-    teacher = model.vlm.apply(
+    height, width = batch["target"].shape[1:3]
+    teacher: Any = model.vlm.apply(
         {"params": params["vlm"]},
         batch["target_pixel_values"],
-        (grid_of(*size),),
+        (grid_of(*vision_size(height, width, pixels)),),
         method="pool",
     )
     teacher = jax.lax.stop_gradient(teacher).astype(jnp.float32)
