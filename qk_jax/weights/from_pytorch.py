@@ -118,6 +118,7 @@ def _line(part: str, folder: files.Path, found: read.Part) -> str:
     """What is read, and what is left out of it."""
     count = sum(leaf.size for leaf in found.flat.values())
     used = {name for leaf in found.flat.values() for name in leaf.names}
-    left = sorted(set(TensorFolder(folder).shapes) - used)
+    kept = "time_conv"  # of videos: not among our leaves, but copied
+    left = sorted(n for n in TensorFolder(folder).shapes.keys() - used if kept not in n)
     rest = f"; left out: {', '.join(left)}" if left else ""
     return f"{part}: {count:,} parameters in {len(found.flat)} leaves from {folder}{rest}"

@@ -43,6 +43,12 @@ def test_changes_keep_the_size_and_do_what_they_say():
     twice = ("mirror", "upside down", "negative", "red and blue")
     for name in twice:
         np.testing.assert_array_equal(scenes.CHANGES[name](scenes.CHANGES[name](picture)), picture)
+    change = scenes.CHANGES
+    np.testing.assert_array_equal(change["mirror"](picture)[:, 0], picture[:, -1])
+    np.testing.assert_array_equal(change["upside down"](picture)[0], picture[-1])
+    np.testing.assert_array_equal(change["turn left"](picture)[0], picture[:, -1])
+    np.testing.assert_array_equal(change["turn right"](picture)[:, -1], picture[0])
+    assert change["darker"](picture).mean() < picture.mean() < change["brighter"](picture).mean()
     grey = scenes.CHANGES["greyscale"](picture)
     assert (grey[..., 0] == grey[..., 1]).all() and (grey[..., 1] == grey[..., 2]).all()
 

@@ -1,5 +1,6 @@
 """The six tasks: pure, exact, and never with a held-out subject in training."""
 
+import copy
 from collections import Counter
 
 import numpy as np
@@ -50,9 +51,11 @@ def test_an_example_is_a_pure_function_of_seed_split_task_and_number(task, corpo
     again = tasks.SOURCES[task](corpus_lib.Corpus("train"), TaskSettings())
     for example in examples[::-20]:
         same(again[example.record], example)
-    other = tasks.SOURCES[task](corpora["train"], TaskSettings(seed=1))
-    changed = [other[e.record].instruction != e.instruction for e in examples[:20]]
-    assert any(changed)
+    elsewhere = copy.copy(corpora["train"])
+    elsewhere.split = "elsewhere"
+    for corpus, seed in ((corpora["train"], 1), (elsewhere, 0)):
+        other = tasks.SOURCES[task](corpus, TaskSettings(seed=seed))
+        assert any(other[e.record].instruction != e.instruction for e in examples[:20])
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -155,6 +158,9 @@ def test_the_truth_of_edits_differs_and_keeps_what_is_not_named(sampled):
                 difference[:, : half[1] - 1].max(), difference[:, half[1] + 1 :].max(),
             ]  # fmt: skip
             assert min(quiet) == 0, example.instruction
+        if example.kind in ("bigger", "smaller"):  # on one colour, that of the corners
+            drawn = [(x != x[0, 0]).any(-1).sum() for x in (source, example.target)]
+            assert (drawn[1] > drawn[0]) == (example.kind == "bigger"), example.instruction
 
 
 def test_position_words_say_where_the_new_thing_is(sampled):
