@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from qk_jax import sample
+from qk_jax.base.errors import InputError
+from qk_jax.painting import orders
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +156,21 @@ def test_a_file_without_prompts(tmp_path, capsys):
     for name, words in (("empty", "no prompt"), ("binary", "UTF-8"), ("none", "cannot be read")):
         common = ("--checkpoint", tmp_path, "--out-dir", tmp_path)
         assert words in refused(capsys, *common, "--prompts", tmp_path / f"{name}.jsonl")
+
+
+@pytest.mark.parametrize(("words", "ema"), [((), True), (("--no-ema",), False)])
+def test_the_average_is_painted_with_unless_refused(words, ema, monkeypatch):
+    asked = {}
+
+    def load(folder, **settings):
+        asked.update(settings)
+        raise InputError("enough is known")
+
+    monkeypatch.setattr(sample.painting, "load", load)
+    with pytest.raises(SystemExit):
+        sample.main(["--checkpoint", "c", "--prompt", "a kite", "--out", "kite.png", *words])
+    assert asked["ema"] is ema
+
+
+def test_a_size_is_width_and_height():
+    assert orders.parse_size("64x48") == (48, 64) and orders.parse_size(None) is None

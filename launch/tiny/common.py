@@ -22,6 +22,7 @@ from qk_jax.base import cli, files
 from qk_jax.base.errors import InputError
 from qk_jax.base.types import Tree
 from qk_jax.data.synthesis.corpus import EMBEDDED
+from qk_jax.models import layers
 from qk_jax.weights.write import export_model
 
 HERE = pathlib.Path(__file__).parent
@@ -51,6 +52,11 @@ def parse(options: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 # ---- training ----------------------------------------------------------------------------------
+
+
+def fresh(module: Any) -> Tree:
+    """Random parameters of a model."""
+    return layers.init_params(module, jax.random.key(0), *module.example())
 
 
 def steps(args: argparse.Namespace) -> Iterator[tuple[int, float]]:

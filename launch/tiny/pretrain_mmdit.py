@@ -35,7 +35,7 @@ from qk_jax.base.errors import InputError, exits
 from qk_jax.base.types import Tree
 from qk_jax.diffusion import flow, sampler
 from qk_jax.evaluation import similarity
-from qk_jax.models import layers, mmdit, rotary
+from qk_jax.models import mmdit, rotary
 from qk_jax.painting import sheets
 from qk_jax.weights.read import import_model
 from qk_jax.weights.write import export_model
@@ -91,17 +91,6 @@ def train_step(state: tuple, data: Arrays, chosen, rate, key) -> tuple[tuple, ja
     loss, grads = jax.value_and_grad(mean_loss)(params)
     params, moments = common.descend(OPTIMIZER, params, moments, grads, rate)
     return (params, common.follow(average, params, moments[1].count, EMA), moments), loss
-
-
-def fresh() -> Tree:
-    """Random parameters."""
-    one = {"text": jnp.zeros((1, 2, CONFIG.joint_attention_dim)), "mask": jnp.ones((1, 2), bool)}
-    at, real = token_positions()
-    x, t = jnp.zeros((1, TOKENS, CONFIG.in_channels)), jnp.zeros(1)
-    words = jnp.zeros((2, 3), jnp.int32)
-    at, real = jnp.asarray(at[:1, :TOKENS]), jnp.asarray(real[:1])
-    args = (x, one["text"], one["mask"], t, at, words, real)
-    return layers.init_params(MODEL, jax.random.key(0), *args)
 
 
 @jax.jit
@@ -284,7 +273,7 @@ def main() -> None:
     args = common.parse(options)
     if not 0 <= args.shown <= 1:
         raise InputError("--shown is a part of the steps; give 0 to 1")
-    params, runs = go_on_from(args.start) if args.start else (fresh(), [])
+    params, runs = go_on_from(args.start) if args.start else (common.fresh(MODEL), [])
     encoder = Encoder()
     encode_all = functools.partial(mmdit_examples.encode_all, encoder)
     captioned = encode_all(mmdit_examples.captioned("train", mmdit_examples.VARIANTS, args.limit))

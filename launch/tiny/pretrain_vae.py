@@ -31,7 +31,7 @@ from qk_jax.base.errors import InputError, exits
 from qk_jax.base.types import Tree
 from qk_jax.data.synthesis.corpus import Corpus
 from qk_jax.evaluation import similarity
-from qk_jax.models import layers, vae
+from qk_jax.models import vae
 from qk_jax.painting import sheets
 from qk_jax.weights.read import import_model
 
@@ -204,8 +204,7 @@ def begin(decoder_of: files.Path | None) -> tuple[Tree, Tree, vae.VAEConfig | No
       InputError: the folder holds another architecture.
     """
     if decoder_of is None:
-        params = layers.init_params(MODEL, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
-        return params, {}, None, 0
+        return common.fresh(MODEL), {}, None, 0
     config, params = import_model("vae", decoder_of, jnp.float32)
     if dataclasses.replace(config, scaling_factor=1.0, shift_factor=0.0) != CONFIG:
         raise InputError(f"{decoder_of} holds no tiny autoencoder; name one that does")

@@ -32,7 +32,6 @@ from qk_jax.data.synthesis import scenes, tasks
 from qk_jax.data.synthesis.corpus import Corpus, Cutout
 from qk_jax.data.synthesis.wordings import BESIDE
 from qk_jax.evaluation import similarity
-from qk_jax.models import layers
 from qk_jax.models.qwen_vl import PRESETS, QwenVL
 
 CONFIG = PRESETS["tiny"]
@@ -185,15 +184,10 @@ class Collator:
         return slot | {"weights": np.concatenate(weights).astype(np.float32)}
 
 
-def inputs(batch: dict, grids: tuple) -> tuple:
-    """The arguments of the model."""
-    names = ("input_ids", "position_ids", "attention_mask", "pixel_values")
-    return *(jnp.asarray(batch[name]) for name in names), grids
-
-
 def token_losses(params: Tree, batch: dict, grids: tuple) -> jax.Array:
     """Cross-entropy [B, L] of the last L tokens, float32, times their weights."""
-    hidden = MODEL.apply({"params": params}, *inputs(batch, grids))
+    names = ("input_ids", "position_ids", "attention_mask", "pixel_values")
+    hidden = MODEL.apply({"params": params}, *(batch[name] for name in names), grids)
     length = batch["weights"].shape[1]
     logits = MODEL.apply({"params": params}, hidden[:, -length - 1 : -1], method="logits")
     labels = batch["input_ids"][:, -length:]
@@ -267,8 +261,7 @@ def retrieval_figures(params: Tree, collate: Collator, subjects: list[Cutout]) -
 
 def learn(args: argparse.Namespace, collate: Collator, subjects: list[Cutout]) -> tuple[Tree, dict]:
     """(parameters, figures of the training)."""
-    one = inputs(*collate([converse(Random(0), "one", subjects)]))
-    params = layers.init_params(MODEL, jax.random.key(0), *one)
+    params = common.fresh(MODEL)
     moments, losses, step = OPTIMIZER.init(params), common.Losses(), 0
     for step, done in common.steps(args):
         rng = Random(f"0/{step}")

@@ -225,12 +225,8 @@ class QwenEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Pictures) -> Float[Array, "B h w moments"]:
-        config, dtype, names = (
-            self.config,
-            self.dtype,
-            map("down_blocks_{}".format, itertools.count()),
-        )
-        widths = config.block_out_channels
+        config, dtype, widths = self.config, self.dtype, self.config.block_out_channels
+        names = map("down_blocks_{}".format, itertools.count())
         x = Conv(config.base_dim, dtype=dtype, name="conv_in")(x)
         for level, width in enumerate(widths):
             for _ in range(config.num_res_blocks):

@@ -1,7 +1,6 @@
 """The recipe: what each default of the configs does, at the tiny and at the paper's sizes.
 
-Real sizes are planned abstractly. Where a default acts on arrays, it acts here on a tree of the
-real names whose leaves are cut down to their first dimension.
+Real sizes are planned abstractly; where a default acts on arrays, on leaves of the real names.
 """
 
 import dataclasses

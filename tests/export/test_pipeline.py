@@ -1,9 +1,7 @@
 """The exported pipeline in PyTorch against ours: its parts, and pictures from the same noise."""
 
-import copy
 import dataclasses
 import functools
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -15,23 +13,20 @@ import pytest
 import torch
 from PIL import Image
 
-import qk_jax
 from qk_jax import convert as command
-from qk_jax import painting
-from qk_jax.base import runtime
+from qk_jax import painting, sharding
 from qk_jax.base.errors import InputError
 from qk_jax.checkpoints import run_folder
 from qk_jax.data import prompts
+from qk_jax.experiment.plan import Plan
 from qk_jax.export import pipeline, verify
-from qk_jax.models import lora, mmdit, query_kontext, qwen_vl, rotary
+from qk_jax.export.folder import export_pipeline, separate
+from qk_jax.models import lora, mmdit, query_kontext, qwen_vl, rotary, vae
 from qk_jax.pictures.grids import mrope_positions, vision_size
 from qk_jax.weights.read import shapes_of
 from tests.painting import painters
 from tests.weights import nano
 
-TOKENIZER = pathlib.Path(qk_jax.__file__).parent / "assets" / "tiny" / "tokenizer"
-# Nano models run once or twice: what matters is how long they compile.
-OPTIONS = {"cpu": ("xla_backend_optimization_level=0", "xla_cpu_use_fusion_emitters=false")}
 GRIDS = ((4, 4), (4, 6), (2, 3), (5, 4))
 
 
@@ -77,7 +72,7 @@ def test_packing():
     z = np.random.default_rng(0).standard_normal((1, 6, 4, 3)).astype(np.float32)
     tensor = torch.from_numpy(z).permute(0, 3, 1, 2)
     packed = pipeline.pack(tensor)
-    np.testing.assert_array_equal(mmdit.pack(z), packed)
+    np.testing.assert_array_equal(mmdit.pack(jnp.asarray(z)), packed)
     assert torch.equal(pipeline.unpack(packed, 6, 4), tensor)
 
 
@@ -100,57 +95,48 @@ LAWS = {
     "qwen_image": (rotary.PositionLaw("qwen_image"), False),
     "qwen_image_zero": (rotary.PositionLaw("qwen_image"), True),
 }
-RUN = {
-    "stage": "stage3",
-    "data": {"tasks": {"editing": 0.5, "composition": 0.0}, "corpus": "", "records": ""},
-    "lora": {"rank": 2},
-    "init": {"vae": ""},
-}
 
 
 @functools.cache
-def painter(law=SHIFTED, vae_kind="kl", latents=True, zero=True):
-    """A random painter of nano size with the tiny tokenizer."""
-    config = query_kontext.ModelConfig(
-        vlm=dataclasses.replace(
-            nano.VLM,
-            text=dataclasses.replace(nano.VLM.text, vocab_size=2048),
-            **{
-                name: getattr(qwen_vl.PRESETS["tiny"], name)
-                for name in (
-                    "image_token_id", "video_token_id", "vision_start_token_id",
-                    "vision_end_token_id",
-                )
-            },
-        ),
-        mmdit=dataclasses.replace(nano.MMDIT, zero_cond_t=zero),
-        vae=nano.KINDS[vae_kind].config,
-        num_queries=3,
-        max_text=20,
-        vlm_pixels=56 * 56,
-        law=law,
-        condition_latents=latents,
-    )  # fmt: skip
-    model = query_kontext.QueryKontext(config)
-    params = nano.random_tree(shapes_of(model.abstract()))
-    builder = prompts.PromptBuilder(prompts.load_tokenizer(TOKENIZER), 20, 3, config.vlm_pixels)
-    limits = painting.Limits(((64, 64), (48, 80), (80, 48)), 48, 3, 10**6)
-    options = tuple(runtime.compiler_options(OPTIONS, "cpu").items())
-    return painting.Painter(
-        config, params, builder, limits=limits, batch=1, options=options, name="nano"
+def loaded(law=SHIFTED, vae_kind="kl", latents=True, zero=True):
+    """A random model of nano size with the tiny tokenizer, as if it had been read from a folder."""
+    special = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    vlm = dataclasses.replace(
+        nano.VLM,
+        text=dataclasses.replace(nano.VLM.text, vocab_size=2048),
+        **{name: getattr(qwen_vl.PRESETS["tiny"], name) for name in special},
     )
+    autoencoder = nano.KINDS[vae_kind].config
+    config = painters.config("stage3").copy_and_resolve_references()
+    with config.unlocked():
+        config.model.vlm = dataclasses.asdict(vlm)
+        config.model.mmdit = dataclasses.asdict(dataclasses.replace(nano.MMDIT, zero_cond_t=zero))
+        config.model.vae = {"kind": vae.kind(autoencoder), **dataclasses.asdict(autoencoder)}
+        config.model.law = dataclasses.asdict(law)
+        config.model.update(num_queries=3, max_text=20, vlm_pixels=56 * 56)
+        config.model.condition_latents = latents
+        config.data.update(sizes=((64, 64), (48, 80), (80, 48)), reference_size=48)
+        config.lora.update(rank=2, alpha=1.0)
+    plan = Plan.build(config, sharding.build_mesh({}, jax.devices()[:1]), check=False)
+    params = nano.random_tree(shapes_of(plan.model.abstract()))
+    return run_folder.Loaded(plan, params, 7, "unknown")
+
+
+@functools.cache
+def painter(*args, **kwargs):
+    """The painter of `loaded`."""
+    return painting.of_loaded(loaded(*args, **kwargs), batch=1)
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """exported(arguments of `painter`, dtype) -> (painter, folder, pipeline), each written once."""
+    """exported(arguments of `loaded`, dtype) -> (painter, folder, pipeline), each written once."""
 
     @functools.cache
-    def export(law=SHIFTED, vae_kind="kl", latents=True, zero=True, dtype="float32"):
+    def export(*args, dtype="float32", **kwargs):
         folder = tmp_path_factory.mktemp("export") / "model"
-        ours = painter(law, vae_kind, latents, zero)
-        folder.export_pipeline(ours, folder, RUN, 7, dtype)
-        return ours, folder, verify.load_pipeline(folder)
+        export_pipeline(loaded(*args, **kwargs), folder, dtype)
+        return painter(*args, **kwargs), folder, verify.load_pipeline(folder)
 
     return export
 
@@ -201,23 +187,21 @@ def test_a_model_that_only_reads_pictures_gives_the_same_picture(exported, kind)
 
 @functools.cache
 def adapted():
-    """(painter, checkpoint): the same model with a random adapter, merged and beside the base."""
-    base, scale = painter(), 0.5
-    fresh = lora.init(jax.random.key(0), base.params["mmdit"], lora.MMDIT_TARGETS, rank=2)
-    adapter = nano.random_tree(shapes_of(fresh), seed=1)
-    merged = copy.copy(base)
-    generator = jax.jit(lora.merge, static_argnums=2)(base.params["mmdit"], adapter, scale)
-    merged.params = base.params | {"mmdit": generator}
-    model = query_kontext.QueryKontext(dataclasses.replace(base.config, lora_scale=scale))
-    loaded = run_folder.Loaded(model, base.params | {"lora": {"mmdit": adapter}}, RUN, 7, "unknown")
-    return merged, loaded
+    """(checkpoint, painter) of the same model with a random adapter."""
+    base = loaded()
+    shapes = jax.eval_shape(
+        lambda params: lora.init(jax.random.key(0), params, lora.MMDIT_TARGETS, rank=2),
+        base.params["mmdit"],
+    )
+    adapter = nano.random_tree(shapes_of(shapes), seed=1)
+    found = dataclasses.replace(base, params=base.params | {"lora": {"mmdit": adapter}})
+    return found, painting.of_loaded(found, batch=1)
 
 
 def test_a_separate_adapter_paints_as_the_merged_one(tmp_path):
-    merged, loaded = adapted()
-    folder = tmp_path / "model"
-    folder.export_pipeline(merged, folder, RUN, 7, "float32", lora="separate", loaded=loaded)
-    pipe = verify.load_pipeline(folder)
+    found, merged = adapted()
+    export_pipeline(found, tmp_path / "model", "float32", lora="separate")
+    pipe = verify.load_pipeline(tmp_path / "model")
     assert pipe.get_list_adapters() == {"transformer": ["default_0"]}
     assert_paints_the_same(merged, pipe, "three_bare")
     pipe.disable_lora()
@@ -229,43 +213,44 @@ def test_a_separate_adapter_paints_as_the_merged_one(tmp_path):
 
 
 def test_verify_passes_in_every_type_and_finds_one_changed_weight(exported, capsys):
+    ours = loaded()
     for dtype in ("float32", "float16"):
-        ours, folder, _ = exported(dtype=dtype)
+        _, folder, _ = exported(dtype=dtype)
         assert verify.verify(ours, folder)
         table = capsys.readouterr().out
         assert f"weights in {dtype}" in table
         for line in ("VLM states", "context", "velocity", "decoded picture", "painted picture"):
             assert table.count(f": {line}") == 3
         assert table.count(": latents") == 3  # of a source, and of two references
-    changed = copy.copy(ours)
     norm = {"scale": ours.params["mmdit"]["txt_norm"]["scale"] + 1}
-    changed.params = ours.params | {"mmdit": ours.params["mmdit"] | {"txt_norm": norm}}
+    generator = ours.params["mmdit"] | {"txt_norm": norm}
+    changed = dataclasses.replace(ours, params=ours.params | {"mmdit": generator})
     assert not verify.verify(changed, folder)
     assert "transformer: " in capsys.readouterr().out.split("<- too large")[0]
 
 
 def test_verify_reads_a_separate_adapter(tmp_path, capsys):
-    merged, loaded = adapted()
+    found, merged = adapted()
     folder = tmp_path / "model"
-    folder.export_pipeline(merged, folder, RUN, 7, "bfloat16", lora="separate", loaded=loaded)
-    assert verify.verify(merged, folder, loaded=loaded)
+    export_pipeline(found, folder, "bfloat16", lora="separate")
+    assert verify.verify(found, folder)
     assert "adapter: 48 tensors" in capsys.readouterr().out
-    with pytest.raises(InputError, match="give the checkpoint as loaded"):
-        verify.verify(merged, folder)
-    changed = jax.tree.map(lambda leaf: leaf + 1, loaded.params["lora"])
-    other = loaded._replace(params=loaded.params | {"lora": changed})
-    lines = list(verify.tensors(merged, folder, folder.separate(other)))
+    with pytest.raises(InputError, match="trained no adapter"):
+        verify.verify(loaded(), folder)
+    changed = jax.tree.map(lambda leaf: leaf + 1, found.params["lora"])
+    other = dataclasses.replace(found, params=found.params | {"lora": changed})
+    lines = list(verify.tensors(merged, folder, separate(other)))
     assert [line.name.split(":")[0] for line in lines if not line.is_good] == ["adapter"]
 
 
 def test_verify_refuses_what_is_no_export_of_this_model(exported, tmp_path):
-    ours, folder, _ = exported()
+    ours, (_, folder, _) = loaded(), exported()
     with pytest.raises(InputError, match="holds no model_index.json"):
         verify.verify(ours, tmp_path)
-    other = copy.copy(ours)
-    other.config = dataclasses.replace(ours.config, vlm_pixels=28 * 28)
+    config = dataclasses.replace(ours.plan.model.config, vlm_pixels=28 * 28)
+    plan = dataclasses.replace(ours.plan, model=query_kontext.QueryKontext(config))
     with pytest.raises(InputError, match="has vlm_pixels = 3136, the checkpoint 784"):
-        verify.verify(other, folder)
+        verify.verify(dataclasses.replace(ours, plan=plan), folder)
     shutil.copytree(folder, tmp_path / "copy")
     weights = tmp_path / "copy" / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])

@@ -6,6 +6,7 @@ import json
 import tarfile
 
 import build_corpus
+import common
 import mmdit_examples
 import numpy as np
 import pretrain_mmdit
@@ -81,7 +82,7 @@ def test_mmdit_and_going_on(run, tmp_path, monkeypatch):
     config, _, metrics, _ = written(tmp_path / "first", "mmdit")
     assert config == pretrain_mmdit.CONFIG and metrics["runs"][0]["tasks"] == ["text_to_image"]
     params, runs = pretrain_mmdit.go_on_from(tmp_path / "first")
-    assert runs == metrics["runs"] and params.keys() == pretrain_mmdit.fresh().keys()
+    assert runs == metrics["runs"] and params.keys() == common.fresh(pretrain_mmdit.MODEL).keys()
     card = (tmp_path / "first" / "README.md").read_text()
     assert "4 of editing" in card and "1 in 0 minutes, 0% with a source: text_to_image" in card
 

@@ -257,6 +257,11 @@ def test_a_column_that_is_whole_on_purpose_is_no_offence():
         sharding.check_sharded(TWO, rows_of(mmdit=sharding.row("tensor")), "params", on)
 
 
+def test_batches_are_sharded_over_data_and_fsdp():
+    found = sharding.batch_sharding(mesh(data=2, fsdp=2, tensor=2))
+    assert found.spec == P(("data", "fsdp")) and found.shard_shape((8, 3)) == (2, 3)
+
+
 def test_batch_rows_must_divide():
     sharding.check_batch(16, mesh(data=2, fsdp=4), rows_of())
     with pytest.raises(InputError, match="12 examples.*data x fsdp = 8 devices .the batch"):

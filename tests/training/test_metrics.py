@@ -44,7 +44,7 @@ def test_clock_leaves_out_compilation_and_pauses(monkeypatch):
         now[0] += 0.25 * seconds
         clock.data_ready()
         now[0] += 0.75 * seconds
-        clock.end(rows=32, flops=10**12, counts=counts)
+        clock.end(examples=32, flops=10**12, counts=counts)
 
     clock = metrics.Clock()
     iterate(100, counts=False)  # compiles

@@ -261,3 +261,13 @@ def test_bench_measures_a_small_model(capsys, tmp_path):
     out = capsys.readouterr().out
     assert "bit-equal" in out and "from-pytorch" in out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sizes_of_shards_are_powers_of_1000():
+    assert [command.size(text) for text in ("5GB", "500MB", "1.5 kb")] == [
+        5 * 10**9,
+        5 * 10**8,
+        1500,
+    ]
+    with pytest.raises(InputError, match="5GiB"):
+        command.size("5GiB")
