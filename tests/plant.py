@@ -119,7 +119,7 @@ BUGS = (
         "k=span - length", "k=0", "tests/models/test_attention.py -k definition"),
     Bug("models: norms of the generator have another epsilon", "qk_jax/models/layers.py",
         "    epsilon: float = 1e-6\n    dtype", "    epsilon: float = 1e-5\n    dtype",
-        "tests/models/test_mmdit.py -k forward"),
+        "tests/models/test_mmdit.py -k epsilon"),
     Bug("models: the generator's last modulation is shift, then scale", "qk_jax/models/mmdit.py",
         "scale, shift = _modulations(linear, time, 2",
         "shift, scale = _modulations(linear, time, 2", "tests/models/test_mmdit.py -k forward"),
@@ -258,7 +258,7 @@ BUGS = (
         "np.sum(likeness >= own, axis=1) - 1", "np.sum(likeness > own, axis=1)",
         "tests/evaluation/test_similarity.py -k ranks"),
     Bug("evaluation: the worst copy is the one to beat", "qk_jax/evaluation/held_out.py",
-        "best.append(max(", "best.append(min(", "tests/evaluation/test_held_out.py"),
+        "best.append(max(", "best.append(min(", "tests/evaluation/test_held_out.py -k nearest"),
     # ---- export --------------------------------------------------------------------------------
     Bug("export: sources of the pipeline lie on each other", "qk_jax/export/pipeline.py",
         "past_sources = past_sources + size", "past_sources = past_sources + 0 * size",
@@ -299,11 +299,11 @@ BUGS = (
     # ---- mains ---------------------------------------------------------------------------------
     Bug("sample: width and height are swapped", "qk_jax/painting/orders.py",
         "int(match[2]), int(match[1])", "int(match[1]), int(match[2])",
-        "tests/test_sample.py -k one_picture"),
+        "tests/test_sample.py -k width_and_height"),
     Bug("sample: the average is painted with when it is refused", "qk_jax/sample.py",
-        "ema=not args.no_ema", "ema=args.no_ema", "tests/test_sample.py -k one_picture"),
+        "ema=not args.no_ema", "ema=args.no_ema", "tests/test_sample.py -k unless_refused"),
     Bug("convert: sizes are powers of 1024", "qk_jax/convert.py",
-        "* 1000 **", "* 1024 **", "tests/weights/test_from_pytorch.py -k 'size or arguments'"),
+        "* 1000 **", "* 1024 **", "tests/weights/test_from_pytorch.py -k powers"),
 )
 # fmt: on
 

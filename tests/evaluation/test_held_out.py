@@ -8,6 +8,7 @@ import pytest
 
 from qk_jax import evaluation, painting
 from qk_jax.data.example import TASKS
+from qk_jax.evaluation import held_out as held_out_lib
 from qk_jax.painting import sheets
 
 EXTENT = evaluation.Extent(
@@ -93,6 +94,12 @@ def test_the_truth_has_the_highest_figures(held_out, evaluator):
     assert figures["gain_over_copy"] == 0 and figures["psnr"] == figures["psnr_copy"]
     figures = evaluator.fidelity(cases, [case.truth for case in cases])
     assert figures["psnr"] == 99
+
+
+def test_the_copy_to_beat_is_the_nearest_picture():
+    truth = painters.picture(0)
+    request = painting.Request("x", references=(255 - truth, truth), size=truth.shape[:2])
+    assert held_out_lib.best_copies([evaluation.Case(request, truth)]).tolist() == [99.0]
 
 
 def test_a_plan_that_leaves_a_rest_is_refused():

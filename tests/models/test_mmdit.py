@@ -281,3 +281,11 @@ def test_a_fresh_model_predicts_zero():
     args = example_args(config)
     params = layers.init_params(mmdit.MMDiT(config), jax.random.key(0), *args)
     assert not np.any(mmdit.MMDiT(config).apply({"params": params}, *args))
+
+
+def test_norms_have_the_epsilon_of_diffusers():
+    """1e-6, which halves the square of vectors as small as that."""
+    x = jnp.array([1e-3, -1e-3, 1e-3, -1e-3])
+    scaled = layers.RMSNorm().apply({"params": {"scale": jnp.ones(4)}}, x)
+    for found in (scaled, layers.layer_norm(x)):
+        np.testing.assert_allclose(np.abs(found), 0.5**0.5, rtol=1e-5)
