@@ -40,7 +40,7 @@ class LoadedVLM:
       config: the architecture.
       params: the tree of `qwen_vl.QwenVL`, without `lm_head`.
       dtype: of the computation and the result.
-      mesh: over which the parameters lie; None for one device.
+      mesh: over which the parameters are sharded; None for one device.
     """
 
     config: qwen_vl.VLMConfig
@@ -95,7 +95,7 @@ class LoadedVLM:
         with jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext():
             return _states(
                 self.params,
-                *(_by_rows(x, self.mesh) for x in rows),
+                *(_by_batch(x, self.mesh) for x in rows),
                 jnp.asarray(pixel_values),
                 module=qwen_vl.QwenVL(self.config, self.dtype, vision_activations=activations),
                 grids=grids,
@@ -185,7 +185,7 @@ class LoadedMMDiT:
       config: the architecture.
       params: the tree of `mmdit.MMDiT`.
       dtype: of the computation and the result.
-      mesh: over which the parameters lie; None for one device.
+      mesh: over which the parameters are sharded; None for one device.
     """
 
     config: mmdit.MMDiTConfig
@@ -240,7 +240,7 @@ class LoadedMMDiT:
         time = jnp.broadcast_to(jnp.asarray(timestep, jnp.float32), shape[:1])
         return _velocity(
             self.params,
-            *(_by_rows(x, self.mesh) for x in (hidden, context, mask, time)),
+            *(_by_batch(x, self.mesh) for x in (hidden, context, mask, time)),
             module=mmdit.MMDiT(cfg, self.dtype),
             grids=grids,
         )
@@ -310,7 +310,7 @@ class LoadedVAE:
       config: the architecture and the normalisation of latents.
       params: the tree of `vae.VAE`.
       dtype: of the convolutions; latents and pictures are float32.
-      mesh: over which the parameters lie; None for one device.
+      mesh: over which the parameters are sharded; None for one device.
     """
 
     config: vae.VAEConfig
@@ -338,7 +338,7 @@ class LoadedVAE:
             raise InputError(f"x is {jnp.result_type(x)}; give floats in [-1, 1]: x / 127.5 - 1")
         if shape[1] % side or shape[2] % side or not min(shape):
             raise _wrong("x", x, f"sides that are multiples of {side} pixels")
-        return _encode(self.params, _by_rows(x, self.mesh), rng, module=self._module)
+        return _encode(self.params, _by_batch(x, self.mesh), rng, module=self._module)
 
     def decode(self, z: Any) -> jax.Array:
         """Normalised latents [B, h, w, C] -> pictures, float32 [B, 8 h, 8 w, 3], about [-1, 1].
@@ -351,7 +351,7 @@ class LoadedVAE:
         shape, channels = np.shape(z), self.config.latent_channels
         if len(shape) != 4 or shape[3] != channels:
             raise _wrong("z", z, f"[batch, height / 8, width / 8, {channels}]")
-        return _decode(self.params, _by_rows(z, self.mesh), module=self._module)
+        return _decode(self.params, _by_batch(z, self.mesh), module=self._module)
 
     @property
     def _module(self) -> vae.VAE:
@@ -386,7 +386,7 @@ def _row_sharding(x: Any, mesh: Mesh) -> jax.sharding.NamedSharding:
     return sharding.replicated(mesh) if len(x) % parts else sharding.batch_sharding(mesh)
 
 
-def _by_rows(x: Any, mesh: Mesh | None) -> jax.Array:
+def _by_batch(x: Any, mesh: Mesh | None) -> jax.Array:
     """An argument of a call on its devices."""
     x = x if isinstance(x, jax.Array) else np.asarray(x)
     return jax.device_put(x, None if mesh is None else _row_sharding(x, mesh))
@@ -414,7 +414,7 @@ def load_vlm(model: str | os.PathLike, *, dtype: Any = None, mesh: Mesh | None =
         one of the two on the Hugging Face Hub.
       dtype: of parameters and computation; None for that of the files.
       mesh: of `sharding.build_mesh`: every device then holds its share of the parameters by the
-        default tables, and the rows of a call lie over (data, fsdp) where they divide.
+        default tables, and the batch of a call is sharded over (data, fsdp) where it divides.
 
     Raises:
       InputError: no such model, a file is missing or broken, or another architecture.

@@ -18,7 +18,7 @@ class Prompt(TypedDict):
     conditions: tuple[Any, ...]  # uint8 [B, h, w, 3] for each condition picture
 
 
-class Request(Prompt):
+class PaintingBatch(Prompt):
     """What painting reads besides: which condition pictures count, and as what."""
 
     condition_mask: Any  # bool [B], False hides all condition pictures of a slot
@@ -32,7 +32,7 @@ class Encoded(TypedDict):
     latents: tuple[Any, ...]  # of the condition pictures, float32 [B, h/8, w/8, C]
 
 
-class Batch(Request):
+class Batch(PaintingBatch):
     """What a training step reads (`data.pipeline.collate`)."""
 
     target: Any  # uint8 [B, H, W, 3]

@@ -78,7 +78,7 @@ def _timed(command: list[str]) -> tuple[float, str]:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     os.sync()
     if done.returncode:
-        raise InputError(f"`{command[0]}` failed; its message stands above")
+        raise InputError(f"`{command[0]}` failed; its message is above")
     return time.monotonic() - start, done.stdout
 
 

@@ -93,7 +93,7 @@ def load(
 
 
 def _plan(found: Meta, folder: files.Path, mesh: Mesh | None) -> Plan:
-    """The plan of a checkpoint's config, with the tokenizer that lies beside it."""
+    """The plan of a checkpoint's config, with the tokenizer of the same folder."""
     config = config_lib.from_dict(found["config"])
     if (folder / TOKENIZER).is_dir():  # the one that it was trained with, wherever that came from
         config.data.tokenizer = str(folder / TOKENIZER)

@@ -24,7 +24,7 @@ from PIL import Image
 
 from qk_jax.base import files, hub
 from qk_jax.base.errors import InputError
-from qk_jax.base.types import Request
+from qk_jax.base.types import PaintingBatch
 from qk_jax.pictures.grids import (
     MERGE,
     PATCH,
@@ -268,7 +268,7 @@ class PromptBuilder:
         pictures: Sequence[Sequence[np.ndarray]],
         roles: Sequence[Sequence[int]],
         shown: Sequence[bool],
-    ) -> Request:
+    ) -> PaintingBatch:
         """What the model is asked in B slots, as numpy arrays.
 
         Args:
@@ -279,7 +279,7 @@ class PromptBuilder:
         """
         sizes = [picture.shape[:2] for picture in pictures[0]]
         built = [self.build(text, sizes, x) for text, x in zip(texts, shown, strict=True)]
-        return Request(
+        return PaintingBatch(
             input_ids=np.stack([x["input_ids"] for x in built]),
             attention_mask=np.stack([x["attention_mask"] for x in built]),
             position_ids=np.stack([x["position_ids"] for x in built]),

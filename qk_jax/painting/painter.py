@@ -134,7 +134,7 @@ class Painter:
         key = jax.random.fold_in(jax.random.key(request.seed), request.number)
         return np.asarray(jax.random.normal(key, (height // 8, width // 8, channels), jnp.float32))
 
-    def collate(self, requests: Sequence[Request], variant: str = FULL) -> types.Request:
+    def collate(self, requests: Sequence[Request], variant: str = FULL) -> types.PaintingBatch:
         """Requests of one shape as a batch.
 
         Args:
@@ -148,7 +148,7 @@ class Painter:
             [variant != NOTHING] * len(requests),
         )
 
-    def latents(self, batch: types.Request) -> tuple[jax.Array, ...]:
+    def latents(self, batch: types.PaintingBatch) -> tuple[jax.Array, ...]:
         """Latents [B, h, w, C] of each condition picture; () for a model that takes none."""
         if not self.config.condition_latents:
             return ()

@@ -151,7 +151,7 @@ def build_mesh(
         raise InputError(f"{len(devices)} devices do not make {count} slices ({slices})")
     found = len({getattr(device, "slice_index", 0) for device in devices})
     if count > 1 and found != count:
-        raise InputError(f"config.slices asks for {count} slices, the devices lie in {found}")
+        raise InputError(f"config.slices asks for {count} slices, the devices are in {found}")
     inner = list(filled(shape, len(devices) // count).values())
     outer = [slices.get(axis, 1) for axis in MESH_AXES]
     array = _ordered(inner, outer, devices)

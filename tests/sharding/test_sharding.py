@@ -93,7 +93,7 @@ def test_slices_may_only_span_batch_axes():
         sharding.build_mesh({"fsdp": -1}, slices={"tensor": 2})
     with pytest.raises(InputError, match="3 slices"):
         sharding.build_mesh({"fsdp": -1}, slices={"data": 3})
-    with pytest.raises(InputError, match="asks for 2 slices, the devices lie in 1"):
+    with pytest.raises(InputError, match="asks for 2 slices, the devices are in 1"):
         sharding.build_mesh({"fsdp": -1}, slices={"data": 2})
 
 
