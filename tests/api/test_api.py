@@ -297,7 +297,7 @@ def wrong_vlm(ours):
     ids, mask, pixels, thw = sequences("left")
     vlm = functools.partial(ours("vlm"), ids, mask)
     hidden = np.where(ids == IMAGE, 0, mask)
-    ordered = thw[[1, 0, 2]]
+    ordered = thw[::-1]
     return {
         "ids": (lambda: ours("vlm")(ids[0]), r"input_ids has the shape \(\d+,\)"),
         "float ids": (lambda: ours("vlm")(ids * 0.5), "whole numbers"),
