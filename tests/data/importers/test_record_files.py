@@ -77,8 +77,9 @@ def test_covering_crops_evenly_and_containing_shows_all():
     assert (fitted[:20] == 255).all() and (fitted[30, 5] == 0).all()
 
 
-def test_an_index_of_another_file_is_named(examples, tmp_path):
-    for name, count in (("train", 5), ("other", 6)):
+@pytest.mark.parametrize("counts", [(5, 6), (6, 5)])
+def test_an_index_of_another_file_is_named(examples, tmp_path, counts):
+    for name, count in zip(("train", "other"), counts, strict=True):
         record_files.write_examples(tmp_path / f"{name}.array_record", examples[:count])
     records.index_path(tmp_path / "other.array_record").replace(
         records.index_path(tmp_path / "train.array_record")
