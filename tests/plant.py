@@ -225,7 +225,7 @@ BUGS = (
         "tests/export/test_pipeline.py -k same_noise"),
     Bug("painting: pictures are rounded down", "qk_jax/painting/programs.py",
         "jnp.round((x + 1.0) * 127.5)", "jnp.floor((x + 1.0) * 127.5)",
-        "tests/export/test_pipeline.py -k 'verify_passes or same_noise'"),
+        "tests/painting/test_painter.py -k rounded"),
     Bug("painting: a source chooses the size of its transpose", "qk_jax/painting/painter.py",
         "buckets.nearest(source.shape[0], source.shape[1]",
         "buckets.nearest(source.shape[1], source.shape[0]",

@@ -177,3 +177,10 @@ def test_merged_adapters_paint_as_separate_ones():
     merged = jax.jit(lambda p: velocity(painter.programs.model, p))(painter.params)
     scale = np.abs(apart).max()
     np.testing.assert_allclose(merged / scale, apart / scale, atol=1e-4)
+
+
+def test_decoded_pictures_are_rounded_to_the_nearest_value(painter):
+    noise = np.stack([painter.noise(edit(painter, number)) for number in range(2)])
+    got = painter.programs.decode(painter.params, noise)
+    exact = (jax.jit(painter.programs.model.decode)(painter.params, noise) + 1) * 127.5
+    assert np.max(np.abs(np.asarray(got, np.float32) - exact)) < 0.51
