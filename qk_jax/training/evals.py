@@ -80,7 +80,6 @@ class ValidationLoss(Evaluator):
     def __init__(self, *args: Any):
         super().__init__(*args)
         config = self.plan.config
-        self.plan.check_batch(config.validation.batch)
         self.data = pipeline.Pipeline(config, "validation", prompts=self.plan.prompts)
         self.eval_step = step_lib.make_eval_step(self.plan)
 
@@ -131,21 +130,27 @@ class Sheets(Evaluator):
 EVALUATORS: dict[str, type[Evaluator]] = {"loss": ValidationLoss, "sheets": Sheets}
 
 
-def build(plan: Plan, folder: files.Path, writers: metrics.Writers) -> list[Evaluator]:
-    """The evaluators of config.evals that are on.
+def check(plan: Plan) -> None:
+    """Raises InputError for evaluators that cannot run, before anything is loaded.
 
-    Raises:
-      InputError: an entry of an unknown type, or with settings that cannot be used.
+    An entry is of an unknown type, or the validation batch does not divide over the mesh.
     """
-    found = []
     for name, section in plan.config.evals.items():
         if section.type not in EVALUATORS:
             raise InputError(
                 f"config.evals.{name}.type is {section.type!r}; give one of {', '.join(EVALUATORS)}"
             )
-        if section.every:
-            found.append(EVALUATORS[section.type](plan, section, folder, writers))
-    return found
+        if section.every and EVALUATORS[section.type] is ValidationLoss:
+            plan.check_batch(plan.config.validation.batch)
+
+
+def build(plan: Plan, folder: files.Path, writers: metrics.Writers) -> list[Evaluator]:
+    """The evaluators of config.evals that are on. Raises InputError as their constructors."""
+    return [
+        EVALUATORS[section.type](plan, section, folder, writers)
+        for section in plan.config.evals.values()
+        if section.every
+    ]
 
 
 def global_batch(plan: Plan, batch: Batch) -> Batch:

@@ -48,6 +48,7 @@ def train(config: ConfigDict, workdir: files.PathLike) -> None:
 
     start.inherit_tokenizer(config, workdir)
     plan = Plan.build(config)
+    evals.check(plan)
     with jax.set_mesh(plan.mesh):
         for line in plan.describe():
             log.info("%s", line)
