@@ -14,7 +14,7 @@ import qk_jax
 from qk_jax import sharding
 from qk_jax.base.errors import InputError
 from qk_jax.base.files import read_json
-from qk_jax.data import buckets
+from qk_jax.data import buckets, templates
 from qk_jax.diffusion import flow
 from qk_jax.experiment.stages import STAGES
 from qk_jax.models import mmdit, qwen_vl, rotary, vae
@@ -83,6 +83,10 @@ def base(stage: str, size: str) -> ConfigDict:
         "condition_latents": False,
         "remat": "" if tiny else "full",  # '' keeps all activations; layers.remat_policy
     })  # fmt: skip
+
+    # What the VLM reads around instruction and pictures: one of templates.PRESETS
+    # (--config.prompt=qwen_image), each part of which is a field.
+    config.prompt = ConfigDict(dataclasses.asdict(templates.PRESETS["query_kontext"]))
 
     # Parameters: what is trained (first regex that matches), and where parts come from.
     config.rules = STAGES[stage].rules

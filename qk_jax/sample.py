@@ -14,6 +14,7 @@ and settings.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 import tqdm
 
 from qk_jax import painting
-from qk_jax.base import cli
+from qk_jax.base import cli, runtime
 from qk_jax.base.errors import exits
 from qk_jax.diffusion import sampler
 from qk_jax.painting.orders import jobs_of, make_folders, orders, parse_size, texts_of, write_png
@@ -47,6 +48,21 @@ def parser() -> argparse.ArgumentParser:
     add("--guidance", type=float, default=4.0, help="weight of the text, 1 is off (default 4)")
     add("--image-guidance", type=float, default=1.5, help="weight of the pictures (default 1.5)")
     add("--solver", choices=sampler.SOLVERS, default="euler", help="default euler")
+    add("--guidance-end", type=float, metavar="WEIGHT", help="of the text at the end (linear in t)")
+    add("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FIRST", "LAST"),
+        help="t between which there is guidance; 1 is noise (default 0 1)")  # fmt: skip
+    add(
+        "--renormalize",
+        action=argparse.BooleanOptionalAction,
+        help="keep the length of the unguided velocity (default: with Qwen-Image's law)",
+    )
+    add("--zero-init-steps", type=int, default=0, help="steps that stay noise (default 0)")
+    add(
+        "--symmetric-guidance",
+        action="store_true",
+        help="weigh the pictures against the text alone as well: a fourth evaluation a step",
+    )
+    add("--overwrite", action="store_true", help="replace pictures that exist")
     add("--batch", type=int, default=4, help="pictures painted at once (default 4)")
     return out
 
@@ -56,12 +72,14 @@ def main(argv: Sequence[str]) -> None:
     """The command; see the module's docstring."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what we ask for
     args = parser().parse_args(argv)
+    runtime.skip_absent_tpu()
     asked = orders(args)
     size = parse_size(args.size)
-    settings = painting.Settings(args.steps, args.guidance, args.image_guidance, args.solver)
+    names = [field.name for field in dataclasses.fields(painting.Settings)]
+    settings = painting.Settings(**{name: getattr(args, name) for name in names})
     painter = painting.load(args.checkpoint, ema=not args.no_ema, step=args.step, batch=args.batch)
     jobs = [job for order in asked for job in jobs_of(painter, order, size, args.num)]
-    make_folders([job.path for job in jobs])
+    make_folders([job.path for job in jobs], overwrite=args.overwrite)
     with tqdm.tqdm(total=len(jobs), desc="painting", unit="picture") as bar:
         for index, picture in painter.stream([job.request for job in jobs], settings):
             write_png(jobs[index].path, picture, texts_of(painter, jobs[index], settings))

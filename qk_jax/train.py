@@ -23,6 +23,7 @@ from qk_jax.training import loop
 def main(argv: Sequence[str]) -> None:
     """The command; see the module's docstring."""
     runtime.start_logging()
+    runtime.skip_absent_tpu()
     parser = cli.Parser(prog="python -m qk_jax.train", description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE.py:SIZE", help="the experiment")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="for the stage's folder")

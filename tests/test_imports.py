@@ -1,6 +1,7 @@
 """What importing costs, told by the modules that come with it: a list holds on any machine."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -48,3 +49,11 @@ def test_loading_published_models_imports_jax_and_flax_alone():
 def test_mains_import_what_their_verb_needs(main):
     unneeded = {"diffusers", "matplotlib", "peft", "tensorflow_datasets", "torch", "transformers"}
     assert among(loaded(f"import qk_jax.{main}"), unneeded) == set()
+
+
+def test_no_command_looks_for_a_tpu_that_is_not_there():
+    """libtpu, which the benchmarks compile with, prints its errors where there is none."""
+    env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    code = "from qk_jax.base import runtime; runtime.skip_absent_tpu(); import jax; jax.devices()"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -172,5 +172,14 @@ def test_the_average_is_painted_with_unless_refused(words, ema, monkeypatch):
     assert asked["ema"] is ema
 
 
+def test_a_picture_is_replaced_only_when_asked(tmp_path):
+    path = orders.files.Path(tmp_path / "a.png")
+    path.write_bytes(b"mine")
+    with pytest.raises(InputError, match="a.png exists; give another name, or --overwrite"):
+        orders.make_folders([path], overwrite=False)
+    orders.make_folders([path], overwrite=True)
+    assert path.read_bytes() == b"mine"
+
+
 def test_a_size_is_width_and_height():
     assert orders.parse_size("64x48") == (48, 64) and orders.parse_size(None) is None

@@ -22,6 +22,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from qk_jax import sharding
+from qk_jax.base import runtime
 from qk_jax.base.errors import InputError
 from qk_jax.base.hub import component_folder
 from qk_jax.base.types import Tree
@@ -297,7 +298,7 @@ def _velocity(
         mask,
         time,
         rotary.image_positions(QWEN_IMAGE_LAW, target, conditions, roles),
-        rotary.text_positions(QWEN_IMAGE_LAW, context.shape[1], target, conditions),
+        rotary.text_positions(QWEN_IMAGE_LAW, mask, target, conditions),
         target_tokens=math.prod(target),
     )
 
@@ -396,6 +397,7 @@ def _imported(
     model: str | os.PathLike, part: str, dtype: Any, mesh: Mesh | None
 ) -> tuple[Any, Tree]:
     """(config, parameters on their devices) of a part of a published model."""
+    runtime.skip_absent_tpu()
     folder = component_folder(model, part)
     config, params = import_model(part, folder, dtype, mesh=mesh)
     return config, params if mesh is not None else jax.device_put(params)

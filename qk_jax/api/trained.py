@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from qk_jax import painting
-from qk_jax.base import files
+from qk_jax.base import files, runtime
 from qk_jax.base.errors import InputError
 from qk_jax.pictures.fitting import on_white
 
@@ -34,7 +34,7 @@ class TrainedModel:
         prompt: str,
         source: Picture | None = None,
         references: Sequence[Picture] = (),
-        size: tuple[int, int] | None = (512, 512),
+        size: tuple[int, int] | None = None,
         steps: int = 30,
         guidance: float = 4.0,
         seed: int = 0,
@@ -42,6 +42,7 @@ class TrainedModel:
         image_guidance: float = 1.5,
         solver: str = "euler",
         num: int = 1,
+        **settings: Any,
     ) -> list[np.ndarray]:
         """Paints: uint8 [H, W, 3] pictures, the same bits as `python -m qk_jax.sample` writes.
 
@@ -59,6 +60,7 @@ class TrainedModel:
           image_guidance: weight of the pictures; 1 is off.
           solver: 'euler' or 'heun'.
           num: pictures to paint, each from noise of its own.
+          **settings: further fields of `painting.Settings`, such as `guidance_interval`.
 
         Raises:
           InputError: no prompt, or something that this model cannot follow.
@@ -67,13 +69,16 @@ class TrainedModel:
             raise InputError(f"num is {num}; give at least 1")
         if isinstance(references, str | os.PathLike | Image.Image):
             raise InputError("references is one picture; give a list: references=[picture]")
-        settings = painting.Settings(steps, guidance, image_guidance, solver)
+        known = [field.name for field in dataclasses.fields(painting.Settings)]
+        if unknown := settings.keys() - set(known):
+            raise InputError(f"there is no setting {sorted(unknown)[0]!r}; give one of {known}")
+        chosen = painting.Settings(steps, guidance, image_guidance, solver, **settings)
         shown = None if source is None else self._picture("source", source)
         subjects = [self._picture(f"references[{i}]", x) for i, x in enumerate(references)]
         size = None if size is None else _size(size)
         request = self.painter.fit(prompt, shown, subjects, size, seed)
         requests = [dataclasses.replace(request, number=number) for number in range(num)]
-        return self.painter.paint(requests, settings)
+        return self.painter.paint(requests, chosen)
 
     def _picture(self, name: str, given: Picture) -> np.ndarray:
         """A picture as uint8 RGB [h, w, 3].
@@ -122,5 +127,6 @@ def load(
       batch: pictures painted at once; a picture has the same bits only with the same `batch`.
       mesh: to shard the parameters over, by the tables of the training; None for one device.
     """
+    runtime.skip_absent_tpu()
     painter = painting.load(checkpoint, ema=ema, step=step, batch=batch, mesh=mesh)
     return TrainedModel(painter)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from qk_jax.base import cli
+from qk_jax.base import cli, runtime
 from qk_jax.base.errors import exits
 from qk_jax.bench import cost, layouts, peer, shardings
 
@@ -54,6 +54,7 @@ def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str,
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     args, overrides = arguments(argv)
+    runtime.skip_absent_tpu()
     verbs = {"cost": cost, "layouts": layouts, "peer": peer, "shardings": shardings}
     verbs[args.verb].command(args, overrides)
 

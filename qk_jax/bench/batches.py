@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +13,32 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from qk_jax.base.types import Batch
-from qk_jax.data import prompts
+from qk_jax.data import prompts, templates
+from qk_jax.experiment import config as config_lib
 from qk_jax.pictures.grids import PATCH_DIM, grid_of, vision_size
 
-# Tokens around pictures and text: the system's turn and the opening of the user's, with Qwen's
-# tokenizer and the default system prompt; and the words around one picture.
-PREFIX_TOKENS, PICTURE_WORDS = 14, 7
+# Tokens of known system prompts with Qwen's tokenizer, and the characters of a token in an estimate
+# of others.
+SYSTEMS = {
+    templates.PRESETS["query_kontext"].system: 6,
+    templates.PRESETS["qwen_image"].system: 26,
+    templates.PRESETS["qwen_image"].system_pictures: 56,
+}
+CHARACTERS = 5
+TURN_TOKENS = 8  # around the system prompt, up to the user's turn
+
+
+def opening_tokens(config: ConfigDict, pictures: int) -> int:
+    """Tokens before the first picture, or before the text, with Qwen's tokenizer."""
+    system = config.prompt.system_pictures if pictures else config.prompt.system
+    return TURN_TOKENS + SYSTEMS.get(system, len(system) // CHARACTERS)
+
+
+def picture_words(config: ConfigDict) -> int:
+    """Tokens around those of one picture: 'Picture', ' ', '1', ':', ' ' and two that mark vision;
+    a role in brackets has two more."""
+    words = max(config.prompt.source, config.prompt.reference, key=len)
+    return 2 + len(re.findall(r"{number}|\w+|[^\w\s]+| (?!\()", words))
 
 
 def abstract(
@@ -24,11 +46,13 @@ def abstract(
 ) -> Batch:
     """Abstract batch of targets of `size` with condition pictures of these (H, W)."""
     model = config.model
-    shown = [vision_size(*picture, model.vlm_pixels) for picture in pictures]
-    patches = sum(h * w for h, w in (grid_of(*size) for size in shown))
+    patches = sum(map(math.prod, config_lib.model_config(config).vision_grids(pictures)))
+    shown = picture_words(config) * len(pictures) + patches // 4
     words = prompts.text_tokens(config, len(pictures))
-    length = PREFIX_TOKENS + PICTURE_WORDS * len(pictures) + patches // 4
-    length += words + model.tail_tokens + model.num_queries
+    length = opening_tokens(config, len(pictures)) + shown + words
+    length += model.tail_tokens + model.num_queries
+    window = words + config.prompt.keep_pictures * shown
+    window += config.prompt.keep_tail * model.tail_tokens
 
     def leaf(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((examples, *shape), dtype)
@@ -37,7 +61,7 @@ def abstract(
         "input_ids": leaf((length,), jnp.int32),
         "attention_mask": leaf((length,), jnp.bool_),
         "position_ids": leaf((3, length), jnp.int32),
-        "text_mask": leaf((words,), jnp.bool_),
+        "text_mask": leaf((window,), jnp.bool_),
         "pixel_values": leaf((patches, PATCH_DIM), jnp.float32),
         "target": leaf((*size, 3), jnp.uint8),
         "conditions": tuple(leaf((*picture, 3), jnp.uint8) for picture in pictures),
@@ -64,7 +88,7 @@ def synthetic(shapes: Batch, image_token_id: int, seed: int = 0) -> Batch:
 
     batch = jax.tree.map(fill, shapes)
     images = batch["pixel_values"].shape[1] // 4
-    batch["input_ids"][:, PREFIX_TOKENS : PREFIX_TOKENS + images] = image_token_id
+    batch["input_ids"][:, TURN_TOKENS : TURN_TOKENS + images] = image_token_id
     batch["position_ids"][:] = np.arange(batch["position_ids"].shape[-1])
     batch["task"][:] = 0
     return batch

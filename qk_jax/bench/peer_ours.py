@@ -44,7 +44,7 @@ def build(folder: pathlib.Path, work: Work) -> Built:
     ) -> jax.Array:
         grid, no_roles = (work.side, work.side), jnp.zeros((len(x), 0), jnp.int32)
         at = rotary.image_positions(LAW, grid, (), no_roles)
-        text_at = rotary.text_positions(LAW, work.text, grid, ())
+        text_at = rotary.text_positions(LAW, mask, grid, ())
         out: Any = model.apply({"params": params}, x, text, mask, t, at, text_at)
         return out.astype(jnp.float32)
 

@@ -163,8 +163,9 @@ def check_fits(found: Meta, plan: Plan, folder: files.Path) -> None:
             f"{plan.stage.name!r}; use another --workdir or the matching config"
         )
     ours = config_lib.to_dict(plan.config)
-    for section in ("model", "lora"):
-        changed = config_lib.differences(found["config"][section], ours[section])
+    theirs = config_lib.to_dict(config_lib.from_dict(found["config"]))
+    for section in ("model", "lora", "prompt"):
+        changed = config_lib.differences(theirs[section], ours[section])
         changed = [line for line in changed if not line.startswith("remat:")]
         if changed:
             raise InputError(

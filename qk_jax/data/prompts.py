@@ -2,18 +2,18 @@
 
 A sequence is left-padded and ends with the K queries:
 
-    [pad | system turn | <|im_start|>user\\n | Picture 1: <|vision_start|>...<|vision_end|> ... |
-     text | <|im_end|>\\n<|im_start|>assistant\\n | K queries]
+    [pad | system turn | <|im_start|>user\\n | Picture 1 (source): <|vision_start|>... | text |
+     <|im_end|>\\n<|im_start|>assistant\\n | K queries]
 
-Its length depends on the picture sizes only, so a bucket compiles once, and text window and queries
-are static slices counted from the end.
+The *window* is what the generator reads of it besides the queries: the text, and with some
+templates the pictures before and the tail behind it. The length depends on the picture sizes only,
+so a bucket compiles once, and window and queries are static slices counted from the end.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +25,7 @@ from PIL import Image
 from qk_jax.base import files, hub
 from qk_jax.base.errors import InputError
 from qk_jax.base.types import PaintingBatch
+from qk_jax.data.templates import TAIL, PromptTemplate
 from qk_jax.pictures.grids import (
     MERGE,
     PATCH,
@@ -33,49 +34,18 @@ from qk_jax.pictures.grids import (
     grid_of,
     mrope_positions,
     picture_tokens,
+    rounded_size,
     vision_size,
 )
+from qk_jax.pictures.roles import REFERENCE, SOURCE
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
-SYSTEM = "You are a helpful assistant."
-TAIL = "<|im_end|>\n<|im_start|>assistant\n"
 NEEDED = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>",
     "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
 )  # fmt: skip
-
-# A conversation as in training: pictures are numbered, the system prompt comes first.
-CHAT = r"""{%- set shown = namespace(pictures=0) -%}
-{%- for message in messages -%}
-{%- if loop.first and message.role != 'system' -%}
-{{ '<|im_start|>system\n' + SYSTEM + '<|im_end|>\n' }}
-{%- endif -%}
-{{ '<|im_start|>' + message.role + '\n' }}
-{%- if message.content is string -%}
-{{ message.content }}
-{%- else -%}
-{%- for part in message.content -%}
-{%- if part.type == 'image' -%}
-{%- set shown.pictures = shown.pictures + 1 -%}
-{{ 'Picture ' ~ shown.pictures ~ ': <|vision_start|><|image_pad|><|vision_end|>' }}
-{%- elif part.type == 'text' -%}
-{{ part.text }}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{ '<|im_end|>\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{ '<|im_start|>assistant\n' }}
-{%- endif -%}
-"""
-
-
-def chat_template(system: str = SYSTEM) -> str:
-    """The prompts of `PromptBuilder` as a Jinja template for transformers' chats."""
-    return CHAT.replace("SYSTEM", json.dumps(system, ensure_ascii=False))
 
 
 def load_tokenizer(folder: files.PathLike) -> Any:
@@ -127,10 +97,23 @@ def patches(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.repeat(x, 2, axis=2).reshape(rows * columns, PATCH_DIM)
 
 
-def pixel_values(pictures: Sequence[np.ndarray], vlm_pixels: int) -> np.ndarray:
-    """Pictures uint8 [h, w, 3], one after another at their vision size: float32 [P, 1176]."""
-    shown = [patches(x, vision_size(x.shape[0], x.shape[1], vlm_pixels)) for x in pictures]
-    return np.concatenate([np.zeros((0, PATCH_DIM), np.float32), *shown])
+def pixel_values(pictures: Sequence[np.ndarray], vlm_pixels: int, multiple: int = 0) -> np.ndarray:
+    """Pictures uint8 [h, w, 3], one after another at their vision size: float32 [P, 1176].
+
+    With a multiple they are first resized to `rounded_size` (PIL Lanczos), as the edit pipelines
+    of Qwen-Image do it.
+    """
+    parts = [np.zeros((0, PATCH_DIM), np.float32)]
+    for picture in pictures:
+        height, width = picture.shape[:2]
+        shown = vision_size(height, width, vlm_pixels, multiple)
+        if multiple:
+            first = rounded_size(height, width, vlm_pixels, multiple)
+            if first != (height, width):
+                image = Image.fromarray(picture)
+                picture = np.asarray(image.resize(first[::-1], Image.Resampling.LANCZOS))
+        parts.append(patches(picture, shown))
+    return np.concatenate(parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,14 +125,14 @@ class PromptBuilder:
       max_text: T, at most so many tokens of the user's text.
       queries: K, tokens at the end.
       vlm_pixels: area at which the VLM sees a picture (`pictures.grids.vision_size`).
-      system: the system prompt.
+      template: the words around text and pictures.
     """
 
     tokenizer: Any
     max_text: int
     queries: int
     vlm_pixels: int
-    system: str = SYSTEM
+    template: PromptTemplate = PromptTemplate()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> PromptBuilder:
@@ -159,11 +142,20 @@ class PromptBuilder:
         if not origin:
             raise InputError("no tokenizer; give its folder as config.data.tokenizer")
         tokenizer = load_tokenizer(hub.component_folder(origin, "tokenizer"))
-        return cls(tokenizer, model["max_text"], model["num_queries"], model["vlm_pixels"])
+        return cls(
+            tokenizer,
+            model["max_text"],
+            model["num_queries"],
+            model["vlm_pixels"],
+            PromptTemplate(**config["prompt"]),
+        )
 
     @functools.cached_property
-    def _prefix(self) -> np.ndarray:
-        return self._encode(f"<|im_start|>system\n{self.system}<|im_end|>\n<|im_start|>user\n")
+    def _openings(self) -> dict[bool, np.ndarray]:
+        """By whether there are pictures."""
+        return {
+            pictures: self._encode(self.template.opening(pictures)) for pictures in (True, False)
+        }
 
     @functools.cached_property
     def _tail(self) -> np.ndarray:
@@ -196,17 +188,33 @@ class PromptBuilder:
 
     def grids(self, picture_sizes: Sequence[tuple[int, int]]) -> Grids:
         """Patches (rows, columns) of pictures of (H, W) pixels as the VLM sees them."""
-        shown = (vision_size(*size, self.vlm_pixels) for size in picture_sizes)
-        return tuple(grid_of(*size) for size in shown)
+        area, multiple = self.vlm_pixels, self.template.picture_multiple
+        return tuple(grid_of(*vision_size(*size, area, multiple)) for size in picture_sizes)
 
-    def _pictures(self, grids: Grids) -> np.ndarray:
-        parts = [np.zeros(0, np.int32)]
-        for number, grid in enumerate(grids, start=1):
-            shown = self._encode(f"Picture {number}: <|vision_start|><|image_pad|><|vision_end|>")
-            where = int(np.flatnonzero(shown == self.image_token_id)[0])
-            tokens = np.full(picture_tokens((grid,)), self.image_token_id, np.int32)
-            parts += [shown[:where], tokens, shown[where + 1 :]]
-        return np.concatenate(parts)
+    def _picture(self, number: int, role: int, grid: tuple[int, int]) -> np.ndarray:
+        """Ids of one condition picture and of the words before it."""
+        shown = self._encode(self.template.picture(number, role))
+        where = int(np.flatnonzero(shown == self.image_token_id)[0])
+        tokens = np.full(picture_tokens((grid,)), self.image_token_id, np.int32)
+        return np.concatenate([shown[:where], tokens, shown[where + 1 :]])
+
+    def _pictures(self, grids: Grids, roles: Sequence[int]) -> np.ndarray:
+        numbered = enumerate(zip(roles, grids, strict=True), start=1)
+        parts = [self._picture(number, role, grid) for number, (role, grid) in numbered]
+        return np.concatenate([np.zeros(0, np.int32), *parts])
+
+    def _most_picture_tokens(self, grids: Grids) -> int:
+        """The tokens of `_pictures` in the wordiest roles: the length does not depend on them."""
+        return sum(
+            max(len(self._picture(number, role, grid)) for role in (SOURCE, REFERENCE))
+            for number, grid in enumerate(grids, start=1)
+        )
+
+    def window(self, picture_sizes: Sequence[tuple[int, int]]) -> int:
+        """W, the tokens of the window for pictures of (H, W) pixels."""
+        shown = self._most_picture_tokens(self.grids(picture_sizes))
+        kept = self.tail_tokens if self.template.keep_tail else 0
+        return self.max_text + kept + (shown if self.template.keep_pictures else 0)
 
     def encode_text(self, text: str, strict: bool = False) -> np.ndarray:
         """Ids [n], n <= T, of a user's text; special tokens in it are ordinary characters.
@@ -227,39 +235,51 @@ class PromptBuilder:
         return ids[: self.max_text]
 
     def build(
-        self, text: str, picture_sizes: Sequence[tuple[int, int]] = (), pictures: bool = True
+        self,
+        text: str,
+        picture_sizes: Sequence[tuple[int, int]] = (),
+        roles: Sequence[int] = (),
+        pictures: bool = True,
     ) -> dict[str, np.ndarray]:
         """One sequence, whose length S depends on `picture_sizes` only.
 
         Args:
           text: the user's words; more than T tokens are cut.
           picture_sizes: (H, W) of the condition pictures in pixels, in order.
+          roles: SOURCE or REFERENCE for each of them.
           pictures: False drops the pictures from the sequence, which keeps its length.
 
         Returns:
           input_ids int32 [S], attention_mask bool [S], position_ids int32 [3, S] (M-RoPE) and
-          text_mask bool [T], right-aligned like the text window [S - K - tail - T, S - K - tail).
+          text_mask bool [W], right-aligned like the window, which ends before the queries, or
+          before the tail where the template does not keep it.
 
         Raises:
           InputError: see `encode_text`; or a picture that cannot be shown.
         """
-        grids = self.grids(picture_sizes)
-        shown = self._pictures(grids)
-        words = self.encode_text(text)
+        grids, seen = self.grids(picture_sizes), pictures and bool(picture_sizes)
+        longest = self._most_picture_tokens(grids)
+        shown = self._pictures(grids, roles) if seen else np.zeros(0, np.int32)
+        words = self.encode_text(self.template.instruction(text, roles if seen else ()))
         queries = np.full(self.queries, self.pad_id, np.int32)
-        content = [self._prefix, *([shown] if pictures else []), words, self._tail, queries]
-        used = np.concatenate(content)
-        length = len(self._prefix) + len(shown) + self.max_text + self.tail_tokens + self.queries
+        used = np.concatenate([self._openings[seen], shown, words, self._tail, queries])
+        opening = len(self._openings[False])
+        if picture_sizes:
+            opening = max(map(len, self._openings.values()))
+        length = opening + longest + self.max_text + self.tail_tokens + self.queries
         input_ids = np.full(length, self.pad_id, np.int32)
         input_ids[length - len(used) :] = used
         mask = np.arange(length) >= length - len(used)
+        window, template = self.window(picture_sizes), self.template
+        read = len(words) + template.keep_pictures * len(shown)
+        read += template.keep_tail * self.tail_tokens
         return {
             "input_ids": input_ids,
             "attention_mask": mask,
             "position_ids": mrope_positions(
                 input_ids[None], mask[None], grids, self.image_token_id
             )[0],
-            "text_mask": np.arange(self.max_text) >= self.max_text - len(words),
+            "text_mask": np.arange(window) >= window - read,
         }
 
     def batch(
@@ -278,13 +298,15 @@ class PromptBuilder:
           shown: False drops the pictures of a slot.
         """
         sizes = [picture.shape[:2] for picture in pictures[0]]
-        built = [self.build(text, sizes, x) for text, x in zip(texts, shown, strict=True)]
+        slots = zip(texts, roles, shown, strict=True)
+        built = [self.build(text, sizes, kinds, x) for text, kinds, x in slots]
+        area, multiple = self.vlm_pixels, self.template.picture_multiple
         return PaintingBatch(
             input_ids=np.stack([x["input_ids"] for x in built]),
             attention_mask=np.stack([x["attention_mask"] for x in built]),
             position_ids=np.stack([x["position_ids"] for x in built]),
             text_mask=np.stack([x["text_mask"] for x in built]),
-            pixel_values=np.stack([pixel_values(x, self.vlm_pixels) for x in pictures]),
+            pixel_values=np.stack([pixel_values(x, area, multiple) for x in pictures]),
             conditions=tuple(map(np.stack, zip(*pictures, strict=True))),
             condition_mask=np.array(shown),
             roles=np.array(roles, np.int32).reshape(len(texts), len(sizes)),

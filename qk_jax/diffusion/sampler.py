@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from qk_jax.base.errors import InputError
-from qk_jax.diffusion.flow import linear_shift
+from qk_jax.diffusion.flow import TimeLaw, linear_shift
 
 SOLVERS = ("euler", "heun")
 Velocity = Callable[[Array, Array], Array]  # (x, sigma scalar) -> velocity of x's shape
@@ -40,6 +40,16 @@ class ScheduleConfig:
     max_image_seq_len: int = 8192
     shift_terminal: float | None = 0.02
     num_train_timesteps: int = 1000
+
+    @classmethod
+    def of(cls, law: TimeLaw) -> ScheduleConfig:
+        """The schedule whose shift is that of a training's times."""
+        return cls(
+            base_shift=law.base_shift,
+            max_shift=law.max_shift,
+            base_image_seq_len=law.base_tokens,
+            max_image_seq_len=law.max_tokens,
+        )
 
     def mu(self, tokens: int) -> float:
         """The dynamic shift for `tokens` packed target tokens (condition tokens do not count)."""
@@ -120,8 +130,12 @@ def guide(
     without_both: Float[Array, "*any"],
     guidance: float | Float[Array, ""],
     image_guidance: float | Float[Array, ""],
+    without_pictures: Float[Array, "*any"] | None = None,
 ) -> Float[Array, "*any"]:
     """Classifier-free guidance over text and pictures (InstructPix2Pix, equation 3).
+
+    Given the velocity without pictures too, it is the mean of both orders in which the two can be
+    added to nothing.
 
     Args:
       full: velocity given text and condition pictures.
@@ -129,6 +143,19 @@ def guide(
       without_both: velocity given neither.
       guidance: weight of the text; 1 with image_guidance 1 returns `full`.
       image_guidance: weight of the pictures.
+      without_pictures: velocity given the text alone.
     """
-    pictures = image_guidance * (without_text - without_both)
-    return without_both + pictures + guidance * (full - without_text)
+    pictures, text = without_text - without_both, full - without_text
+    if without_pictures is not None:
+        pictures = 0.5 * (pictures + full - without_pictures)
+        text = 0.5 * (text + without_pictures - without_both)
+    return without_both + image_guidance * pictures + guidance * text
+
+
+def renormalize(
+    guided: Float[Array, "*any C"], full: Float[Array, "*any C"]
+) -> Float[Array, "*any C"]:
+    """The guided velocity with the length of `full` at each token (Qwen-Image's pipelines)."""
+    length = jnp.linalg.norm(guided, axis=-1, keepdims=True)
+    wanted = jnp.linalg.norm(full, axis=-1, keepdims=True)
+    return guided * (wanted / jnp.maximum(length, 1e-12))

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from qk_jax import sharding
 from qk_jax.base.errors import InputError
+from qk_jax.data import templates
 from qk_jax.diffusion import flow
 from qk_jax.models import mmdit, qwen_text, qwen_vision, qwen_vl, rotary, vae
 from qk_jax.models.query_kontext import ModelConfig
@@ -79,7 +80,8 @@ def nearest(name: str, known: Sequence[str]) -> str:
 def override(config: ConfigDict, name: str, text: str) -> None:
     """Sets field `name` ('optimizer.lr') from the text of a command line.
 
-    A whole section 'sharding.TOWER' takes the name of one of `sharding.ROWS`.
+    A whole section 'sharding.TOWER' takes the name of one of `sharding.ROWS`, and the section
+    'prompt' that of one of `templates.PRESETS`.
 
     Raises:
       InputError: no such field or row, or a text that is no value of the field's type.
@@ -87,6 +89,9 @@ def override(config: ConfigDict, name: str, text: str) -> None:
     section, _, tower = name.rpartition(".")
     if section == "sharding" and tower in config.sharding:
         config.sharding[tower] = dataclasses.asdict(sharding.row(text))
+        return
+    if name == "prompt":
+        config.prompt = ConfigDict(dataclasses.asdict(templates.preset(text)))
         return
     known = dict(fields(config))
     if name not in known:
@@ -133,7 +138,11 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_dict(values: Mapping[str, Any]) -> ConfigDict:
-    """A locked config from the JSON of a checkpoint; lists become tuples again."""
+    """A locked config from the JSON of a checkpoint; lists become tuples again.
+
+    One that names no prompt is of a time when there was one template.
+    """
+    values = {"prompt": dataclasses.asdict(templates.PRESETS["numbered"])} | dict(values)
 
     def tuples(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -191,6 +200,8 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
         mmdit=_build(mmdit.MMDiTConfig, section["mmdit"]),
         vae=_build(vae.KINDS[kind], section["vae"]),
         law=_build(rotary.PositionLaw, section["law"]),
+        keep_tail=config["prompt"]["keep_tail"],
+        picture_multiple=config["prompt"]["picture_multiple"],
         lora_scale=config["lora"]["alpha"] / rank if rank else 1.0,
         remat=section["remat"] or None,
     )

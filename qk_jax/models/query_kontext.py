@@ -7,7 +7,7 @@ The tree holds `vlm`, `queries`, `connector`, `mmdit`, `vae` and, where a stage 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from qk_jax.base.types import Batch, Encoded, Prompt, Tree
 from qk_jax.models import layers, lora, mmdit, qwen_vl, rotary, vae
 from qk_jax.models.connector import Connector, Queries
-from qk_jax.pictures.grids import grid_of, vision_size
+from qk_jax.pictures.grids import Grids, grid_of, vision_size
 from qk_jax.sharding.rules import Activations
 
 PACKED = 16  # pixels along a side of one packed token: 8x VAE, 2x2 packing
@@ -32,6 +32,8 @@ class ModelConfig:
       num_queries: K, kontext tokens.
       max_text: most text tokens of the context; a batch may have fewer.
       tail_tokens: tokens between text and queries (`<|im_end|>\\n<|im_start|>assistant\\n`).
+      keep_tail: whether they belong to the context.
+      picture_multiple: of the sides of a picture on its way to the VLM (`grids.vision_size`).
       vlm_pixels: area at which the VLM sees a condition picture.
       law: positions of target, sources and references in the generator.
       condition_latents: whether condition pictures also reach the generator as VAE tokens.
@@ -46,12 +48,19 @@ class ModelConfig:
     num_queries: int = 128
     max_text: int = 256
     tail_tokens: int = 5
+    keep_tail: bool = False
+    picture_multiple: int = 0
     vlm_pixels: int = 392 * 392
     law: rotary.PositionLaw = rotary.PositionLaw()
     condition_latents: bool = False
     query_std: float = 0.02
     lora_scale: float = 1.0
     remat: str | None = None
+
+    def vision_grids(self, sizes: Sequence[tuple[int, int]]) -> Grids:
+        """(rows, columns) in patches of pictures of (H, W) pixels as the VLM sees them."""
+        area, multiple = self.vlm_pixels, self.picture_multiple
+        return tuple(grid_of(*vision_size(*size, area, multiple)) for size in sizes)
 
 
 class QueryKontext:
@@ -109,14 +118,14 @@ class QueryKontext:
     def states(
         self, params: Tree, batch: Prompt
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B K D"]]:
-        """VLM states of the text window and of the queries, the kontext.
+        """VLM states of the window (`data.prompts`) and of the queries, the kontext.
 
-        Sequences are left-padded, so both windows are static slices: the text ends right before
-        the assistant header, and the queries end the sequence. T is the batch's own.
+        Sequences are left-padded, so both are static slices: the window ends right before the
+        queries or before the assistant header, and the queries end the sequence. Its length T is
+        the batch's own.
         """
         cfg, words = self.config, batch["text_mask"].shape[1]
-        sizes = [x.shape[1:3] for x in batch["conditions"]]
-        grids = tuple(grid_of(*vision_size(h, w, cfg.vlm_pixels)) for h, w in sizes)
+        grids = cfg.vision_grids([x.shape[1:3] for x in batch["conditions"]])
         hidden = self._apply(
             "vlm",
             params,
@@ -127,7 +136,7 @@ class QueryKontext:
             grids,
             queries=params["queries"]["embedding"],
         )
-        end = hidden.shape[1] - cfg.num_queries - cfg.tail_tokens
+        end = hidden.shape[1] - cfg.num_queries - (0 if cfg.keep_tail else cfg.tail_tokens)
         return hidden[:, end - words : end], hidden[:, -cfg.num_queries :]
 
     def connect(
@@ -224,7 +233,7 @@ class QueryKontext:
             mask,
             t,
             rotary.image_positions(law, grid, grids, roles),
-            rotary.text_positions(law, context.shape[1], grid, grids),
+            rotary.text_positions(law, mask, grid, grids),
             hidden_mask,
             x_t.shape[1],
         )

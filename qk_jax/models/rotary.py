@@ -14,7 +14,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from qk_jax.pictures.roles import REFERENCE
 
@@ -130,17 +130,23 @@ def image_positions(
 
 
 def text_positions(
-    law: PositionLaw, length: int, target_grid: Grid, condition_grids: Sequence[Grid]
-) -> Int[Array, "L 3"]:
-    """Positions of `length` context tokens.
+    law: PositionLaw,
+    mask: Bool[Array | np.ndarray, "B L"],
+    target_grid: Grid,
+    condition_grids: Sequence[Grid],
+) -> Int[Array, "*B_or_none L 3"]:
+    """Positions of the context tokens that are real, by their `mask`; those of padding are of no
+    meaning.
 
     Zero in the shifted law, whose references occupy the diagonal of the positive quadrant. In the
-    Qwen-Image law token k has the same index on all axes, beyond the largest half side.
+    Qwen-Image law the k-th real token has the same index on all axes, k beyond the largest half
+    side, wherever the padding is.
     """
     if law.kind == "shifted":
-        return jnp.zeros((length, 3), jnp.int32)
+        return jnp.zeros((mask.shape[1], 3), jnp.int32)
     start = max(side // 2 for grid in (target_grid, *condition_grids) for side in grid)
-    return jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32)[:, None], (length, 3))
+    number = jnp.maximum(jnp.cumsum(jnp.asarray(mask, jnp.int32), axis=1) - 1, 0)
+    return jnp.broadcast_to(start + number[..., None], (*mask.shape, 3))
 
 
 def cos_sin(

@@ -166,11 +166,12 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return int(match[2]), int(match[1])
 
 
-def make_folders(paths: Sequence[files.Path]) -> None:
+def make_folders(paths: Sequence[files.Path], *, overwrite: bool) -> None:
     """Makes the folders of all outputs and proves that they can be written.
 
     Raises:
-      InputError: one cannot, or two outputs have the same name.
+      InputError: one cannot, two outputs have the same name, or one exists that is not to be
+        replaced.
     """
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
@@ -180,6 +181,8 @@ def make_folders(paths: Sequence[files.Path]) -> None:
     for path in paths:
         if path.is_dir():
             raise InputError(f"{path} is a folder; give the name of a file")
+        if path.exists() and not overwrite:
+            raise InputError(f"{path} exists; give another name, or --overwrite to replace it")
 
 
 def jobs_of(painter: Painter, order: Order, size: tuple[int, int] | None, count: int) -> list[Job]:

@@ -18,12 +18,14 @@ from qk_jax.data import buckets
 from qk_jax.data.example import MAX_REFERENCES
 from qk_jax.data.prompts import PromptBuilder
 from qk_jax.diffusion import sampler
+from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
 from qk_jax.models import lora
 from qk_jax.models.query_kontext import PACKED, ModelConfig
 from qk_jax.painting.programs import Options, programs
-from qk_jax.painting.request import FULL, NOTHING, Limits, Request, Settings
+from qk_jax.painting.request import FULL, NO_PICTURES, NO_TEXT, Limits, Request, Settings
 from qk_jax.pictures.fitting import contain, cover, decode_picture, on_white
+from qk_jax.pictures.roles import REFERENCE, SOURCE
 
 
 class Painter:
@@ -45,6 +47,7 @@ class Painter:
         dtype: Any = jnp.float32,
         options: Options = (),
         name: str = "",
+        schedule: sampler.ScheduleConfig | None = None,
     ):
         """Compiles nothing yet.
 
@@ -57,10 +60,11 @@ class Painter:
           dtype: compute dtype.
           options: of the compiler, see `programs`.
           name: what PNGs call the model.
+          schedule: of the noise levels; None for Qwen-Image's.
         """
         self.config, self.params, self.prompts = config, params, prompts
         self.limits, self.batch, self.name = limits, batch, name
-        self.schedule = sampler.ScheduleConfig()
+        self.schedule = schedule or sampler.ScheduleConfig()
         self.programs = programs(config, dtype, options)
 
     def read(self, path: files.PathLike) -> np.ndarray:
@@ -105,7 +109,8 @@ class Painter:
             size = limits.sizes[buckets.nearest(source.shape[0], source.shape[1], limits.sizes)]
         height, width = size or limits.sizes[0]
         request = Request(prompt, size=(height, width), seed=seed)
-        self.prompts.encode_text(prompt, strict=True)
+        roles = (SOURCE,) * (source is not None) + (REFERENCE,) * len(references)
+        self.prompts.encode_text(self.prompts.template.instruction(prompt, roles), strict=True)
         if height % PACKED or width % PACKED or min(height, width) < PACKED:
             near = [max(1, round(side / PACKED)) * PACKED for side in (width, height)]
             raise InputError(
@@ -139,13 +144,13 @@ class Painter:
 
         Args:
           requests: of the same size and the same picture shapes.
-          variant: FULL, NO_TEXT (an empty text) or NOTHING (no pictures either).
+          variant: FULL, NO_TEXT (an empty text), NO_PICTURES, or NOTHING (neither).
         """
         return self.prompts.batch(
-            [request.prompt if variant == FULL else "" for request in requests],
+            [request.prompt if variant in (FULL, NO_PICTURES) else "" for request in requests],
             [request.pictures for request in requests],
             [request.roles for request in requests],
-            [variant != NOTHING] * len(requests),
+            [variant in (FULL, NO_TEXT)] * len(requests),
         )
 
     def latents(self, batch: types.PaintingBatch) -> tuple[jax.Array, ...]:
@@ -203,18 +208,23 @@ class Painter:
         contexts, masks = zip(
             *(self.programs.context(self.params, batch) for batch in batches), strict=True
         )
+        renormalize = settings.renormalize
+        if renormalize is None:
+            renormalize = self.config.law.kind == "qwen_image"
+        sigmas = sampler.schedule(settings.steps, grid[0] * grid[1], self.schedule)
         latents = self.programs.denoise(
             self.params,
             noise,
-            sampler.schedule(settings.steps, grid[0] * grid[1], self.schedule),
+            sigmas[settings.zero_init_steps :],  # while the velocity is 0 nothing moves
             jnp.stack(contexts),
             jnp.stack(masks),
             np.stack([batch["condition_mask"] for batch in batches]),
             self.latents(batches[0]),
             batches[0]["roles"],
-            np.asarray([settings.guidance, settings.image_guidance], np.float32),
+            np.asarray(settings.scales(), np.float32),
             grid=grid,
             solver=settings.solver,
+            renormalize=renormalize,
         )
         return np.asarray(self.programs.decode(self.params, latents))
 
@@ -273,5 +283,5 @@ def of_params(plan: Plan, params: types.Tree, *, batch: int = 4, name: str = "")
     return Painter(
         config, params, plan.prompts,
         limits=limits, batch=batch, dtype=plan.model.dtype, options=tuple(sorted(options.items())),
-        name=name,
+        name=name, schedule=sampler.ScheduleConfig.of(config_lib.time_law(plan.config)),
     )  # fmt: skip

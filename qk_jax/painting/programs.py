@@ -79,7 +79,7 @@ class Programs:
         self.context, self.pool = towers.context, towers.pool
         self.encode, self.decode = towers.encode, towers.decode
         jit = functools.partial(jax.jit, compiler_options=dict(options))
-        self.denoise = jit(self._denoise, static_argnames=("grid", "solver"))
+        self.denoise = jit(self._denoise, static_argnames=("grid", "solver", "renormalize"))
         self.loss = jit(self._loss, static_argnames="grid")
 
     def _loss(
@@ -118,6 +118,7 @@ class Programs:
         *,
         grid: tuple[int, int],
         solver: str,
+        renormalize: bool,
     ) -> jax.Array:
         """Noise [B, h, w, C] -> latents [B, h, w, C], all steps in one scan.
 
@@ -130,9 +131,10 @@ class Programs:
           shown: [V, B], False where the pictures are hidden.
           latents: condition latents [B, h, w, C].
           roles: int32 [B, n].
-          scales: (guidance, image_guidance).
+          scales: of `Settings.scales`.
           grid: (rows, columns) of the packed target.
           solver: 'euler' or 'heun'.
+          renormalize: as in `Settings`.
         """
         variants, slots = masks.shape[:2]
 
@@ -158,9 +160,15 @@ class Programs:
             ).reshape(variants, slots, *x.shape[1:])
             if variants == 1:
                 return v[0]
+            start, end, image_scale, first, last = scales
+            inside = (first <= sigma) & (sigma <= last)
+            scale = jnp.where(inside, end + (start - end) * sigma, 1.0)
             if variants == 2:
-                return v[1] + scales[0] * (v[0] - v[1])
-            return sampler.guide(v[0], v[1], v[2], scales[0], scales[1])
+                guided = v[1] + scale * (v[0] - v[1])
+            else:
+                image_scale = jnp.where(inside, image_scale, 1.0)
+                guided = sampler.guide(v[0], v[1], v[2], scale, image_scale, *v[3:])
+            return sampler.renormalize(guided, v[0]) if renormalize else guided
 
         x = sampler.sample(velocity, mmdit.pack(noise), sigmas, solver)
         return mmdit.unpack(x, *noise.shape[1:3])

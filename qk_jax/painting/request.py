@@ -11,7 +11,7 @@ from qk_jax.data.example import Example
 from qk_jax.diffusion import sampler
 from qk_jax.pictures.roles import REFERENCE, SOURCE
 
-FULL, NO_TEXT, NOTHING = "full", "no text", "nothing"
+FULL, NO_TEXT, NOTHING, NO_PICTURES = "full", "no text", "nothing", "no pictures"
 MAX_STEPS = 1000
 SEEDS = 2**32  # seeds of noise are below it
 
@@ -74,6 +74,15 @@ class Settings:
       guidance: weight of the text, 1 for none (classifier-free guidance's scale).
       image_guidance: weight of the pictures, 1 for none; without pictures it has no effect.
       solver: 'euler' or 'heun' (two evaluations a step, second order).
+      guidance_end: weight of the text at t = 0, to which it goes linearly in t from `guidance` at
+        t = 1; None is constant.
+      guidance_interval: (first, last) t between which there is guidance (arXiv 2404.07724).
+      renormalize: whether a guided velocity keeps the length of the unguided one at every token
+        (Qwen-Image); None for where the public pipeline does, with the Qwen-Image position law.
+      zero_init_steps: steps at the start in which the picture stays noise (CFG-Zero*, arXiv
+        2503.18886).
+      symmetric_guidance: whether pictures are also weighed against the text alone; a fourth
+        evaluation a step.
 
     Raises:
       InputError: a value that no sampler can use.
@@ -83,21 +92,45 @@ class Settings:
     guidance: float = 4.0
     image_guidance: float = 1.5
     solver: str = "euler"
+    guidance_end: float | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    renormalize: bool | None = None
+    zero_init_steps: int = 0
+    symmetric_guidance: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.steps > MAX_STEPS:
             raise InputError(f"steps is {self.steps}; give 1 to {MAX_STEPS}")
         if self.solver not in sampler.SOLVERS:
             raise InputError(f"solver is {self.solver!r}; give one of {', '.join(sampler.SOLVERS)}")
-        for name in ("guidance", "image_guidance"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"{name} is {getattr(self, name)}; give a number of at least 0")
+        for name in ("guidance", "image_guidance", "guidance_end"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise InputError(f"{name} is {value}; give a number of at least 0")
+        if not 0 <= self.zero_init_steps < self.steps:
+            raise InputError(
+                f"zero_init_steps is {self.zero_init_steps}; give 0 to {self.steps - 1}, less than "
+                "the steps"
+            )
+        first, last = self.guidance_interval
+        if not 0 <= first <= last <= 1:
+            raise InputError(
+                f"guidance_interval is {self.guidance_interval}; give two t in rising order, of 0 "
+                "to 1"
+            )
 
     def variants(self, pictured: bool) -> tuple[str, ...]:
         """The conditionings that guidance has to evaluate, the full one first."""
         if pictured and self.image_guidance != 1:
-            return (FULL, NO_TEXT, NOTHING)
-        return (FULL,) if self.guidance == 1 else (FULL, NO_TEXT)
+            more = (NO_PICTURES,) if self.symmetric_guidance else ()
+            return (FULL, NO_TEXT, NOTHING, *more)
+        off = self.guidance == 1 and self.guidance_end in (None, 1)
+        return (FULL,) if off else (FULL, NO_TEXT)
+
+    def scales(self) -> tuple[float, ...]:
+        """(guidance at t = 1, at t = 0, image guidance, first t, last t of the interval)."""
+        end = self.guidance if self.guidance_end is None else self.guidance_end
+        return (self.guidance, end, self.image_guidance, *self.guidance_interval)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,10 +21,12 @@ MAX_ASPECT = 200
 Grids = tuple[tuple[int, int], ...]
 
 
-def vision_size(height: int, width: int, pixels: int) -> tuple[int, int]:
+def vision_size(height: int, width: int, pixels: int, multiple: int = 0) -> tuple[int, int]:
     """The (height, width) at which a condition picture is shown to the VLM: static per bucket.
 
-    Multiples of 28 whose area is nearest to `pixels` at the aspect of the picture.
+    Multiples of 28 whose area is nearest to `pixels` at the aspect of the picture; with a
+    `multiple` those nearest to `rounded_size`, as processors of Qwen2.5-VL bring a picture of that
+    size to it.
 
     Raises:
       InputError: an empty picture, or one side over 200 times the other.
@@ -34,8 +36,20 @@ def vision_size(height: int, width: int, pixels: int) -> tuple[int, int]:
             f"a picture of {height}x{width} pixels cannot be shown to the VLM; "
             f"crop it to an aspect below {MAX_ASPECT}:1"
         )
+    if multiple:
+        height, width = rounded_size(height, width, pixels, multiple)
+        return max(1, round(height / FACTOR)) * FACTOR, max(1, round(width / FACTOR)) * FACTOR
     scale = math.sqrt(pixels / (height * width)) / FACTOR
     return max(1, round(height * scale)) * FACTOR, max(1, round(width * scale)) * FACTOR
+
+
+def rounded_size(height: int, width: int, pixels: int, multiple: int) -> tuple[int, int]:
+    """(height, width) in multiples of `multiple` whose area is nearest to `pixels` at the aspect
+    of a picture (`calculate_dimensions` of diffusers' QwenImageEditPlusPipeline)."""
+    ratio = width / height
+    wide = math.sqrt(pixels * ratio)
+    high = wide / ratio
+    return max(1, round(high / multiple)) * multiple, max(1, round(wide / multiple)) * multiple
 
 
 def grid_of(height: int, width: int) -> tuple[int, int]:

@@ -150,11 +150,8 @@ def _context(count: _Count, config: ModelConfig, batch: Batch) -> bool:
     """VLM, connector and alignment term; whether the context depends on anything trained."""
     text, (examples, length) = config.vlm.text, batch["input_ids"].shape
 
-    def grid(picture: Any) -> tuple[int, int]:
-        height, width = picture.shape[1:3]
-        return grid_of(*vision_size(height, width, config.vlm_pixels))
-
-    seen = _vision(count, config.vlm.vision, examples, tuple(map(grid, batch["conditions"])))
+    grids = config.vision_grids([picture.shape[1:3] for picture in batch["conditions"]])
+    seen = _vision(count, config.vlm.vision, examples, grids)
     # The queries, and the words and pictures before them, are two segments: the latter have no
     # backward pass where nothing in the language model is trained.
     queries, layers = config.num_queries, "vlm/language_model/layers/"
@@ -170,7 +167,9 @@ def _context(count: _Count, config: ModelConfig, batch: Batch) -> bool:
     reached = queries_reached or count.trains("vlm/language_model/norm/")
     if "target_pixel_values" in batch:
         teacher = dataclasses.replace(count, trained=frozenset())  # no gradient enters it
-        _vision(teacher, config.vlm.vision, examples, (grid(batch["target"]),))
+        height, width = batch["target"].shape[1:3]
+        shown = vision_size(height, width, config.vlm_pixels)
+        _vision(teacher, config.vlm.vision, examples, (grid_of(*shown),))
         count.products("alignment/", examples, reached)
     states = examples * (batch["text_mask"].shape[1] + queries)
     reached = count.products("connector/fc1/", states, reached)

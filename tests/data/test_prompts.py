@@ -12,9 +12,11 @@ from qk_jax.base.errors import InputError
 from qk_jax.data import prompts
 from qk_jax.models.qwen_vl import PRESETS
 from qk_jax.pictures.grids import mrope_positions, vision_size
+from qk_jax.pictures.roles import REFERENCE, SOURCE
 
 FOLDER = pathlib.Path(prompts.__file__).parents[1] / "assets" / "tiny" / "tokenizer"
 SIZES = ((64, 64), (48, 80))
+ROLES = (SOURCE, REFERENCE)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +45,12 @@ def test_pixel_values_of_several_pictures_and_of_none():
 
 
 def test_a_prompt_equals_the_chat_template(builder):
-    prompt = builder.build("paint it blue", SIZES)
-    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "paint it blue"}]
+    prompt = builder.build("paint it blue", SIZES, ROLES)
+    content = [
+        {"type": "image"},
+        {"type": "image", "role": "reference"},
+        {"type": "text", "text": "paint it blue"},
+    ]
     chat = builder.tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
@@ -57,10 +63,10 @@ def test_a_prompt_equals_the_chat_template(builder):
 
 
 def test_text_and_queries_are_static_slices(builder):
-    length = len(builder.build("", SIZES)["input_ids"])
+    length = len(builder.build("", SIZES, ROLES)["input_ids"])
     for text in ("", "a cat", "a cat " * 30):
         for pictures in (True, False):
-            prompt = builder.build(text, SIZES, pictures=pictures)
+            prompt = builder.build(text, SIZES, ROLES, pictures=pictures)
             window = -builder.queries - builder.tail_tokens
             assert prompt["input_ids"].shape == prompt["attention_mask"].shape == (length,)
             ids = prompt["input_ids"][window - builder.max_text : window][prompt["text_mask"]]
@@ -76,7 +82,7 @@ def test_text_and_queries_are_static_slices(builder):
 
 
 def test_positions_are_those_of_mrope(builder):
-    prompt = builder.build("a cat", SIZES)
+    prompt = builder.build("a cat", SIZES, ROLES)
     again = mrope_positions(
         prompt["input_ids"][None],
         prompt["attention_mask"][None],
@@ -115,8 +121,8 @@ def test_what_is_no_unicode_is_refused(builder):
 def test_a_batch_stacks_prompts_of_the_same_pictures(builder):
     pictures = [np.full((*size, 3), 9, np.uint8) for size in SIZES]
     batch = builder.batch(["a cat", ""], [pictures, pictures], [(0, 1), (1, 0)], [True, False])
-    for slot, (text, shown) in enumerate((("a cat", True), ("", False))):
-        for name, value in builder.build(text, SIZES, pictures=shown).items():
+    for slot, (text, roles, shown) in enumerate((("a cat", (0, 1), True), ("", (1, 0), False))):
+        for name, value in builder.build(text, SIZES, roles, pictures=shown).items():
             np.testing.assert_array_equal(batch[name][slot], value)
     assert batch["pixel_values"].shape == (2, 64 + 60, 1176)
     assert [x.shape for x in batch["conditions"]] == [(2, *size, 3) for size in SIZES]
@@ -127,10 +133,11 @@ def test_a_batch_stacks_prompts_of_the_same_pictures(builder):
 
 
 def test_builder_travels_to_worker_processes(builder):
-    builder.build("a cat", SIZES)
+    builder.build("a cat", SIZES, ROLES)
     copied = pickle.loads(pickle.dumps(builder))
     np.testing.assert_array_equal(
-        copied.build("a cat", SIZES)["input_ids"], builder.build("a cat", SIZES)["input_ids"]
+        copied.build("a cat", SIZES, ROLES)["input_ids"],
+        builder.build("a cat", SIZES, ROLES)["input_ids"],
     )
 
 

@@ -1,6 +1,7 @@
 """The schedule and Euler's method against diffusers; Heun's order; guidance."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
 from qk_jax.base.errors import InputError
-from qk_jax.diffusion import sampler
+from qk_jax.diffusion import flow, sampler
 
 QWEN = sampler.ScheduleConfig()
 FLUX = dataclasses.replace(QWEN, max_shift=1.15, max_image_seq_len=4096, shift_terminal=None)
@@ -117,5 +118,25 @@ def test_guidance_over_text_and_pictures():
     np.testing.assert_allclose(sampler.guide(full, pictures, neither, 0, 0), neither, atol=1e-6)
     expected = neither + 1.5 * (pictures - neither) + 4 * (full - pictures)
     np.testing.assert_allclose(sampler.guide(full, pictures, neither, 4, 1.5), expected, atol=1e-6)
+    text = jax.random.normal(jax.random.key(2), (2, 5))
+    both = sampler.guide(full, pictures, neither, 4, 1.5, text)
+    other = neither + 4 * (text - neither) + 1.5 * (full - text)
+    np.testing.assert_allclose(both, 0.5 * (expected + other), atol=1e-6)
     same = sampler.guide(full, full, neither, 7.0, 3.0)  # text then changes nothing
     np.testing.assert_allclose(same, neither + 3 * (full - neither), atol=1e-5)
+
+
+def test_a_renormalised_velocity_has_the_length_of_the_full_one():
+    guided, full = jax.random.normal(jax.random.key(3), (2, 4, 6, 8))
+    found = sampler.renormalize(guided, full)
+    length = functools.partial(np.linalg.norm, axis=-1, keepdims=True)
+    np.testing.assert_allclose(length(found), length(full), rtol=1e-5)
+    np.testing.assert_allclose(found / length(found), guided / length(guided), atol=1e-6)
+
+
+def test_the_schedule_shifts_as_the_times_of_the_training():
+    law = flow.TimeLaw(base_shift=0.2, max_shift=1.5, base_tokens=16, max_tokens=4096)
+    config = sampler.ScheduleConfig.of(law)
+    assert sampler.ScheduleConfig.of(flow.TimeLaw()) == QWEN
+    for tokens in (16, 1000):
+        assert config.mu(tokens) == law.mu(tokens) != QWEN.mu(tokens)

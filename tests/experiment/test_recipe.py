@@ -357,7 +357,7 @@ def test_positions_of_a_source():
         target, source = np.split(np.asarray(found), 2)
         wanted = target - [0, 2, 3] if size == "tiny" else -target
         np.testing.assert_array_equal(source, wanted)
-        assert not rotary.text_positions(law, 5, sides[0], sides).any()
+        assert not rotary.text_positions(law, np.ones((1, 5), bool), sides[0], sides).any()
 
 
 def test_how_large_a_picture_is_for_the_language_model():
@@ -588,7 +588,7 @@ def test_every_field_has_its_test():
     elsewhere = """
         stage size model.vlm model.mmdit model.vae data.corpus data.records data.tfds_image
         data.tfds_text data.tokenizer slices compilation_cache compiler evals.loss.type evals.sheets
-        log.every log.t_bins wandb.project wandb.name
+        log.every log.t_bins wandb.project wandb.name prompt
     """
     known = tuple((here + elsewhere).split())
     for stage, size in EVERYWHERE:

@@ -17,6 +17,7 @@ from qk_jax.data import prompts
 from qk_jax.export import verify
 from qk_jax.export.folder import export_pipeline
 from qk_jax.pictures.grids import grid_of, picture_tokens, vision_size
+from qk_jax.pictures.roles import SOURCE
 from qk_jax.weights import hub_configs, safetensors
 from tests.painting import painters
 from tests.weights import nano
@@ -89,7 +90,7 @@ def test_the_chat_template_is_that_of_the_training(folder):
         slots = "<|image_slot|>" * picture_tokens((grid,))
         text = text.replace("<|image_pad|>", slots, 1)
     ids = tokenizer.encode(text.replace("slot", "pad"), add_special_tokens=False)
-    row = builder.build("both of them", [(64, 64), (48, 80)])
+    row = builder.build("both of them", [(64, 64), (48, 80)], (SOURCE, SOURCE))
     assert ids == row["input_ids"][row["attention_mask"]][: -builder.queries].tolist()
     with_system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]
     text = tokenizer.apply_chat_template(with_system, tokenize=False)

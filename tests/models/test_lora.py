@@ -47,7 +47,7 @@ def inputs():
         jnp.ones((2, TEXT), bool),
         jnp.array([0.25, 0.0625]),
         rotary.image_positions(law, GRID, (), jnp.zeros((2, 0), jnp.int32)),
-        rotary.text_positions(law, TEXT, GRID, ()),
+        rotary.text_positions(law, jnp.ones((2, TEXT), bool), GRID, ()),
     )
     return arguments, rng.normal(size=(2, tokens, 16)).astype(np.float32)
 

@@ -81,7 +81,7 @@ def ours(params, given, pictures, remat=None, hidden_mask=None, config=CONFIG):
         given["mask"],
         given["t"],
         rotary.image_positions(LAW, TARGET, grids, roles),
-        rotary.text_positions(LAW, TEXT, TARGET, grids),
+        rotary.text_positions(LAW, given["mask"], TARGET, grids),
         hidden_mask=hidden_mask,
         target_tokens=math.prod(TARGET),
     )
@@ -207,7 +207,7 @@ def test_a_hidden_picture_equals_no_picture():
             {"params": params},
             *map(jnp.asarray, (hidden, given["context"], given["mask"], given["t"])),
             rotary.image_positions(law, TARGET, grids, jnp.zeros((BATCH, len(grids)), jnp.int32)),
-            rotary.text_positions(law, TEXT, TARGET, grids),
+            rotary.text_positions(law, given["mask"], TARGET, grids),
             hidden_mask,
         )[:, :tokens]
 
@@ -239,7 +239,7 @@ def test_bfloat16_keeps_the_timestep_and_stays_near_float32():
         given["mask"],
         given["t"],
         rotary.image_positions(LAW, TARGET, CONDITIONS[1], jnp.zeros((BATCH, 1), jnp.int32)),
-        rotary.text_positions(LAW, TEXT, TARGET, CONDITIONS[1]),
+        rotary.text_positions(LAW, given["mask"], TARGET, CONDITIONS[1]),
         capture_intermediates=lambda module, _: module.name == "time_text_embed",
     )
     assert out.dtype == jnp.bfloat16

@@ -92,7 +92,7 @@ def test_a_source_does_not_move_the_references_behind_it():
 
 
 def test_text_is_at_zero():
-    assert not np.any(rotary.text_positions(PositionLaw(), 5, TARGET, [(9, 9)]))
+    assert not np.any(rotary.text_positions(PositionLaw(), np.ones((1, 5), bool), TARGET, [(9, 9)]))
 
 
 def test_roles_are_data_not_shape():
@@ -126,11 +126,25 @@ def test_qwen_image_law_equals_diffusers(conditions):
     torch_image, torch_text = rope([shapes], max_txt_seq_len=length, device=torch.device("cpu"))
     roles = jnp.zeros((2, len(conditions)), jnp.int32)
     image = rotary.image_positions(law, (5, 4), conditions, roles)
-    text = rotary.text_positions(law, length, (5, 4), conditions)
+    mask = np.ones((1, length), bool)
+    text = rotary.text_positions(law, mask, (5, 4), conditions)[0]
     for ours, theirs in ((image[1], torch_image), (text, torch_text)):
         cos, sin = rotary.cos_sin(ours, axes)
         np.testing.assert_allclose(cos, theirs.real, atol=2e-6)
         np.testing.assert_allclose(sin, theirs.imag, atol=2e-6)
+
+
+@pytest.mark.parametrize("conditions", [[], [(4, 6)]])
+def test_qwen_image_law_counts_words_from_the_first_real_one(conditions):
+    """On the diagonal, without a hole where a row is padded: before, behind or between."""
+    mask = np.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 1, 1, 0, 1, 1], [1] * 6], bool)
+    law, start = PositionLaw("qwen_image"), 3 if conditions else 2
+    found = np.asarray(rotary.text_positions(law, mask, (5, 4), conditions))
+    for place, real in zip(found, mask, strict=True):
+        words = place[real]
+        np.testing.assert_array_equal(
+            words, np.repeat(start + np.arange(len(words)), 3).reshape(-1, 3)
+        )
 
 
 def test_tables_against_float64():

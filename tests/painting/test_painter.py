@@ -12,6 +12,8 @@ from PIL import Image
 from qk_jax import painting
 from qk_jax.base.errors import InputError
 from qk_jax.data.synthesis import tasks
+from qk_jax.diffusion import sampler
+from qk_jax.painting.request import NO_PICTURES
 from qk_jax.pictures.roles import REFERENCE, SOURCE
 
 SETTINGS = painting.Settings(steps=2, guidance=3.0, image_guidance=1.5)
@@ -74,6 +76,58 @@ def test_three_way_guidance_at_weight_one_is_two_way(painter):
     assert np.abs(a - b).max() <= 1
 
 
+def test_guidance_by_time(painter):
+    """Where no step has guidance nothing is guided; a constant weight is a line without slope."""
+    request, two = [edit(painter)], {"steps": 3, "image_guidance": 1.0}
+
+    def paint(**settings):
+        return painter.paint(request, painting.Settings(**two | settings))[0]
+
+    constant, none = paint(guidance=5.0), paint(guidance=1.0)
+    np.testing.assert_array_equal(paint(guidance=5.0, guidance_end=5.0), constant)
+    np.testing.assert_allclose(
+        paint(guidance=5.0, guidance_interval=(0.0, 0.001)).astype(int), none.astype(int), atol=1
+    )
+    late = paint(guidance=5.0, guidance_interval=(0.5, 1.0))
+    falling = paint(guidance=5.0, guidance_end=1.0)
+    for one in (late, falling):
+        assert (one != constant).any() and (one != none).any()
+
+
+def test_first_steps_without_a_velocity_leave_the_noise(painter):
+    """The rest of the schedule then starts from noise: the same as a shorter schedule."""
+    whole = sampler.schedule(3, 4, painter.schedule)
+    request, seen = edit(painter), []
+    original = painter.programs.denoise
+
+    def denoise(params, noise, sigmas, *args, **kwargs):
+        seen.append(np.asarray(sigmas))
+        return original(params, noise, sigmas, *args, **kwargs)
+
+    painter.programs.denoise = denoise
+    try:
+        painter.paint([request], painting.Settings(steps=3, guidance=1, zero_init_steps=1))
+    finally:
+        painter.programs.denoise = original
+    np.testing.assert_array_equal(seen[0], whole[1:])
+
+
+def test_renormalised_and_symmetric_guidance_are_other_pictures(painter):
+    request = [edit(painter)]
+    plain = painter.paint(request, SETTINGS)[0]
+    for change in ({"renormalize": True}, {"symmetric_guidance": True}):
+        assert (painter.paint(request, dataclasses.replace(SETTINGS, **change))[0] != plain).any()
+    off = dataclasses.replace(SETTINGS, renormalize=False)  # the default without Qwen-Image's law
+    np.testing.assert_array_equal(painter.paint(request, off)[0], plain)
+    assert len(dataclasses.replace(SETTINGS, symmetric_guidance=True).variants(True)) == 4
+
+
+def test_batches_without_pictures_alone_keep_the_words(painter):
+    batch = painter.collate([edit(painter)], NO_PICTURES)
+    assert not batch["condition_mask"].any() and batch["text_mask"].any()
+    assert not (batch["input_ids"] == painter.prompts.image_token_id).any()
+
+
 def test_text_pictures_roles_and_solver_all_matter(painter):
     request = edit(painter)
     base = painter.paint([request], SETTINGS)[0]
@@ -128,7 +182,18 @@ def test_what_cannot_be_painted_is_named(painter, change, words):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"steps": 0}, {"steps": 10**6}, {"solver": "rk4"}, {"guidance": -1}, {"guidance": np.nan}],
+    [
+        {"steps": 0},
+        {"steps": 10**6},
+        {"solver": "rk4"},
+        {"guidance": -1},
+        {"guidance": np.nan},
+        {"guidance_end": -1.0},
+        {"guidance_interval": (0.6, 0.4)},
+        {"guidance_interval": (0, 2)},
+        {"zero_init_steps": 30},
+        {"zero_init_steps": -1},
+    ],  # fmt: skip
 )
 def test_settings_are_checked(settings):
     with pytest.raises(InputError):

@@ -24,8 +24,10 @@ def batch(config, seed, rows=None, pictures=0):
     draw = lambda *shape: rng.integers(0, 256, shape, dtype=np.uint8)  # noqa: E731
     conditions = tuple(draw(rows, *SIZE, 3) for _ in range(pictures))
     shown = rng.random(rows) < 0.8
+    roles = [i % 2 for i in range(pictures)]
     texts = [
-        layout.build(WORDS[i % len(WORDS)], [SIZE] * pictures, bool(shown[i])) for i in range(rows)
+        layout.build(WORDS[i % len(WORDS)], [SIZE] * pictures, roles, bool(shown[i]))
+        for i in range(rows)
     ]
     pixels = [
         prompts.pixel_values([c[i] for c in conditions], model.vlm_pixels) for i in range(rows)
@@ -37,7 +39,7 @@ def batch(config, seed, rows=None, pictures=0):
         "target": target,
         "conditions": conditions,
         "condition_mask": shown,
-        "roles": np.tile(np.arange(pictures, dtype=np.int32) % 2, (rows, 1)),
+        "roles": np.tile(np.array(roles, np.int32), (rows, 1)),
         "task": rng.integers(0, len(TASKS), rows).astype(np.int32),
         "record": np.arange(rows, dtype=np.int64),
     }

@@ -100,7 +100,7 @@ def test_mmdit_computes_the_same(tmp_path):
         ).sample
     law = rotary.PositionLaw("qwen_image")
     places = rotary.image_positions(law, GRID, (), jnp.zeros((1, 0), jnp.int32))
-    words = rotary.text_positions(law, 5, GRID, ())
+    words = rotary.text_positions(law, jnp.ones((1, 5), bool), GRID, ())
     ours = jax.jit(
         lambda p: mmdit.MMDiT(kind.config).apply(
             {"params": p}, *map(jnp.asarray, (x, context, np.ones((1, 5), bool), t)), places, words
