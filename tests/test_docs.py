@@ -6,9 +6,11 @@ import functools
 import importlib
 import importlib.util
 import io
+import math
 import pathlib
 import re
 import runpy
+import shlex
 import sys
 
 import pytest
@@ -211,3 +213,124 @@ def test_messages_that_are_explained_exist():
             parts = [re.escape(part) for part in match[1].split("…")]
             pattern = re.compile("[^\n]*?".join(parts))
             assert any(pattern.search(text) for text in known), match[1]
+
+
+# ---- commands, run as they stand as far as that goes without weights, devices and network --------
+
+
+def lines_of_commands():
+    """{command: page} of every complete command of ours in the README and the docs."""
+    found = {}
+    for page in NAMES:
+        if page in ("CHANGELOG.md", "CONTRIBUTING.md"):
+            continue
+        spans = re.findall(r"`(python -m [^`]+ --[^`]+)`", FENCE.sub("", text_of(page)))
+        for line in "\n".join([*code(page, "bash"), *spans]).splitlines():
+            line = re.sub(r"\[--[^]]*\]", "", line)  # [--config.FIELD=VALUE ...]
+            if match := re.match(r"python -m (qk_jax\.\w+ +\S.*)", line.strip()):
+                found.setdefault(shlex.join(shlex.split(match[1], comments=True)), page)
+    return found
+
+
+LINES = lines_of_commands()
+
+
+def test_the_commands_of_the_documentation_are_found():
+    assert len(LINES) > 35
+    assert {line.split()[0] for line in LINES} == {command.split()[0] for command in COMMANDS}
+    assert any("stage1.py:7b" in line and page == "README.md" for line, page in LINES.items())
+
+
+@pytest.fixture
+def files_of_the_docs(tmp_path, monkeypatch):
+    """A folder with the files that the commands name, and no network."""
+    (blocks,) = [code("docs/sample.md", "json")]
+    (tmp_path / "many.jsonl").write_text("".join(blocks), encoding="utf-8")
+    for name in ("configs", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", None)
+
+
+@functools.cache
+def planned(spec, overrides):
+    """The plan of a config, as a run would check it; where a mesh is free, over 64 devices."""
+    from qk_jax import sharding
+    from qk_jax.experiment import config, origins, stages
+    from qk_jax.experiment.plan import Plan
+    from qk_jax.training import evals
+
+    found = config.load(spec, dict(overrides))
+    origins.places(stages.resolve(found), found)
+    sizes = found.mesh.to_dict()
+    if -1 in sizes.values():
+        devices = (8 if found.size == "tiny" else 64) // math.prod(found.slices.values())
+        sizes = sharding.filled(sizes, devices)
+    whole = {axis: size * found.slices.get(axis, 1) for axis, size in sizes.items()}
+    plan = Plan.build(found, sharding.abstract_mesh(whole))
+    evals.check(plan)
+    return plan
+
+
+def run_train(argv):
+    from qk_jax import train
+
+    args, overrides = train.arguments(argv)
+    assert planned(args.config, tuple(overrides.items())).describe() and args.workdir
+
+
+def run_sample(argv):
+    from qk_jax import sample
+    from qk_jax.painting import Settings, orders
+
+    args = sample.parser().parse_args(argv)
+    assert orders.orders(args) and args.checkpoint
+    orders.parse_size(args.size)
+    Settings(args.steps, args.guidance, args.image_guidance, args.solver)
+
+
+def run_convert(argv):
+    from qk_jax import convert
+    from qk_jax.base import hub
+
+    args = convert.parser().parse_args(argv)
+    if args.verb == "from-pytorch" and args.model.startswith("Qwen/"):
+        hub.check(args.model)
+
+
+def run_bench(argv):
+    from qk_jax.bench import __main__ as bench
+    from qk_jax.bench import layouts, search, shardings
+    from qk_jax.bench.cases import Case, Target
+    from qk_jax.bench.schedule import topologies
+    from qk_jax.experiment import config as config_lib
+
+    args, overrides = bench.arguments(argv)
+    if args.verb == "peer":
+        return
+    config = config_lib.load(args.config, overrides)
+    if args.verb == "cost":
+        planned(args.config, tuple(overrides.items()))
+    elif args.verb == "shardings":
+        shardings.command(args, overrides)
+    else:
+        layouts.check(args)
+        shape = layouts.shape(args, config)
+        given = Case(args.config, overrides, "", False, "", "", 0.0, *shape, (), 0)
+        targets = [Target.of(topologies.parse(name)) for name in args.slice or ["v5e-8"]]
+        if args.search:
+            assert all(search.meshes(given, target) for target in targets)
+        else:
+            assert search.cases(args, given, targets)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_commands_run_as_they_stand(line, files_of_the_docs):
+    module, *argv = line.split(" ", 1)
+    runs = {
+        "qk_jax.train": run_train, "qk_jax.sample": run_sample, "qk_jax.convert": run_convert,
+        "qk_jax.bench": run_bench,
+    }  # fmt: skip
+    with pytest.raises(SystemExit) if "--help" in line else contextlib.nullcontext():
+        runs[module](shlex.split(*argv))

@@ -11,6 +11,7 @@ from PIL import Image
 from qk_jax import sample
 from qk_jax.base.errors import InputError
 from qk_jax.painting import orders
+from tests.pictures import encoded
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,19 @@ def test_one_picture_of_several_is_the_same_picture(checkpoint, pictures, tmp_pa
     assert (text["prompt"], text["seed"]) == ("make it blue", "3")
     assert settings["number"] == 1 and settings["steps"] == 2 and settings["solver"] == "euler"
     assert settings["model"] == "stage3-nano-4" and settings["size"] == "32x32"
+
+
+def test_a_source_is_turned_upright_and_covers_at_any_size(checkpoint, pictures, tmp_path):
+    """49 x 50 pixels: the box that covers 64 x 64 once began outside of the picture."""
+    upright = painters.picture(5, 50, 49)
+    Image.fromarray(upright).save(pictures / "upright.png")
+    (pictures / "turned.png").write_bytes(encoded.turned(upright, 6, "PNG"))
+    for name in ("upright", "turned"):
+        edit = ("--prompt", "make it blue", "--source", pictures / f"{name}.png")
+        paint(checkpoint, *edit, "--size", "64x64", "--out", tmp_path / f"{name}.png")
+    one, other = (np.asarray(Image.open(tmp_path / f"{n}.png")) for n in ("upright", "turned"))
+    np.testing.assert_array_equal(one, other)
+    assert one.shape == (64, 64, 3)
 
 
 def test_many_prompts(checkpoint, pictures, tmp_path):

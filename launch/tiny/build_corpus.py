@@ -27,7 +27,7 @@ from PIL import Image
 from qk_jax.base import cli, files
 from qk_jax.base.errors import InputError, exits
 from qk_jax.data.records import Entry, write_records
-from qk_jax.pictures.fitting import on_white
+from qk_jax.pictures.decoding import over_white
 
 LONGEST_SIDE = 64
 VALIDATION_SHARE = 0.08
@@ -156,7 +156,7 @@ def cut_out(png: bytes) -> Image.Image | None:
     if min(image.size) < 8:
         return None
     image = image.point(_LEVELS * 4)
-    seen = np.abs(on_white(image).astype(np.int16) - 255).max(-1) > 24
+    seen = np.abs(np.asarray(over_white(image), np.int16) - 255).max(-1) > 24
     return image if seen.mean() > 0.03 else None
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import argparse
 import collections
-import itertools
+import functools
 import pathlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,18 @@ from qk_jax.weights.write import export_model
 HERE = pathlib.Path(__file__).parent
 TINY = EMBEDDED.parent / "tiny"
 SIZES = ((64, 64), (48, 80), (80, 48))  # (height, width) of the pictures
+STARTED = time.monotonic()  # of the program: its minutes hold reading, encoding and compiling too
+AT_ONCE = 1.0  # seconds of training that a device does without asking the host
+SAVE_SECONDS = 60  # between two saves, so that an interrupted run leaves weights
+REPORT_SECONDS = 10
 
 
 def parser(name: str, doc: str | None, *, minutes: float, batch: int) -> cli.Parser:
     """The options of every recipe; `name` is the folder that it writes beside the other parts."""
     out = cli.Parser(prog=f"launch/tiny/pretrain_{name}.py", description=doc)
-    out.add_argument("--minutes", type=float, default=minutes, help="length of the training")
+    out.add_argument(
+        "--minutes", type=float, default=minutes, help="from the start to the end of the training"
+    )
     out.add_argument("--steps", type=int, help="length in steps, instead of minutes")
     out.add_argument("--batch", type=int, default=batch, help="examples of a step")
     out.add_argument("--out", type=files.Path, default=files.Path(TINY / name), help="the folder")
@@ -42,11 +48,12 @@ def parser(name: str, doc: str | None, *, minutes: float, batch: int) -> cli.Par
 
 
 def parse(options: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line. Raises InputError for numbers that are not positive."""
+    """The command line. Raises InputError for numbers that are not positive; no minutes are fine,
+    they measure weights that are there."""
     args = options.parse_args()
     for name in ("minutes", "steps", "batch", "limit"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
+        if value is not None and (value < 0 or value == 0 and name != "minutes"):
             raise InputError(f"--{name} is {value}; give a positive number")
     return args
 
@@ -59,15 +66,22 @@ def fresh(module: Any) -> Tree:
     return layers.init_params(module, jax.random.key(0), *module.example())
 
 
-def steps(args: argparse.Namespace) -> Iterator[tuple[int, float]]:
-    """(number, done part of the training in [0, 1)) of each step."""
-    start = time.monotonic()
-    for step in itertools.count():
-        minutes = (time.monotonic() - start) / 60
-        done = step / args.steps if args.steps else minutes / args.minutes
-        if done >= 1:
+def steps(args: argparse.Namespace, at_once: float = 0.0) -> Iterator[tuple[int, int, float]]:
+    """(first, how many, done part of the training in [0, 1)) of the steps to take next.
+
+    So many are taken at once as take about `at_once` seconds, by the time that the last took.
+    """
+    start, end = time.monotonic(), STARTED + 60 * args.minutes
+    first, count = 0, 1
+    while True:
+        now = time.monotonic()
+        if first >= args.steps if args.steps else now >= end:
             return
-        yield step, done
+        yield first, count, first / args.steps if args.steps else (now - start) / (end - start)
+        first += count
+        fitting = int(count * at_once / (time.monotonic() - now))
+        count = max(1, min(fitting, 4 * count))
+        count = min(count, args.steps - first) if args.steps else count
 
 
 def learning_rate(
@@ -114,19 +128,117 @@ def follow(average: Tree, params: Tree, count: Any, most: float) -> Tree:
     return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)
 
 
+class State(NamedTuple):
+    """What a training changes: parameters, their moving average, the optimizer's state."""
+
+    params: Tree
+    average: Tree
+    moments: Any
+
+    @classmethod
+    def of(cls, params: Tree, optimizer: optax.GradientTransformation) -> State:
+        """At the start of a training."""
+        params = jax.tree.map(jnp.asarray, params)
+        return cls(params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+
+Loss = Callable[[Tree, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def program(loss_of: Loss, optimizer: optax.GradientTransformation, ema: float) -> Callable:
+    """Compiled steps: (state, data, seed, count, rate) -> (state, sums of the loss's parts).
+
+    The whole loop of `count` steps runs on the device, so a step may be shorter than the time that
+    a host takes to ask for it. Any count runs the same program.
+
+    Args:
+      loss_of: (parameters, data, key) -> (loss, its parts by name); draws its batch from the data.
+      optimizer: of `adamw`.
+      ema: most decay of the moving average.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(
+        state: State, data: Any, seed: jax.Array, count: jax.Array, rate: jax.Array
+    ) -> tuple[State, dict[str, jax.Array]]:
+        def step(_: Any, carry: tuple[State, Any]) -> tuple[State, Any]:
+            (params, average, moments), sums = carry
+            number = moments[1].count
+            key = jax.random.fold_in(jax.random.key(seed), number)
+            grads, parts = jax.grad(loss_of, has_aux=True)(params, data, key)
+            params, moments = descend(optimizer, params, moments, grads, rate)
+            average = follow(average, params, number, ema)
+            return State(params, average, moments), jax.tree.map(jnp.add, sums, parts)
+
+        parts = jax.eval_shape(loss_of, state.params, data, jax.random.key(0))[1]
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), parts)
+        return jax.lax.fori_loop(0, count, step, (state, zeros))
+
+    return run
+
+
+class Progress(NamedTuple):
+    """How far a training is.
+
+    Attributes:
+      average: the moving average of the parameters.
+      steps, seconds: how many there were, and how long they took.
+      parts: means of the loss's parts over the last steps; empty without any.
+    """
+
+    average: Tree
+    steps: int
+    seconds: int
+    parts: dict[str, np.ndarray]
+
+
+def train(
+    args: argparse.Namespace,
+    run: Callable,
+    state: State,
+    data: Any,
+    seed: int,
+    rate: Callable[[int, float], np.float32],
+    save: Callable[[Progress], None],
+) -> Progress:
+    """Takes steps until the time is up, and saves now and then and at the end.
+
+    Args:
+      args: of `parse`.
+      run: of `program`.
+      state, data, seed: its arguments; another seed draws other batches.
+      rate: (step, done part) -> the learning rate.
+      save: writes what there is.
+    """
+    losses, saved = Losses(), time.monotonic()
+    progress = Progress(state.average, 0, 0, {})
+    for first, count, done in steps(args, AT_ONCE):
+        state, sums = run(state, data, seed, count, rate(first, done))
+        parts = {name: np.asarray(x) / count for name, x in sums.items()}
+        losses.add(first + count, done, **{k: x for k, x in parts.items() if not x.ndim})
+        progress = Progress(state.average, first + count, losses.seconds(), parts)
+        if time.monotonic() - saved > SAVE_SECONDS:
+            save(progress)
+            saved = time.monotonic()
+    save(progress)
+    return progress
+
+
 class Losses:
-    """The last losses by name, printed every 50 steps."""
+    """The last losses by name, printed every REPORT_SECONDS."""
 
     def __init__(self) -> None:
-        self.start = time.monotonic()
+        self.start = self.printed = time.monotonic()
         self.recent: dict[str, collections.deque] = {}
 
     def add(self, step: int, done: float, **losses: Any) -> None:
+        """Takes in the losses after `step` steps."""
         for name, loss in losses.items():
             self.recent.setdefault(name, collections.deque(maxlen=20)).append(float(loss))
-        if step % 50 == 49:
+        if time.monotonic() - self.printed > REPORT_SECONDS:
             means = " ".join(f"{name} {mean:.4f}" for name, mean in self.means().items())
-            print(f"step {step + 1} {done:.1%} {self.seconds()} s {means}", flush=True)
+            print(f"step {step} {done:.1%} {self.seconds()} s {means}", flush=True)
+            self.printed = time.monotonic()
 
     def means(self) -> dict[str, float]:
         return {name: float(np.mean(losses)) for name, losses in self.recent.items()}

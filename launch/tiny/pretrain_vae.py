@@ -1,28 +1,36 @@
 """Pretrains the tiny AutoencoderKL on the embedded pictures.
 
     python launch/tiny/pretrain_vae.py [--minutes N | --steps N] [--batch N] [--out DIR]
-    python launch/tiny/pretrain_vae.py --decoder-of FOLDER --out DIR
+    python launch/tiny/pretrain_vae.py --start FOLDER ...
+    python launch/tiny/pretrain_vae.py --decoder-of FOLDER --out DIR ...
 
-Pictures are composed as the tasks compose them: one to three cut-outs on white, flat or graded
-backgrounds, in three sizes. Loss: L1 + squared error + L1 of the differences between neighbours at
-three scales + a light KL term. Writes a diffusers folder with float16 weights whose scaling_factor
-and shift_factor are the measured ones, metrics.json with the figures on held-out subjects and a
-model card; and a sheet of held-out reconstructions.
+Scenes of one to three cut-outs are composed in the step itself (vae_scenes.py). Loss of a picture:
+L1 + root of the mean squared error + L1 of the differences between neighbours at three scales + a
+light KL term. Writes a diffusers folder with float16 weights (the moving average) whose
+scaling_factor and shift_factor are the measured ones, every minute and at the end; then
+metrics.json with the figures on held-out subjects, a model card, and a sheet.
 
-The second form trains the decoder of an existing folder further and keeps its encoder and
-normalisation to the bit, so that models of its latents stay valid.
+The second form goes on from earlier weights; with --minutes 0 it measures them. The third trains
+the decoder of a folder further and keeps its encoder and normalisation to the bit, so that models
+of its latents stay valid.
+
+The shipped weights come from on_gpu.sh. On two CPU cores a step of 8 pictures takes about a second,
+so there twenty minutes give a trial only.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import common  # beside this file
 import jax
 import jax.numpy as jnp
 import numpy as np
+import vae_scenes  # beside this file
 from common import SIZES
 from PIL import Image, ImageOps
 
@@ -34,15 +42,18 @@ from qk_jax.evaluation import similarity
 from qk_jax.models import vae
 from qk_jax.painting import sheets
 from qk_jax.weights.read import import_model
+from qk_jax.weights.write import export_model
 
 CONFIG = vae.PRESETS["tiny"]
 MODEL = vae.VAE(CONFIG)
-SHARES = (0.6, 0.2, 0.2)  # of SIZES among the batches
-RATE, WARM_UP = 2e-3, 100  # peak learning rate; steps
-KL_WEIGHT = 1e-4  # of the mean KL per latent number
-GRADIENT_WEIGHT = 0.5
-EMA = 0.998
+RATE, FINAL, WARM_UP = 1e-3, 0.01, 300  # peak learning rate; its last part; steps
+KL_WEIGHT = 2e-3  # of the mean KL per latent number
+GRADIENT_WEIGHT = 0.3
+EMA = 0.999
 OPTIMIZER = common.adamw(1e-2, lambda p: jax.tree.map(lambda x: x.ndim > 1, p))
+
+
+# ---- held-out pictures, composed by Pillow as the pictures of the tasks are -------------------
 
 
 def cut_outs(side: str, limit: int | None) -> list[Image.Image]:
@@ -116,6 +127,21 @@ def on_white(cut: Image.Image) -> np.ndarray:
     return np.asarray(canvas)
 
 
+def held_out(cuts: Sequence[Image.Image], known: Sequence[Image.Image]) -> dict[str, np.ndarray]:
+    """The fixed pictures that figures are measured on: cut-outs on white, and scenes; beside them
+    as many `known` cut-outs, of the training, on white."""
+    rng = np.random.default_rng(7)
+    pictures = {"on_white_64x64": np.stack([on_white(cut) for cut in cuts])}
+    for height, width in SIZES:
+        name = f"scenes_{height}x{width}"
+        pictures[name] = scenes(rng, cuts, (height, width), min(len(cuts), 96))
+    pictures["training_on_white_64x64"] = np.stack([on_white(cut) for cut in known[: len(cuts)]])
+    return pictures
+
+
+# ---- training ----------------------------------------------------------------------------------
+
+
 def to_float(pictures: jax.Array) -> jax.Array:
     """uint8 -> [-1, 1]."""
     return jnp.asarray(pictures, jnp.float32) / 127.5 - 1.0
@@ -133,31 +159,36 @@ def edge_loss(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def loss_of(
-    params: Tree, fixed: Tree, pictures: jax.Array, rng: jax.Array
+    params: Tree, data: dict[str, Any], rng: jax.Array, batch: int
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The training loss of one uint8 batch, and its parts; `fixed` are weights not trained."""
-    params = params | fixed
-    x = to_float(pictures)
+    """The training loss of `batch` new scenes, and its parts.
+
+    Args:
+      params: what is trained.
+      data: the `pool` of cut-outs, and the `fixed` parameters.
+      rng: draws the scenes and the latents.
+      batch: how many scenes.
+    """
+    params = params | data["fixed"]
+    drawn, noise = jax.random.split(rng)
+    x = to_float(vae_scenes.scenes(drawn, data["pool"], batch))
     mean, logvar = MODEL.apply({"params": params}, x, method="encode")
-    y = MODEL.apply({"params": params}, vae.sample(mean, logvar, rng), method="decode")
-    squared = jnp.mean(jnp.square(x - y))
+    y = MODEL.apply({"params": params}, vae.sample(mean, logvar, noise), method="decode")
+    squared = jnp.mean(jnp.square(x - y), (1, 2, 3)) + 1e-6
     kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
-    loss = jnp.mean(jnp.abs(x - y)) + squared
+    loss = jnp.mean(jnp.abs(x - y)) + jnp.mean(jnp.sqrt(squared))
     loss += GRADIENT_WEIGHT * edge_loss(x, y) + KL_WEIGHT * kl
-    return loss, {"loss": loss, "squared": squared, "kl": kl}
+    return loss, {
+        "loss": loss,
+        "psnr": jnp.mean(10 * jnp.log10(4 / squared)),
+        "kl": kl,
+        "noise": jnp.mean(jnp.exp(0.5 * logvar)),
+        "latent": mean.mean((0, 1, 2)),
+        "latent_squared": jnp.square(mean).mean((0, 1, 2)),
+    }
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def train_step(
-    state: tuple, fixed: Tree, pictures: jax.Array, rate: jax.Array
-) -> tuple[tuple, dict[str, jax.Array]]:
-    """One step: ((parameters, average, optimizer state), parts of the loss)."""
-    params, average, moments = state
-    step = moments[1].count
-    rng = jax.random.fold_in(jax.random.key(0), step)
-    grads, parts = jax.grad(loss_of, has_aux=True)(params, fixed, pictures, rng)
-    params, moments = common.descend(OPTIMIZER, params, moments, grads, rate)
-    return (params, common.follow(average, params, step, EMA), moments), parts
+# ---- what comes out ----------------------------------------------------------------------------
 
 
 @jax.jit
@@ -172,92 +203,112 @@ def reconstructions(params: Tree, pictures: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def held_out(cuts: Sequence[Image.Image]) -> dict[str, np.ndarray]:
-    """The fixed pictures that figures are measured on: cut-outs on white, and scenes."""
-    rng = np.random.default_rng(7)
-    pictures = {"on_white_64x64": np.stack([on_white(cut) for cut in cuts])}
-    for height, width in SIZES:
-        name = f"scenes_{height}x{width}"
-        pictures[name] = scenes(rng, cuts, (height, width), min(len(cuts), 96))
-    return pictures
+def normalised(parts: dict[str, np.ndarray]) -> tuple[vae.AutoencoderKLConfig, dict[str, Any]]:
+    """The config with shift and scale that bring the latents of training scenes to mean 0 and
+    std 1, and the figures of each channel; from the means of the loss's parts."""
+    mean, square = (parts[name].astype(np.float64) for name in ("latent", "latent_squared"))
+    shift, scale = round(mean.mean(), 6), round(1 / np.sqrt(square.mean() - mean.mean() ** 2), 6)
+    config = dataclasses.replace(CONFIG, scaling_factor=float(scale), shift_factor=float(shift))
+    std = np.sqrt(square - mean**2)
+    return config, {"mean": mean.round(4).tolist(), "std": std.round(4).tolist()}
 
 
-def statistics(params: Tree, cuts: Sequence[Image.Image]) -> tuple[vae.AutoencoderKLConfig, dict]:
-    """The config with shift and scale that bring latents of training pictures to mean 0, std 1."""
+class Run:
+    """One run of this recipe: what it starts from, and what it has come to.
 
-    @jax.jit
-    def encode(pictures):
-        return MODEL.apply({"params": params}, to_float(pictures), method="encode")[0]
-
-    rng = np.random.default_rng(11)
-    z = [encode(scenes(rng, cuts, SIZES[0], 16)) for _ in range(32)]
-    z = np.concatenate(z).reshape(-1, CONFIG.latent_channels).astype(np.float64)
-    shift, scale = round(float(z.mean()), 6), round(float(1 / z.std()), 6)
-    config = dataclasses.replace(CONFIG, scaling_factor=scale, shift_factor=shift)
-    return config, {"mean": z.mean(0).round(4).tolist(), "std": z.std(0).round(4).tolist()}
-
-
-def begin(decoder_of: files.Path | None) -> tuple[Tree, Tree, vae.VAEConfig | None, int]:
-    """(parameters to train, fixed ones, config to keep, steps that an earlier run took).
+    Attributes:
+      trained, fixed: parameters.
+      config: with the normalisation, once it is known.
+      metrics: of the whole training, runs before this one included.
 
     Raises:
-      InputError: the folder holds another architecture.
+      InputError: the folder to start from holds another architecture.
     """
-    if decoder_of is None:
-        return common.fresh(MODEL), {}, None, 0
-    config, params = import_model("vae", decoder_of, jnp.float32)
-    if dataclasses.replace(config, scaling_factor=1.0, shift_factor=0.0) != CONFIG:
-        raise InputError(f"{decoder_of} holds no tiny autoencoder; name one that does")
-    fixed = {"encoder": params.pop("encoder")}
-    before = files.read_json(decoder_of / "metrics.json")["steps"]
-    return jax.tree.map(jnp.asarray, params), fixed, config, before
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.config, self.fixed = args, CONFIG, {}
+        self.metrics = {"steps": 0, "steps_of_the_decoder_alone": 0, "minutes": 0.0}
+        folder = args.start or args.decoder_of
+        if folder is None:
+            self.trained = common.fresh(MODEL)
+        else:
+            self.config, self.trained = import_model("vae", folder, jnp.float32)
+            if dataclasses.replace(self.config, scaling_factor=1.0, shift_factor=0.0) != CONFIG:
+                raise InputError(f"{folder} holds no tiny autoencoder; name one that does")
+            self.metrics |= files.read_json(folder / "metrics.json")
+        if args.decoder_of:
+            self.fixed = {"encoder": self.trained.pop("encoder")}
+        self.before = dict(self.metrics)
+
+    def save(self, progress: common.Progress) -> None:
+        """Writes weights, config and what is known of the training."""
+        if progress.steps:
+            alone = progress.steps if self.fixed else 0
+            self.metrics |= {
+                "steps": self.before["steps"] + progress.steps,
+                "steps_of_the_decoder_alone": self.before["steps_of_the_decoder_alone"] + alone,
+                "minutes": round(self.before["minutes"] + progress.seconds / 60, 1),
+                "batch": self.args.batch,
+            }
+            if not self.fixed:
+                self.config, self.metrics["latent_channels"] = normalised(progress.parts)
+        params = jax.device_get(progress.average) | self.fixed
+        export_model(params, self.config, self.args.out, jnp.float16)
+        files.write_json(self.args.out / "metrics.json", self.metrics)
+
+    def learn(self, cuts: Sequence[Image.Image]) -> Tree:
+        """Trains on scenes of the cut-outs: the parameters as the files hold them."""
+        data = {"pool": vae_scenes.pool([np.asarray(cut) for cut in cuts]), "fixed": self.fixed}
+        run = common.program(functools.partial(loss_of, batch=self.args.batch), OPTIMIZER, EMA)
+        state = common.State.of(self.trained, OPTIMIZER)
+        rate = functools.partial(common.learning_rate, peak=RATE, warm_up=WARM_UP, final=FINAL)
+        data, seed = jax.device_put(data), self.before["steps"]
+        progress = common.train(self.args, run, state, data, seed, rate, self.save)
+        return common.as_shipped(jax.device_get(progress.average) | self.fixed)
+
+
+def measure(run: Run, params: Tree, cuts: list[Image.Image], others: list[Image.Image]) -> None:
+    """Writes figures and card of the parameters, and the sheet."""
+    pictures = held_out(others, cuts)
+    found = {name: reconstructions(params, batch) for name, batch in pictures.items()}
+    psnr = {name: similarity.psnr(batch, found[name]).mean() for name, batch in pictures.items()}
+    metrics = run.metrics | {
+        "psnr_db": {name: round(float(value), 3) for name, value in psnr.items()},
+        "parameters": common.count(params),
+        "held_out_subject_pictures": len(others),
+    }
+    words = {
+        "latent": CONFIG.latent_channels, "widths": CONFIG.block_out_channels, "rate": RATE,
+        "subjects": len(cuts), "ema": EMA, "edge": GRADIENT_WEIGHT, "kl": KL_WEIGHT,
+        "shift": run.config.shift_factor, "scale": run.config.scaling_factor,
+        "psnr": ", ".join(f"{name} {value:.2f}" for name, value in psnr.items()),
+    }  # fmt: skip
+    common.write(run.args.out, "vae", params, run.config, metrics, **words)
+    rows = [
+        (f"{name}, {word}", [("", picture) for picture in shown[:16]])
+        for name in pictures
+        for word, shown in (("given", pictures[name]), ("reconstructed", found[name]))
+    ]
+    sheets.save(sheets.draw("Pictures and their reconstructions", rows), run.args.sheet)
 
 
 @exits
 def main() -> None:
-    """Trains, measures the latents, and writes the folder with what was measured on it."""
+    """Trains, writes the weights, and measures them on the host: a GPU compiles convolutions for
+    longer than a CPU takes for all these pictures."""
     options = common.parser("vae", __doc__, minutes=20, batch=8)
-    options.add_argument("--decoder-of", type=files.Path, help="a folder to train further")
+    options.add_argument("--start", type=files.Path, help="a folder to go on from")
+    options.add_argument("--decoder-of", type=files.Path, help="one whose encoder is to stay")
     options.add_argument("--sheet", default="runs/tiny_vae.png", help="picture to write")
     args = common.parse(options)
+    if args.start and args.decoder_of:
+        raise InputError("--start and --decoder-of both name a folder to go on from; give one")
     cuts, others = cut_outs("train", args.limit), cut_outs("validation", args.limit)
-    params, fixed, config, before = begin(args.decoder_of)
-    state = (params, jax.tree.map(jnp.copy, params), OPTIMIZER.init(params))
-    rng, losses, step = np.random.default_rng([5, 0]), common.Losses(), 0
-    for step, done in common.steps(args):
-        size = SIZES[rng.choice(len(SIZES), p=SHARES)]
-        rate = common.learning_rate(step, done, RATE, WARM_UP, final=0.02)
-        state, parts = train_step(state, fixed, scenes(rng, cuts, size, args.batch), rate)
-        losses.add(step, done, **parts)
-    measured, channels = statistics(state[1] | fixed, cuts)
-    config = config or measured
-    shipped = common.as_shipped(state[1] | fixed)
-    pictures = held_out(others)
-    found = {name: reconstructions(shipped, batch) for name, batch in pictures.items()}
-    psnr = {name: similarity.psnr(batch, found[name]).mean() for name, batch in pictures.items()}
-    metrics = {
-        "steps": before + step + 1,
-        "steps_of_the_decoder_alone": step + 1 if args.decoder_of else 0,
-        "batch": args.batch,
-        "latent_channels": channels,
-        "minutes": round(losses.seconds() / 60, 1),
-        "psnr_db": {name: round(float(value), 3) for name, value in psnr.items()},
-        "parameters": common.count(shipped),
-        "held_out_subject_pictures": len(others),
-    }
-    words = {
-        "latent": config.latent_channels, "widths": config.block_out_channels, "rate": RATE,
-        "subjects": len(cuts), "ema": EMA, "edge": GRADIENT_WEIGHT, "kl": KL_WEIGHT,
-        "shift": config.shift_factor, "scale": config.scaling_factor,
-        "psnr": ", ".join(f"{name} {value:.2f}" for name, value in psnr.items()),
-    }  # fmt: skip
-    common.write(args.out, "vae", shipped, config, metrics, **words)
-    rows = [
-        (f"{name}, {word}", [("", picture) for picture in shown[:16]])
-        for name in pictures
-        for word, shown in (("held out", pictures[name]), ("reconstructed", found[name]))
-    ]
-    sheets.save(sheets.draw("Held-out pictures and their reconstructions", rows), args.sheet)
+    run = Run(args)
+    params = run.learn(cuts)
+    print("trained", flush=True)
+    with jax.default_device(jax.devices("cpu")[0]):
+        measure(run, params, cuts, others)
 
 
 if __name__ == "__main__":

@@ -27,16 +27,18 @@ from common import SIZES, TINY
 
 from qk_jax.base.errors import InputError, exits
 from qk_jax.base.types import Tree
-from qk_jax.data import prompts
+from qk_jax.data import prompts, templates
 from qk_jax.data.synthesis import scenes, tasks
 from qk_jax.data.synthesis.corpus import Corpus, Cutout
 from qk_jax.data.synthesis.wordings import BESIDE
 from qk_jax.evaluation import similarity
 from qk_jax.models.qwen_vl import PRESETS, QwenVL
+from qk_jax.pictures.roles import SOURCE
 
 CONFIG = PRESETS["tiny"]
 MODEL = QwenVL(CONFIG)
 VLM_PIXELS = 112 * 112
+TEMPLATE = templates.PRESETS["numbered"]
 ANSWER = 24  # tokens, with <|im_end|>
 ASK_CAPTION = ("", "what is it?", "describe the picture")
 SQUARE, WIDE, TALL = SIZES
@@ -153,7 +155,7 @@ class Collator:
             raise InputError(f"the tokenizer has {len(tokenizer)} tokens; train it again")
         self.end = tokenizer.eos_token_id
         self.layouts = {
-            pictured: prompts.PromptBuilder(tokenizer, length, ANSWER, VLM_PIXELS)
+            pictured: prompts.PromptBuilder(tokenizer, length, ANSWER, VLM_PIXELS, TEMPLATE)
             for pictured, length in ((True, 8), (False, 32))
         }
         self.answers = dataclasses.replace(self.layouts[True], max_text=ANSWER - 1)
@@ -172,7 +174,8 @@ class Collator:
         return batch, layout.grids(sizes)
 
     def _slot(self, layout, talk: Conversation, sizes, blind: bool) -> dict[str, np.ndarray]:
-        slot = layout.build(talk.text, sizes, pictures=not blind)
+        roles = (SOURCE,) * len(sizes)
+        slot = layout.build(talk.text, sizes, roles, pictures=not blind)
         text_mask = slot.pop("text_mask")
         answer = np.append(self.answers.encode_text(talk.answer), self.end)
         ids, mask = slot["input_ids"], slot["attention_mask"]
@@ -263,13 +266,13 @@ def learn(args: argparse.Namespace, collate: Collator, subjects: list[Cutout]) -
     """(parameters, figures of the training)."""
     params = common.fresh(MODEL)
     moments, losses, step = OPTIMIZER.init(params), common.Losses(), 0
-    for step, done in common.steps(args):
+    for step, _, done in common.steps(args):
         rng = Random(f"0/{step}")
         (kind,) = rng.choices(list(SHARES), list(SHARES.values()))
         batch, grids = collate([converse(rng, kind, subjects) for _ in range(args.batch)])
         rate = common.learning_rate(step, done, RATE, WARM_UP)
         params, moments, loss = train_step(params, moments, batch, rate, grids)
-        losses.add(step, done, **{kind: loss})
+        losses.add(step + 1, done, **{kind: loss})
     return params, {
         "steps": step + 1,
         "batch": args.batch,

@@ -17,7 +17,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from qk_jax.base import cli, files
 from qk_jax.base.errors import InputError, exits
-from qk_jax.data import prompts, records
+from qk_jax.data import prompts, records, templates
 from qk_jax.data.synthesis import corpus, tasks
 
 WORDS = 2026  # + 22 special tokens = 2048, the vocabulary of the tiny models
@@ -44,7 +44,7 @@ def training_texts(folder: files.Path) -> Iterator[str]:
         yield " ".join(header.get("keywords", ()))
     for _ in range(20):
         yield from tasks.template_texts()
-        yield from ("system", "user", "assistant", prompts.SYSTEM, "Picture 1: ")
+        yield from ("system", "user", "assistant", templates.SYSTEM, "Picture 1: ")
 
 
 def train(texts: Iterator[str]) -> tokenizers.Tokenizer:
@@ -93,7 +93,7 @@ def save(tokenizer: tokenizers.Tokenizer, out: files.Path) -> None:
         "pad_token": "<|endoftext|>",
         "split_special_tokens": False,
         "unk_token": None,
-        "chat_template": prompts.chat_template(),
+        "chat_template": templates.chat_template(templates.PRESETS["query_kontext"]),
     }
     files.write_json(out / "tokenizer_config.json", config)
 

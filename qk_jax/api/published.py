@@ -22,6 +22,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from qk_jax import sharding
+from qk_jax.api.summary import size_of, summary
 from qk_jax.base import runtime
 from qk_jax.base.errors import InputError
 from qk_jax.base.hub import component_folder
@@ -48,6 +49,10 @@ class LoadedVLM:
     params: Tree
     dtype: Any
     mesh: Mesh | None = None
+
+    def __repr__(self) -> str:
+        what = f"Qwen2.5-VL {size_of(self.config, qwen_vl.PRESETS)}"
+        return summary(self, what, self.params, self.dtype)
 
     def __call__(
         self,
@@ -194,6 +199,14 @@ class LoadedMMDiT:
     dtype: Any
     mesh: Mesh | None = None
 
+    def __repr__(self) -> str:
+        like = {  # Qwen-Image and its Edit-2511 differ in what no size depends on
+            name: dataclasses.replace(preset, zero_cond_t=self.config.zero_cond_t)
+            for name, preset in mmdit.PRESETS.items()
+        }
+        what = f"{mmdit.CLASS_NAME} {size_of(self.config, like)}"
+        return summary(self, what, self.params, self.dtype)
+
     def __call__(
         self,
         hidden_states: Any,
@@ -318,6 +331,10 @@ class LoadedVAE:
     params: Tree
     dtype: Any
     mesh: Mesh | None = None
+
+    def __repr__(self) -> str:
+        what = f"{vae.kind(self.config)} {size_of(self.config, vae.PRESETS)}"
+        return summary(self, what, self.params, self.dtype)
 
     def encode(self, x: Any, *, rng: jax.Array | None = None) -> jax.Array:
         """Pictures -> normalised latents, float32 [B, H / 8, W / 8, C].

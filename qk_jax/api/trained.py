@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from qk_jax import painting
+from qk_jax.api.summary import summary
 from qk_jax.base import files, runtime
 from qk_jax.base.errors import InputError
-from qk_jax.pictures.fitting import on_white
+from qk_jax.pictures.decoding import picture_of
 
 Picture = files.PathLike | Image.Image | np.ndarray
 
@@ -28,6 +29,11 @@ class TrainedModel:
     """
 
     painter: painting.Painter
+
+    def __repr__(self) -> str:
+        painter = self.painter
+        name = painter.name or "Query-Kontext"
+        return summary(self, name, painter.params, painter.programs.model.dtype)
 
     def generate(
         self,
@@ -46,7 +52,9 @@ class TrainedModel:
     ) -> list[np.ndarray]:
         """Paints: uint8 [H, W, 3] pictures, the same bits as `python -m qk_jax.sample` writes.
 
-        A picture is given as a path, a PIL image or a uint8 array [h, w, 3] of any size.
+        A picture is given as a path, a PIL image or a uint8 array of any size, [h, w, 3] or
+        [h, w, 4] with alpha. Files and images are turned upright and taken to sRGB; all are seen
+        over white.
 
         Args:
           prompt: what to paint, or what to do with the pictures.
@@ -89,14 +97,15 @@ class TrainedModel:
         if isinstance(given, str | os.PathLike):
             return self.painter.read(given)
         if isinstance(given, Image.Image):
-            return on_white(given)
+            return picture_of(given, "RGB", self.painter.limits.max_pixels, name)
         array = np.asarray(given)
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
+        channels = array.shape[2] if array.ndim == 3 else 0
+        if array.dtype != np.uint8 or channels not in (3, 4) or not array.size:
             raise InputError(
-                f"{name} is an array {array.dtype} {array.shape}; give uint8 [height, width, 3], a "
-                "PIL image or a path"
+                f"{name} is an array {array.dtype} {array.shape}; give uint8 [height, width, 3 or "
+                "4], a PIL image or a path"
             )
-        return array
+        return array if channels == 3 else self._picture(name, Image.fromarray(array))
 
 
 def _size(size: Any) -> tuple[int, int]:

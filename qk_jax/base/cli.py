@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from qk_jax.base.errors import InputError
@@ -13,11 +13,23 @@ from qk_jax.base.errors import InputError
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are InputErrors and whose --help shows a whole docstring."""
 
-    def __init__(self, *, prog: str, description: str | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        prog: str,
+        description: str | None = None,
+        more: Callable[[], str] = lambda: "",
+        **kwargs: Any,
+    ):
+        """`more` gives what --help prints at the end; it is called when it is asked for."""
+        self.more = more
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(
             prog=prog, description=inspect.cleandoc(description or ""), allow_abbrev=False, **kwargs
         )
+
+    def format_help(self) -> str:
+        return super().format_help() + self.more()
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; --help lists the arguments")

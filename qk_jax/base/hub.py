@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
 
 from qk_jax.base import files
 from qk_jax.base.errors import InputError
 
+log = logging.getLogger(__name__)
 INDEX = "model_index.json"  # marks a pipeline folder of diffusers
 # Folders of the parts within a pipeline, as Qwen-Image and our exports name them.
 FOLDERS = {
@@ -25,6 +27,15 @@ _ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 def is_pipeline(folder: files.PathLike) -> bool:
     """Whether a folder is a pipeline of diffusers, with a part in each subfolder."""
     return (files.Path(folder) / INDEX).is_file()
+
+
+def check(model: files.PathLike) -> None:
+    """Raises InputError unless `model` exists on disk or has the form of a Hub id.
+
+    The network is not asked.
+    """
+    if not files.Path(model).exists():
+        _revision(model)
 
 
 def model_folder(model: files.PathLike) -> files.Path:
@@ -105,6 +116,7 @@ def _download(model: files.PathLike, found: re.Match[str], patterns: list[str]) 
     """The snapshot's folder in the user's cache, with the files of `patterns`."""
     import huggingface_hub as hub
 
+    _announce(model, found, patterns)
     try:
         folder = hub.snapshot_download(
             found["repo"], revision=found["revision"], allow_patterns=patterns
@@ -112,6 +124,22 @@ def _download(model: files.PathLike, found: re.Match[str], patterns: list[str]) 
     except Exception as error:  # as in _index
         raise _refused(model, error) from None
     return files.Path(folder)
+
+
+def _announce(model: files.PathLike, found: re.Match[str], patterns: list[str]) -> None:
+    """Logs what is about to be downloaded; nothing where all of it is in the cache."""
+    import huggingface_hub as hub
+
+    try:
+        wanted = hub.snapshot_download(
+            found["repo"], revision=found["revision"], allow_patterns=patterns, dry_run=True
+        )
+    except Exception:  # without network: what the cache lacks is an error of the download itself
+        return
+    sizes = [file.file_size or 0 for file in wanted if file.will_download]
+    if sizes:
+        size, count = sum(sizes) / 1e9, len(sizes)
+        log.info("downloading %s: %.2f GB in %d files, into the Hub's cache", model, size, count)
 
 
 def _refused(model: files.PathLike, error: Exception) -> InputError:

@@ -39,6 +39,7 @@ class Batch(PaintingBatch):
     task: Any  # int32 [B], index into TASKS
     record: NotRequired[Any]  # int64 [B], number of the example in its source
     target_pixel_values: NotRequired[Any]  # float32 [B, P', 1176], with an alignment term
+    whole: NotRequired[Any]  # bool [B], no condition was dropped; with an alignment term
 
 
 class EncodedBatch(Batch, Encoded):

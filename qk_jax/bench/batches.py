@@ -72,6 +72,7 @@ def abstract(
     if config.alignment.weight:
         h, w = grid_of(*vision_size(*size, model.vlm_pixels))
         batch["target_pixel_values"] = leaf((h * w, PATCH_DIM), jnp.float32)
+        batch["whole"] = leaf((), jnp.bool_)
     return batch
 
 

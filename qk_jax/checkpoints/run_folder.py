@@ -8,9 +8,11 @@ config.json, metrics.jsonl, events.*, samples/
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 
 import jax
 from jax.sharding import Mesh
@@ -55,12 +57,19 @@ def create(workdir: files.PathLike, stage: str) -> files.Path:
     return files.writable_folder(files.Path(workdir) / stage, "the work directory")
 
 
+def is_begun(folder: files.Path) -> bool:
+    """Whether a stage folder has checkpoints, be they damaged."""
+    found = (folder / CHECKPOINTS).glob("*")
+    return any(step.name.isdigit() or step.name.startswith("damaged-") for step in found)
+
+
 def load(
     folder: files.PathLike,
     *,
     step: int | None = None,
     ema: bool = True,
     mesh: Mesh | None = None,
+    check: Callable[[Meta], None] = lambda meta: None,
 ) -> Loaded:
     """The model of a stage folder (W/stage3) for painting, evaluation, export or the next stage.
 
@@ -69,9 +78,11 @@ def load(
       step: default the newest that is whole.
       ema: take the moving average where the stage kept one.
       mesh: to shard the parameters over, by the config's own tables; None for one device.
+      check: raises InputError for a step, given what it says of itself, that is not wanted; it is
+        asked before any array is read.
 
     Raises:
-      InputError: no such folder, no whole step, or a part is missing.
+      InputError: no such folder, no whole step, or a part is missing; or as `check`.
     """
     folder = files.Path(folder)
     if not (folder / CHECKPOINTS).is_dir():
@@ -80,13 +91,14 @@ def load(
     plans: list[Plan] = []
 
     def targets(found: Meta) -> Trees:
+        check(found)
         plan = _plan(found, folder, mesh)
         plans[:] = [plan]
         item = "ema" if ema and "ema" in found["leaves"] else "params"
         return {item: plan.params}
 
-    got = store.restore(targets, step)
-    store.close()
+    with contextlib.closing(store):
+        got = store.restore(targets, step)
     (plan,), (trained,) = plans, got.items.values()
     frozen = read_frozen(folder, got.meta, plan)
     return Loaded(plan, trees.join(trained, frozen), got.step, got.meta["revision"])
@@ -108,9 +120,8 @@ def read_frozen(folder: files.Path, found: Meta, plan: Plan) -> Tree:
     Raises:
       InputError: it is missing, damaged, or not the one that the checkpoint was trained with.
     """
-    store = Store(folder / FROZEN, write=False)
-    got = store.restore(lambda meta: {FROZEN: plan.frozen})
-    store.close()
+    with contextlib.closing(Store(folder / FROZEN, write=False)) as store:
+        got = store.restore(lambda meta: {FROZEN: plan.frozen})
     if _fingerprint(got.meta["leaves"][FROZEN]) != found["frozen"]:
         raise InputError(
             f"{folder / FROZEN} holds other parameters than its checkpoints were trained with; "

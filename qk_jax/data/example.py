@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from qk_jax.base.errors import BadRecord
+from qk_jax.base.errors import BadRecord, InputError
+from qk_jax.data import buckets
 from qk_jax.pictures.fitting import Size
 
 TASKS = (
@@ -53,13 +55,44 @@ class TaskSettings:
 
     Attributes:
       sizes: target sizes (H, W).
-      reference_size: side of a reference picture in pixels.
+      reference_sizes: sizes (H, W) of references.
       seed: of everything that is drawn.
     """
 
     sizes: tuple[Size, ...] = ((64, 64), (48, 80), (80, 48))
-    reference_size: int = 64
+    reference_sizes: tuple[Size, ...] = ((64, 64),)
     seed: int = 0
+
+    @classmethod
+    def from_config(cls, data: Mapping[str, Any], seed: int) -> TaskSettings:
+        """As config.data says."""
+        return cls(tuple(map(tuple, data["sizes"])), reference_sizes(data), seed)
+
+    @property
+    def squarest(self) -> int:
+        """Index of the reference size that is nearest to a square."""
+        return int(buckets.nearest(1, 1, self.reference_sizes))
+
+    def reference_size(self, row: np.ndarray, place: int) -> Size:
+        """(H, W) of the reference at `place` of an example, by its row of `references_of`."""
+        return self.reference_sizes[row[place] if place < len(row) else self.squarest]
+
+
+def reference_sizes(data: Mapping[str, Any]) -> tuple[Size, ...]:
+    """Sizes (H, W) of references by config.data: its reference_ratios at about reference_size^2.
+
+    One square without ratios, as in checkpoints from before they were a field.
+
+    Raises: InputError when the ratios are none.
+    """
+    side, ratios = data["reference_size"], data.get("reference_ratios", ())
+    if not all(isinstance(x, tuple | list) and len(x) == 2 and min(x) > 0 for x in ratios):
+        raise InputError(
+            f"config.data.reference_ratios is {ratios}; give pairs such as ((1, 1), (2, 3))"
+        )
+    if all(short == long for short, long in ratios):
+        return ((side, side),)
+    return buckets.table(side, 16, ratios)
 
 
 class Source(Protocol):
@@ -70,12 +103,16 @@ class Source(Protocol):
       settings: with the target sizes.
       size_of: int [N], index into `settings.sizes` of each target. The batch plan may change it.
       pictures_of: int [N], number of condition pictures of each.
+      references_of: int [N, R], index into `settings.reference_sizes` of the first R references of
+        each, the squarest where there is none. R is 0 where all references have one size. The batch
+        plan may change it.
     """
 
     task: str
     settings: TaskSettings
     size_of: np.ndarray
     pictures_of: np.ndarray
+    references_of: np.ndarray
 
     def __len__(self) -> int: ...
 

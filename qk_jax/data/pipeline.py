@@ -20,7 +20,7 @@ from absl import flags
 
 from qk_jax.base.errors import BadRecord, InputError
 from qk_jax.base.types import Batch
-from qk_jax.data.example import TASKS, Example, Source, hashed
+from qk_jax.data.example import MAX_REFERENCES, TASKS, Example, Source, hashed
 from qk_jax.data.importers.registry import make_sources
 from qk_jax.data.plan import Group, batches_of, groups_of
 from qk_jax.data.prompts import PromptBuilder, pixel_values, text_tokens
@@ -100,7 +100,7 @@ def collate(
       examples: one for each slot.
       dropped: whether text and pictures of each are dropped.
       prompts: builds what the VLM reads.
-      targets: add `target_pixel_values`.
+      targets: add `target_pixel_values` and `whole`.
     """
     request = prompts.batch(
         ["" if text else x.instruction for x, (text, _) in zip(examples, dropped, strict=True)],
@@ -117,6 +117,8 @@ def collate(
     if targets:
         seen = [pixel_values([x.target], prompts.vlm_pixels) for x in examples]
         batch["target_pixel_values"] = np.stack(seen)
+        pairs = zip(examples, dropped, strict=True)
+        batch["whole"] = np.array([not (text or (hid and x.pictures)) for x, (text, hid) in pairs])
     return batch
 
 
@@ -166,6 +168,8 @@ class Pipeline:
             for name in weights
             for group in groups_of(sources[name], batch, data["max_groups"])
         )
+        shapes = {(x.task in MAX_REFERENCES, *x[1:3], x.references) for x in self.groups}
+        log.info("%s: %d shapes of batches, each is compiled once", split, len(shapes))
         prompts = prompts or PromptBuilder.from_config(config)
         load = Loader(
             groups=self.groups,

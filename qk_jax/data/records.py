@@ -25,9 +25,11 @@ from array_record.python import array_record_module
 from qk_jax.base import files
 from qk_jax.base.errors import InputError
 
-INDEX_DTYPE = np.dtype(
+_OLD_DTYPE = np.dtype(  # of files that were written before references had sizes of their own
     [("width", "<u4"), ("height", "<u4"), ("pictures", "<u2"), ("bytes", "<u4"), ("task", "S24")]
 )
+# `references`: (width, height) of the first three references; 0 where there is none or none known.
+INDEX_DTYPE = np.dtype([*_OLD_DTYPE.descr, ("references", "<u4", (3, 2))])
 _HEADER_LENGTH = struct.Struct("<I")
 _HEADER_LIMIT = 1 << 24
 
@@ -48,6 +50,7 @@ class Entry(NamedTuple):
       width, height: pixels of the picture that decides the bucket (the target).
       pictures: number of condition pictures.
       task: name of the task, empty for plain pictures; at most 24 ASCII characters.
+      references: (width, height) in pixels of the references, in order.
     """
 
     header: Mapping[str, Any]
@@ -56,6 +59,7 @@ class Entry(NamedTuple):
     height: int
     pictures: int = 0
     task: str = ""
+    references: tuple[tuple[int, int], ...] = ()
 
 
 def index_path(path: files.PathLike) -> files.Path:
@@ -120,7 +124,8 @@ def write_records(path: files.PathLike, entries: Iterable[Entry]) -> int:
             for entry in entries:
                 data = encode(entry.header, entry.blobs)
                 writer.write(data)
-                index.append((*entry[2:5], len(data), entry.task.encode("ascii")))
+                known = [*entry.references[:3], *[(0, 0)] * (3 - len(entry.references))]
+                index.append((*entry[2:5], len(data), entry.task.encode("ascii"), known))
         finally:
             writer.close()
         buffer = io.BytesIO()
@@ -149,6 +154,10 @@ class RecordFile:
             ) from None
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"the side index {side} is damaged ({error})") from None
+        if self.index.dtype == _OLD_DTYPE:
+            old, self.index = self.index, np.zeros(len(self.index), INDEX_DTYPE)
+            for column in _OLD_DTYPE.names or ():
+                self.index[column] = old[column]
         if self.index.dtype != INDEX_DTYPE:
             raise InputError(
                 f"the side index {side} has the columns {self.index.dtype.names}; "

@@ -234,14 +234,14 @@ def _noised(request: Request, time: float) -> Request:
 def held_out_cases(run: ConfigDict, count: int) -> dict[str, list[Case]]:
     """`count` validation cases of every task, of one shape per task, always the same.
 
-    All have the training's first size, compositions its widest and two references; so few programs
-    are compiled. Each case has a first subject of its own.
+    All have the training's first size, compositions its widest and two references, and references
+    the squarest; so few programs are compiled. Each case has a first subject of its own.
 
     Args:
       run: a training config, whose sizes and validation seed are used.
       count: of each task.
     """
-    settings = _task_settings(run)
+    settings = TaskSettings.from_config(run.data, run.validation.seed)
     widest = max(settings.sizes, key=lambda size: size[1] / size[0])
     corpus = Corpus("validation", run.data.corpus)
     out = {}
@@ -250,6 +250,7 @@ def held_out_cases(run: ConfigDict, count: int) -> dict[str, list[Case]]:
         found = tasks.examples(
             "validation", task, count, settings=settings, corpus=corpus,
             size=widest if composed else settings.sizes[0], pictures=2 if composed else None,
+            reference=settings.reference_sizes[settings.squarest],
         )  # fmt: skip
         out[task] = [Case(request_of(x, number=n), x.target) for n, x in enumerate(found)]
     return out
@@ -257,17 +258,12 @@ def held_out_cases(run: ConfigDict, count: int) -> dict[str, list[Case]]:
 
 def captions(run: ConfigDict, count: int) -> list[Case]:
     """`count` captions of the training split with their pictures on white, for retrieval."""
-    settings = _task_settings(run)
+    settings = TaskSettings.from_config(run.data, run.validation.seed)
     found = tasks.examples(
         "train", "text_to_image", count, settings=settings,
         corpus=Corpus("train", run.data.corpus), size=settings.sizes[0], kind="plain",
     )  # fmt: skip
     return [Case(request_of(x, number=10_000 + n), x.target) for n, x in enumerate(found)]
-
-
-def _task_settings(run: ConfigDict) -> TaskSettings:
-    sizes = tuple(tuple(size) for size in run.data.sizes)
-    return TaskSettings(sizes, run.data.reference_size, run.validation.seed)
 
 
 def best_copies(cases: Sequence[Case]) -> np.ndarray:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import inspect
 import json
 import pathlib
 import runpy
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from qk_jax import sharding
 from qk_jax.base.errors import InputError
 from qk_jax.data import templates
 from qk_jax.diffusion import flow
+from qk_jax.experiment import glossary
 from qk_jax.models import mmdit, qwen_text, qwen_vision, qwen_vl, rotary, vae
 from qk_jax.models.query_kontext import ModelConfig
 
@@ -66,15 +66,40 @@ def fields(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{name}", value
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """The known name that a misspelt `name` most likely means."""
-    last = name.rsplit(".", 1)[-1]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    near = near or [k for k in known if k.rsplit(".", 1)[-1] == last]
-    if not near:
-        ends = {k.rsplit(".", 1)[-1]: k for k in known}
-        near = [ends[e] for e in difflib.get_close_matches(last, list(ends), n=1, cutoff=0.0)]
-    return near[0]
+LONGEST = 32  # letters of a value in `listing`
+
+
+def listing(config: ConfigDict) -> Iterator[str]:
+    """A line for each field with its value and its meaning; a tower's sharding is one line."""
+    rows = [
+        (name, _shown(value), glossary.meaning(name))
+        for name, value in fields(config)
+        if not name.startswith("sharding.")
+    ]
+    known = {name: dataclasses.asdict(row) for name, row in sharding.ROWS.items()}
+    for tower, cells in config.sharding.items():
+        row = next((name for name, row in known.items() if row == cells.to_dict()), "its own")
+        rows.append((f"sharding.{tower}", row, f"a row of the table: {', '.join(known)}"))
+    width = max(len(name) for name, _, _ in rows)
+    for name, value, meaning in rows:
+        yield f"{name:<{width}}  {value:<{LONGEST}}  {meaning}"
+    for column, kind in (
+        (sharding.COLUMNS, sharding.Rules),
+        (("activations",), sharding.Activations),
+    ):
+        axes = " ".join(field.name for field in dataclasses.fields(kind))
+        name = f"sharding.TOWER.COLUMN.AXIS, COLUMN {' '.join(column)}"
+        yield f"{name}, AXIS {axes}: {glossary.meaning('sharding.mmdit.params.embed')}"
+
+
+def _shown(value: Any) -> str:
+    """A value as the command line takes it, cut where it is long."""
+    text = str(value).lower() if isinstance(value, bool) else str(value) or "''"
+    text = text.replace("\n", "\\n")
+    if len(text) <= LONGEST:
+        return text
+    end = isinstance(value, str)  # of a path the end tells more
+    return f"...{text[3 - LONGEST :]}" if end else f"{text[: LONGEST - 3]}..."
 
 
 def override(config: ConfigDict, name: str, text: str) -> None:
@@ -96,7 +121,7 @@ def override(config: ConfigDict, name: str, text: str) -> None:
     known = dict(fields(config))
     if name not in known:
         raise InputError(
-            f"config has no field {name!r}; did you mean {nearest(name, list(known))!r}?"
+            f"config has no field {name!r}; did you mean {glossary.nearest(name, list(known))!r}?"
         )
     value = _parse(text, known[name])
     if value is _WRONG:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from qk_jax.base import files
@@ -11,6 +13,8 @@ from qk_jax.painting import Painter
 from qk_jax.weights.write import LORA
 
 LORA_FILE = f"{LORA}.safetensors"
+# The oldest versions that compute what a folder holds; `pipeline.py` refuses an older diffusers.
+DIFFUSERS, TRANSFORMERS = "0.37.0", "4.57.0"
 CARD = """---
 library_name: diffusers
 pipeline_tag: image-to-image
@@ -32,8 +36,10 @@ pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_r
 {pictured}```
 
 or `python {folder}/pipeline.py --prompt "a red kite" --out kite.png` (`--help` lists the rest).
-Needs torch, transformers, diffusers and Pillow{extra}. `pipeline.py` and `kontext/kontext.py` are
-all the code that is run from this folder. {adapter}
+Needs torch, transformers>={transformers}, diffusers>={diffusers} and Pillow{extra}. An older
+diffusers drops what it does not know of `transformer/config.json`; the pipeline refuses it then.
+`pipeline.py`, `paint.py` and `kontext/kontext.py` are all the code that is run from this folder.
+{adapter}
 
 | | |
 | --- | --- |
@@ -64,15 +70,20 @@ ones. `pipe.fuse_lora()` merges it for good.""",
 }
 
 
+def _listed(sizes: Sequence[tuple[int, int]]) -> str:
+    """(height, width) as '64x64 80x48', width x height."""
+    return " ".join(f"{width}x{height}" for height, width in sizes)
+
+
 def settings(painter: Painter) -> dict[str, Any]:
     """What the pipeline has to know beyond its components: scalars of `model_index.json`."""
     config, limits = painter.config, painter.limits
     return {
         "max_text": config.max_text,
         "vlm_pixels": config.vlm_pixels,
-        "system": painter.prompts.system,
-        "sizes": " ".join(f"{width}x{height}" for height, width in limits.sizes),
-        "reference_size": limits.reference_size,
+        "prompt": dataclasses.asdict(painter.prompts.template),
+        "sizes": _listed(limits.sizes),
+        "reference_sizes": _listed(limits.reference_sizes),
         "max_references": limits.max_references,
         "condition_latents": config.condition_latents,
         "law": config.law.kind,
@@ -113,6 +124,8 @@ def card(
         folder=files.Path(folder).name,
         load=LOAD if is_separate else "",
         pictured=SOURCE + (REFERENCES if limits.max_references else ""),
+        diffusers=DIFFUSERS,
+        transformers=TRANSFORMERS,
         extra=", and peft for the adapter" if is_separate else "",
         adapter=ADAPTERS[lora if config.lora.rank else "none"],
         width=limits.sizes[0][1],

@@ -12,12 +12,12 @@ from qk_jax.base.errors import InputError
 from qk_jax.base.files import GIGABYTE
 from qk_jax.base.types import Tree
 from qk_jax.checkpoints.run_folder import Loaded
-from qk_jax.data import prompts
+from qk_jax.data import prompts, templates
 from qk_jax.export import card
 from qk_jax.models import vae
 from qk_jax.painting import Painter
 from qk_jax.pictures.grids import MERGE, PATCH, vision_size
-from qk_jax.weights import safetensors, tables
+from qk_jax.weights import leaves, safetensors, tables
 from qk_jax.weights.read import shapes_of
 from qk_jax.weights.write import export_lora, export_model, torch_tensors
 
@@ -75,12 +75,12 @@ def export_pipeline(
         adapter as pytorch_lora_weights.safetensors.
 
     Raises:
-      InputError: the folder cannot be written, a value is beyond the range of `dtype`, or there is
-        no adapter that can be separate.
+      InputError: the folder cannot be written, `dtype` is no type for parameters or a value beyond
+        its range, or there is no adapter that can be separate.
     """
     painter = painting.of_loaded(loaded, batch=1)
     config, params = painter.config, painter.params
-    dtype = jnp.dtype(dtype or painter.programs.model.dtype)
+    dtype = jnp.dtype(leaves.float_dtype(dtype) or painter.programs.model.dtype)
     adapter = separate(loaded) if lora == "separate" else None
     transformer = params["mmdit"] if adapter is None else adapter.base
     original = _original_vae(loaded)
@@ -97,7 +97,8 @@ def export_pipeline(
         _export_tokenizer(painter.prompts, part / "tokenizer")
         _export_processor(painter, part / "processor")
         files.write_json(part / "scheduler" / "scheduler_config.json", painter.schedule.to_hf())
-        (HERE / "pipeline.py").copy(part / "pipeline.py")
+        for name in ("pipeline.py", "paint.py"):
+            (HERE / name).copy(part / name)
         (HERE / "kontext.py").copy(part / "kontext" / "kontext.py")
         text = card.card(painter, loaded, folder, dtype=dtype, lora=lora, original_vae=original)
         files.write_text(part / "README.md", text)
@@ -127,7 +128,7 @@ def _export_tokenizer(builder: prompts.PromptBuilder, folder: files.Path) -> Non
     for name in ("is_local", "local_files_only"):  # of the folder that it was read from
         values.pop(name, None)
     files.write_json(file, values)
-    template = prompts.chat_template(builder.system)
+    template = templates.chat_template(builder.template)
     files.write_text(folder / "chat_template.jinja", template)
 
 
@@ -137,9 +138,10 @@ def _export_processor(painter: Painter, folder: files.Path) -> None:
     The bounds of the area are those of the training's pictures: one that has a size of
     `mrope.vision_size` is left at it.
     """
-    limits, side = painter.limits, painter.limits.reference_size
-    pixels = painter.config.vlm_pixels
-    shown = [vision_size(*size, pixels) for size in (*limits.sizes, (side, side))]
+    limits, pixels = painter.limits, painter.config.vlm_pixels
+    multiple = painter.config.picture_multiple
+    sizes = (*limits.sizes, *limits.reference_sizes)
+    shown = [vision_size(*size, pixels, multiple) for size in sizes]
     areas = [height * width for height, width in shown]
     values = {
         "processor_class": "Qwen2_5_VLProcessor",

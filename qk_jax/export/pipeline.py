@@ -7,14 +7,16 @@
 
 A vision-language model reads the words, the pictures and K learnable queries; a connector carries
 its states of words and queries to a diffusion transformer, which also sees the pictures as latents
-where it was trained to. Needs torch, transformers, diffusers and Pillow.
+where it was trained to. Needs torch, transformers, diffusers of at least DIFFUSERS and Pillow.
 """
 
-import argparse
+import inspect
 import math
 import pathlib
+import runpy
 from collections.abc import Callable, Sequence
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import (
@@ -30,86 +32,56 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
+DIFFUSERS = "0.37.0"  # the oldest that computes all that a folder may hold
 PATCH, MERGE = 14, 2  # of the vision tower: pixels of a patch, patches of a token along a side
 TOKEN = 16  # pixels of a transformer token along a side: 8x VAE, 2x2 packing
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 TAIL = "<|im_end|>\n<|im_start|>assistant\n"
 SOURCE, REFERENCE = 0, 1
-ADAPTER = "pytorch_lora_weights.safetensors"  # in the folder when it is not merged
+SYSTEM = "You are a helpful assistant."
+# What the text encoder reads: system prompts without and with pictures; the user's words without
+# pictures, with a source and with references alone; the words before a picture; whether the
+# transformer reads the states of pictures and of TAIL; and multiples of pixels that the sides of a
+# picture have on its way to the text encoder, 0 for none.
+PROMPT = {
+    "system": SYSTEM, "system_pictures": SYSTEM,
+    "text_to_image": "{text}", "editing": "{text}", "references": "{text}",
+    "source": "Picture {number} (source): ", "reference": "Picture {number} (reference): ",
+    "keep_pictures": False, "keep_tail": False, "picture_multiple": 0,
+}  # fmt: skip
+OUTPUTS = ("pil", "np", "pt", "latent")
 
 
-class Positions(nn.Module):
-    """Takes the place of the transformer's `pos_embed`: rotary tables for positions set before.
+def check_known(name: str, module) -> None:
+    """Raises ValueError for a setting of a module that the installed diffusers does not know.
 
-    The transformer's own module derives positions from the sizes of the pictures, by the law of
-    Qwen-Image; here any law can say where tokens are.
+    diffusers drops such a setting with a log line at most, and computes something else.
     """
-
-    def __init__(self, axes_dims: Sequence[int], theta: float = 10000.0):
-        super().__init__()
-        self.axes_dims, self.theta = tuple(axes_dims), theta
-        self.image = self.text = torch.zeros(0, 3)
-
-    def forward(self, *args, device=None, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        """(image, text) tables: complex64 [tokens, head_dim / 2]."""
-        return self.rotations(self.image, device), self.rotations(self.text, device)
-
-    def rotations(self, positions: torch.Tensor, device=None) -> torch.Tensor:
-        """Positions [tokens, 3] -> unit complex numbers, the axes side by side."""
-        angles = []
-        for axis, dim in enumerate(self.axes_dims):
-            steps = torch.arange(0, dim, 2, dtype=torch.float64) / dim
-            frequency = torch.exp(-math.log(self.theta) * steps).float()
-            angles.append(positions[:, axis, None].float() * frequency)
-        angle = torch.cat(angles, dim=-1)
-        return torch.polar(torch.ones_like(angle), angle).to(device)
+    known = inspect.signature(type(module).__init__).parameters
+    for key, value in module.config.items():
+        if value and key not in known and key[0] != "_" and key != "quantization_config":
+            raise ValueError(
+                f"diffusers {diffusers.__version__} does not know {key} = {value} of the {name} "
+                f"and would paint wrong pictures; install diffusers>={DIFFUSERS}"
+            )
 
 
-def cells(height: int, width: int) -> torch.Tensor:
-    """(row, column) of every token of a grid, row by row: [height * width, 2]."""
-    rows, columns = torch.arange(height), torch.arange(width)
-    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).reshape(-1, 2)
+def rounded_size(height: int, width: int, pixels: int, multiple: int) -> tuple[int, int]:
+    """(height, width) in multiples of `multiple`, area near `pixels`."""
+    ratio = width / height
+    wide = math.sqrt(pixels * ratio)
+    high = wide / ratio
+    return max(1, round(high / multiple)) * multiple, max(1, round(wide / multiple)) * multiple
 
 
-def shifted_positions(grids, roles, source_mode: str, index_base: int) -> torch.Tensor:
-    """Query-Kontext's law: the target from 0 on, sources at negative places, references beyond.
-
-    Args:
-      grids: (rows, columns) of target and condition pictures.
-      roles: SOURCE or REFERENCE of each condition picture.
-      source_mode: 'reflect' (-i, -j), 'reflect_minus_one' (-1-i, -1-j) or 'translate'.
-      index_base: first index of a picture.
-
-    Returns:
-      (frame, row, column) of all image tokens, [tokens, 3].
-    """
-    parts = [cells(*grids[0]) + index_base]
-    past_references, past_sources = torch.tensor(grids[0]), torch.zeros(2, dtype=torch.long)
-    for grid, role in zip(grids[1:], roles, strict=True):
-        place, size = cells(*grid) + index_base, torch.tensor(grid)
-        if role == REFERENCE:
-            parts.append(place + past_references)
-            past_references = past_references + size
-            continue
-        negative = {"reflect": -place, "reflect_minus_one": -1 - place, "translate": place - size}
-        parts.append(negative[source_mode] - past_sources)
-        past_sources = past_sources + size
-    return nn.functional.pad(torch.cat(parts), (1, 0))
-
-
-def centred_positions(grids) -> torch.Tensor:
-    """Qwen-Image's law: each picture centred on zero, its number as frame: [tokens, 3]."""
-    parts = []
-    for number, grid in enumerate(grids):
-        half = torch.tensor([side - side // 2 for side in grid])
-        parts.append(nn.functional.pad(cells(*grid) - half, (1, 0), value=number))
-    return torch.cat(parts)
-
-
-def vision_size(height: int, width: int, pixels: int) -> tuple[int, int]:
-    """The size at which the text encoder sees a picture: multiples of 28, area near `pixels`."""
+def vision_size(height: int, width: int, pixels: int, multiple: int = 0) -> tuple[int, int]:
+    """The size at which the text encoder sees a picture: multiples of 28, area near `pixels`; with
+    a multiple those nearest to `rounded_size`."""
     side = PATCH * MERGE
+    if multiple:
+        height, width = rounded_size(height, width, pixels, multiple)
+        return max(1, round(height / side)) * side, max(1, round(width / side)) * side
     scale = math.sqrt(pixels / (height * width)) / side
     return max(1, round(height * scale)) * side, max(1, round(width * scale)) * side
 
@@ -145,41 +117,49 @@ def mrope_positions(is_picture: torch.Tensor, grids) -> torch.Tensor:
         out[:, done:start] = cursor + torch.arange(start - done)
         cursor += start - done
         used, done = used + rows * columns, start + rows * columns
-        out[:, start:done] = cursor + nn.functional.pad(cells(rows, columns), (1, 0)).T
+        sides = (torch.arange(side) for side in (1, rows, columns))
+        out[:, start:done] = cursor + torch.cartesian_prod(*sides).T
         cursor += max(rows, columns)
     out[:, done:] = cursor + torch.arange(len(is_picture) - done)
     return out[:, None]
 
 
-def on_white(picture: Image.Image) -> Image.Image:
-    """A picture without alpha; what was transparent is white."""
-    picture = picture.convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, picture).convert("RGB")
+def sizes_of(sizes: str) -> list[tuple[int, int]]:
+    """(height, width) of each size of '64x64 80x48' (width x height)."""
+    pairs = [size.split("x") for size in sizes.split()]
+    return [(int(height), int(width)) for width, height in pairs]
+
+
+def nearest(picture: Image.Image, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The size (height, width) nearest to a picture in aspect; of several the squarest."""
+    wanted = math.log(picture.height / picture.width)
+    aspects = {size: math.log(size[0] / size[1]) for size in sizes}
+    gaps = {size: round(abs(aspect - wanted), 9) for size, aspect in aspects.items()}
+    return min(sizes, key=lambda size: (gaps[size], abs(aspects[size])))
 
 
 def fit_source(picture: Image.Image, height: int, width: int) -> np.ndarray:
     """The middle of a picture, scaled to cover (height, width): uint8 [height, width, 3]."""
-    picture = on_white(picture)
     if picture.size == (width, height):
         return np.asarray(picture)
     scale = max(height / picture.height, width / picture.width)
     box_height, box_width = height / scale, width / scale
     left, top = (picture.width - box_width) / 2, (picture.height - box_height) / 2
-    box = (left, top, left + box_width, top + box_height)
+    right, bottom = min(left + box_width, picture.width), min(top + box_height, picture.height)
+    box = (max(left, 0.0), max(top, 0.0), right, bottom)  # rounding must not lead over the edge
     return np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS, box=box))
 
 
-def fit_reference(picture: Image.Image, side: int) -> np.ndarray:
-    """A whole picture, scaled into a white square: uint8 [side, side, 3]."""
-    picture = on_white(picture)
-    if picture.size == (side, side):
+def fit_reference(picture: Image.Image, height: int, width: int) -> np.ndarray:
+    """A whole picture, scaled into a white one: uint8 [height, width, 3]."""
+    if picture.size == (width, height):
         return np.asarray(picture)
-    scale = side / max(picture.size)
-    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    out = Image.new("RGB", (side, side), "white")
-    place = ((side - size[0]) // 2, (side - size[1]) // 2)
-    out.paste(picture.resize(size, Image.Resampling.LANCZOS), place)
+    scale = min(height / picture.height, width / picture.width)
+    columns = min(width, max(1, round(picture.width * scale)))
+    rows = min(height, max(1, round(picture.height * scale)))
+    out = Image.new("RGB", (width, height), "white")
+    shown = picture.resize((columns, rows), Image.Resampling.LANCZOS)
+    out.paste(shown, ((width - columns) // 2, (height - rows) // 2))
     return np.asarray(out)
 
 
@@ -205,11 +185,12 @@ class QueryKontextPipeline(DiffusionPipeline, QwenImageLoraLoaderMixin):
       max_text: most tokens of a prompt.
       vlm_pixels: area at which the text encoder sees a picture.
       sizes: trained sizes, '64x64 80x48' (width x height).
-      reference_size: side of the square on which a reference is shown.
+      reference_sizes: sizes of references; each is shown whole at the nearest in aspect.
       max_references: most references.
       condition_latents: whether the transformer sees the pictures as latents.
-      law, source_mode, index_base: where tokens of pictures lie (see `shifted_positions`).
-      system: system prompt of the text encoder.
+      law, source_mode, index_base: where tokens of pictures lie (see `kontext.places`).
+      prompt: the words around prompt and pictures, and what of them the transformer reads: the
+        entries of PROMPT.
     """
 
     def __init__(
@@ -223,15 +204,17 @@ class QueryKontextPipeline(DiffusionPipeline, QwenImageLoraLoaderMixin):
         max_text: int = 256,
         vlm_pixels: int = 448 * 448,
         sizes: str = "512x512",
-        reference_size: int = 512,
+        reference_sizes: str = "512x512",
         max_references: int = 0,
         condition_latents: bool = True,
         law: str = "shifted",
         source_mode: str = "reflect",
         index_base: int = 0,
-        system: str = "You are a helpful assistant.",
+        prompt: dict = PROMPT,  # diffusers up to 0.36 understands no `dict | None` here
     ):
         super().__init__()
+        check_known("transformer", transformer)
+        check_known("vae", vae)
         self.register_modules(
             text_encoder=text_encoder,
             tokenizer=tokenizer,
@@ -244,15 +227,15 @@ class QueryKontextPipeline(DiffusionPipeline, QwenImageLoraLoaderMixin):
             max_text=max_text,
             vlm_pixels=vlm_pixels,
             sizes=sizes,
-            reference_size=reference_size,
+            reference_sizes=reference_sizes,
             max_references=max_references,
             condition_latents=condition_latents,
             law=law,
             source_mode=source_mode,
             index_base=index_base,
-            system=system,
+            prompt=PROMPT | prompt,
         )
-        transformer.pos_embed = Positions(transformer.config.axes_dims_rope)
+        transformer.pos_embed = self.kontext.rotary(transformer.config.axes_dims_rope)
 
     def _encode_template(self, text: str) -> list[int]:
         """Ids of our own text, in which special tokens count."""
@@ -268,30 +251,61 @@ class QueryKontextPipeline(DiffusionPipeline, QwenImageLoraLoaderMixin):
             raise ValueError(f"the prompt has {len(ids)} tokens, over {self.config.max_text}")
         return ids
 
-    def encode_states(self, prompt: str, pictures: Sequence[np.ndarray]) -> torch.Tensor:
-        """The text encoder's last states of words and queries, [1, words + K, width].
+    def _conversation(self, prompt: str, grids, roles) -> tuple[list[int], int, int]:
+        """(ids up to the queries, where what the transformer reads begins, and where it ends)."""
+        template = self.config.prompt
+        kind = "text_to_image"
+        if roles:
+            kind = "editing" if SOURCE in roles else "references"
+        system = template["system_pictures" if roles else "system"]
+        ids = self._encode_template(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n")
+        begin = len(ids)
+        for number, (role, (rows, columns)) in enumerate(zip(roles, grids, strict=True), start=1):
+            words = template["reference" if role == REFERENCE else "source"]
+            slots = "<|image_pad|>" * (rows * columns // MERGE**2)
+            words = words.replace("{number}", str(number))
+            ids += self._encode_template(f"{words}<|vision_start|>{slots}<|vision_end|>")
+        begin = begin if template["keep_pictures"] else len(ids)
+        ids += self._encode_words(template[kind].replace("{text}", prompt))
+        end = len(ids)
+        ids += self._encode_template(TAIL)
+        return ids, begin, len(ids) if template["keep_tail"] else end
+
+    def _patches(self, picture: np.ndarray) -> torch.Tensor:
+        """uint8 [h, w, 3] -> what the text encoder reads of it: [patches, 1176]."""
+        (height, width), area = picture.shape[:2], self.config.vlm_pixels
+        multiple = self.config.prompt["picture_multiple"]
+        size = vision_size(height, width, area, multiple)
+        if multiple:
+            first = rounded_size(height, width, area, multiple)
+            if first != (height, width):
+                image = Image.fromarray(picture)
+                picture = np.asarray(image.resize(first[::-1], Image.Resampling.LANCZOS))
+        return patches(picture, *size)
+
+    def encode_states(
+        self, prompt: str, pictures: Sequence[np.ndarray], roles: Sequence[int]
+    ) -> torch.Tensor:
+        """The text encoder's last states of what the transformer reads, and of the queries, [1,
+        words + K, width].
 
         Args:
           prompt: the words, at most `max_text` tokens.
           pictures: uint8 [h, w, 3], the source first.
+          roles: SOURCE or REFERENCE for each of them.
         """
         model, device = self.text_encoder, self._execution_device
-        sizes = [vision_size(*x.shape[:2], self.config.vlm_pixels) for x in pictures]
+        area, multiple = self.config.vlm_pixels, self.config.prompt["picture_multiple"]
+        sizes = [vision_size(*x.shape[:2], area, multiple) for x in pictures]
         grids = [(height // PATCH, width // PATCH) for height, width in sizes]
-        system = self.config.system
-        ids = self._encode_template(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n")
-        for number, (rows, columns) in enumerate(grids, start=1):
-            slots = "<|image_pad|>" * (rows * columns // MERGE**2)
-            ids += self._encode_template(f"Picture {number}: <|vision_start|>{slots}<|vision_end|>")
-        words, tail = self._encode_words(prompt), self._encode_template(TAIL)
+        ids, begin, end = self._conversation(prompt, grids, roles)
         queries = self.kontext.queries
-        ids = torch.tensor([*ids, *words, *tail, *[0] * len(queries)], device=device)
+        ids = torch.tensor([*ids, *[0] * len(queries)], device=device)
         embeds = model.get_input_embeddings()(ids)
         is_picture = ids == model.config.image_token_id
         is_picture[-len(queries) :] = False
         if grids:
-            shown = [patches(x, *size) for x, size in zip(pictures, sizes, strict=True)]
-            pixels = torch.cat(shown).to(device, embeds.dtype)
+            pixels = torch.cat([self._patches(x) for x in pictures]).to(device, embeds.dtype)
             features = model.model.visual(pixels, torch.tensor([[1, *g] for g in grids]).to(device))
             embeds[is_picture] = getattr(features, "pooler_output", features).to(embeds.dtype)
         embeds[-len(queries) :] = queries.to(embeds.dtype)
@@ -300,12 +314,13 @@ class QueryKontextPipeline(DiffusionPipeline, QwenImageLoraLoaderMixin):
             position_ids=mrope_positions(is_picture.cpu(), grids).to(device),
             use_cache=False,
         ).last_hidden_state
-        end = len(ids) - len(queries) - len(tail)
-        return torch.cat([states[:, end - len(words) : end], states[:, -len(queries) :]], dim=1)
+        return torch.cat([states[:, begin:end], states[:, -len(queries) :]], dim=1)
 
-    def encode_context(self, prompt: str, pictures: Sequence[np.ndarray]) -> torch.Tensor:
+    def encode_context(
+        self, prompt: str, pictures: Sequence[np.ndarray], roles: Sequence[int]
+    ) -> torch.Tensor:
         """The transformer's context [1, words + K, J]; arguments as `encode_states`."""
-        return self.kontext(self.encode_states(prompt, pictures).to(self.kontext.dtype))
+        return self.kontext(self.encode_states(prompt, pictures, roles).to(self.kontext.dtype))
 
     def _scales(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(shift, scale) [C, 1, 1]: the transformer works on (z - shift) * scale."""
@@ -328,14 +343,13 @@ class QueryKontextPipeline(DiffusionPipeline, QwenImageLoraLoaderMixin):
         shift, scale = self._scales()
         return ((z[:, :, 0] if has_frames else z) - shift) * scale
 
-    def decode_latents(self, z: torch.Tensor) -> np.ndarray:
-        """Latents [1, C, h, w] -> uint8 [8 h, 8 w, 3]."""
+    def decode_latents(self, z: torch.Tensor) -> torch.Tensor:
+        """Latents [B, C, h, w] -> pictures, float32 [B, 3, 8 h, 8 w] in [0, 1]."""
         shift, scale = self._scales()
         z = (z / scale + shift).to(self.vae.dtype)
         has_frames = hasattr(self.vae.config, "temperal_downsample")
         x = self.vae.decode(z[:, :, None] if has_frames else z).sample.float()
-        x = (x[:, :, 0] if has_frames else x).clamp(-1, 1)
-        return ((x[0].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+        return ((x[:, :, 0] if has_frames else x).clamp(-1, 1) + 1) / 2
 
     def velocity(self, x, sigma, context, latents, grids, roles) -> torch.Tensor:
         """The transformer's velocity of the target tokens, float32 [1, N, 4 C].
@@ -349,18 +363,11 @@ class QueryKontextPipeline(DiffusionPipeline, QwenImageLoraLoaderMixin):
           grids: (rows, columns) of the tokens of target and condition pictures.
           roles: SOURCE or REFERENCE of each condition picture.
         """
-        config, places = self.config, self.transformer.pos_embed
+        config, rotary = self.config, self.transformer.pos_embed
         stream = torch.cat([x, *(pack(z) for z in latents)], dim=1)
-        count = self.kontext.config.num_queries + config.max_text
-        if config.law == "shifted":
-            image = shifted_positions(grids, roles, config.source_mode, config.index_base)
-            text = torch.zeros(count, 3, dtype=torch.long)
-        else:
-            image = centred_positions(grids)
-            first = max(side // 2 for grid in grids for side in grid)
-            text = (first + torch.arange(count))[:, None].expand(-1, 3)
-        # Words are right-aligned in a window of max_text, so that they count from its end.
-        places.image, places.text = image[: stream.shape[1]], text[-context.shape[1] :]
+        law = config.law, config.source_mode, config.index_base
+        image, rotary.text = self.kontext.places(grids, roles, context.shape[1], *law)
+        rotary.image = image[: stream.shape[1]]
         dtype = self.transformer.dtype
         out = self.transformer(
             hidden_states=stream.to(dtype),
@@ -384,20 +391,24 @@ class QueryKontextPipeline(DiffusionPipeline, QwenImageLoraLoaderMixin):
         self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
         return self.scheduler.sigmas.float()
 
-    def _size(self, source: Image.Image | None) -> tuple[int, int]:
-        """(height, width) of the training: the first, or the nearest to the source in aspect."""
-        sizes = [tuple(map(int, size.split("x")))[::-1] for size in self.config.sizes.split()]
-        if source is None:
-            return sizes[0]
-        wanted = math.log(source.height / source.width)
-        aspects = {size: math.log(size[0] / size[1]) for size in sizes}
-        gaps = {size: round(abs(aspect - wanted), 9) for size, aspect in aspects.items()}
-        return min(sizes, key=lambda size: (gaps[size], abs(aspects[size])))
+    def _size(
+        self, source: Image.Image | None, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int]:
+        """(height, width) as asked; `__call__` says what follows where a side is None."""
+        sizes = sizes_of(self.config.sizes)
+        rows, columns = sizes[0] if source is None else (source.height, source.width)
+        if height is not None:
+            if width is None:
+                width = max(1, round(height * columns / rows / TOKEN)) * TOKEN
+            return height, width
+        if width is not None:
+            return max(1, round(width * rows / columns / TOKEN)) * TOKEN, width
+        return sizes[0] if source is None else nearest(source, sizes)
 
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str,
+        prompt: str | Sequence[str],
         source: Image.Image | None = None,
         references: Sequence[Image.Image] = (),
         height: int | None = None,
@@ -406,83 +417,146 @@ class QueryKontextPipeline(DiffusionPipeline, QwenImageLoraLoaderMixin):
         guidance: float = 4.0,
         image_guidance: float = 1.5,
         solver: str = "euler",
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
+        guidance_end: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        renormalize: bool | None = None,
+        zero_init_steps: int = 0,
+        symmetric_guidance: bool = False,
     ) -> ImagePipelineOutput:
-        """Paints one picture.
+        """Paints one picture for each prompt, in the order of the prompts.
 
         Args:
-          prompt: what to paint, or what to do with the pictures.
+          prompt: what to paint, or what to do with the pictures; one, or a list.
           source: picture to edit.
           references: pictures of subjects.
-          height: of the picture in pixels, a multiple of 16; None for a trained size.
+          height: of the picture in pixels, a multiple of 16. With one side alone the other follows
+            the aspect of the source, or without a source of the first trained size. With neither
+            it is the trained size nearest to the source's aspect, or the first.
           width: see height.
           num_inference_steps: steps of the solver.
           guidance: weight of the words, 1 for none.
           image_guidance: weight of the pictures, 1 for none.
-          solver: 'euler', or 'heun' (two evaluations a step, second order).
-          generator: of the noise.
-          latents: the noise itself, [1, C, height / 8, width / 8].
-          output_type: 'pil', 'np' (uint8 [1, H, W, 3]) or 'latent' ([1, C, h, w], normalised).
+          solver: 'euler', or 'heun' (two evaluations a step, second order). The noise levels are
+            those of the scheduler, a FlowMatchEulerDiscreteScheduler; with its stochastic_sampling
+            every Euler step draws noise.
+          generator: of the noise; one, or one for each prompt.
+          latents: the noise itself, [prompts, C, height / 8, width / 8].
+          output_type: 'pil', 'np' (float32 [prompts, H, W, 3] in [0, 1]), 'pt' (a tensor, float32
+            [prompts, 3, H, W] in [0, 1]) or 'latent' (a tensor [prompts, C, h, w], normalised).
+          guidance_end: weight of the words at the end, linear in the noise level; None is constant.
+          guidance_interval: noise levels between which there is guidance.
+          renormalize: keep the length of the unguided velocity; None for as the law's public
+            pipeline does: on with 'qwen_image'.
+          zero_init_steps: steps at the start that leave the noise as it is.
+          symmetric_guidance: weigh the pictures against the words alone as well.
         """
-        if height is None or width is None:
-            height, width = self._size(source)
-        self._check(prompt, references, height, width, num_inference_steps, solver)
+        prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+        source = None if source is None else self.kontext.picture(source)
+        height, width = self._size(source, height, width)
+        self._check(prompts, references, height, width, num_inference_steps, solver)
+        self._check_scheduler(solver)
+        if not 0 <= zero_init_steps < num_inference_steps:
+            raise ValueError(f"zero_init_steps is {zero_init_steps}; give less than the steps")
+        end = guidance if guidance_end is None else guidance_end
+        scales = (guidance, end, image_guidance, *guidance_interval)
+        if renormalize is None:
+            renormalize = self.config.law == "qwen_image"
+        own: list = [generator] * len(prompts)
+        if isinstance(generator, list | tuple):
+            own = list(generator)
+        if len(own) != len(prompts):
+            raise ValueError(f"{len(own)} generators are given for {len(prompts)} prompts")
+        if output_type not in OUTPUTS:
+            raise ValueError(f"output_type is {output_type!r}; give one of {', '.join(OUTPUTS)}")
         pictures = [fit_source(source, height, width)] if source is not None else []
-        pictures += [fit_reference(x, self.config.reference_size) for x in references]
+        shown, known = map(self.kontext.picture, references), sizes_of(self.config.reference_sizes)
+        pictures += [fit_reference(x, *nearest(x, known)) for x in shown]
         roles = [SOURCE] * (source is not None) + [REFERENCE] * len(references)
         shape = (1, self.transformer.config.in_channels // 4, height // 8, width // 8)
+        wanted = (len(prompts), *shape[1:])
+        if latents is not None and tuple(latents.shape) != wanted:
+            raise ValueError(f"latents have the shape {tuple(latents.shape)}, not {wanted}")
+        painted = []
+        for i, text in enumerate(prompts):
+            contexts = self._contexts(text, pictures, roles, scales, symmetric_guidance)
+            velocity = self._guided(contexts, roles, shape, scales, renormalize)
+            noise = self._noise(shape, own[i]) if latents is None else latents[i : i + 1]
+            x = pack(noise.to(self._execution_device, torch.float32))
+            sigmas = self._sigmas(num_inference_steps, x.shape[1])[zero_init_steps:]
+            x = self._integrate(velocity, x, sigmas, solver, own[i])
+            z = unpack(x, *shape[2:])
+            painted.append(z if output_type == "latent" else self.decode_latents(z))
+        images = torch.cat(painted)
+        if output_type in ("np", "pil"):
+            images = images.permute(0, 2, 3, 1).cpu().numpy()
+        if output_type == "pil":
+            images = [Image.fromarray(x) for x in (images * 255).round().astype(np.uint8)]
+        return ImagePipelineOutput(images=images)
+
+    def _noise(self, shape: tuple, generator: torch.Generator | None) -> torch.Tensor:
         device = self._execution_device
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        if tuple(latents.shape) != shape:
-            raise ValueError(f"latents have the shape {tuple(latents.shape)}, not {shape}")
-        velocity = self._guided(prompt, pictures, roles, shape, guidance, image_guidance)
-        x = pack(latents.to(device, torch.float32))
-        sigmas = self._sigmas(num_inference_steps, x.shape[1])
+        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+
+    def _integrate(self, velocity: Callable, x, sigmas, solver: str, generator):
+        """Tokens of noise -> tokens of a picture, along the noise levels."""
+        is_stochastic = self._is_stochastic()
         for now, then in self.progress_bar(list(zip(sigmas[:-1], sigmas[1:], strict=True))):
             slope = velocity(x, now)
+            if is_stochastic:  # to the end along the slope, and back with other noise
+                x = (1 - then) * (x - now * slope) + then * self._noise(x.shape, generator)
+                continue
             if solver == "heun" and then > 0:  # the model was not trained at 0
                 slope = (slope + velocity(x + (then - now) * slope, then)) / 2
             x = x + (then - now) * slope
-        z = unpack(x, *shape[2:])
-        if output_type == "latent":
-            return ImagePipelineOutput(images=z)
-        picture = self.decode_latents(z)
-        is_pil = output_type == "pil"
-        return ImagePipelineOutput(images=[Image.fromarray(picture)] if is_pil else picture[None])
+        return x
 
-    def _guided(self, prompt, pictures, roles, shape, guidance, image_guidance) -> Callable:
+    def _is_stochastic(self) -> bool:
+        return bool(self.scheduler.config.get("stochastic_sampling"))
+
+    def _contexts(self, prompt, pictures, roles, scales, symmetric: bool) -> list:
+        """(context, latents of pictures) of everything, and of what guidance compares it with."""
+        shown = [self.encode_picture(x) for x in pictures if self.config.condition_latents]
+        asked = [(prompt, pictures, roles, shown)]
+        weighs_pictures = pictures and scales[2] != 1
+        if weighs_pictures or scales[:2] != (1, 1):
+            asked.append(("", pictures, roles, shown))
+        if weighs_pictures:
+            asked.append(("", [], [], []))
+        if weighs_pictures and symmetric:
+            asked.append((prompt, [], [], []))
+        return [(self.encode_context(*given), latents) for *given, latents in asked]
+
+    def _guided(self, contexts, roles, shape, scales, renormalize: bool) -> Callable:
         """velocity(x, sigma) with guidance over words and over pictures."""
-        shown = []
-        if self.config.condition_latents:
-            shown = [self.encode_picture(x) for x in pictures]
-        roles = roles[: len(shown)]
+        shown = contexts[0][1]
         grids = [(h // 2, w // 2) for *_, h, w in (shape, *(z.shape for z in shown))]
-        full, no_text, none = (self.encode_context(prompt, pictures), shown), None, None
-        if pictures and image_guidance != 1:
-            none = (self.encode_context("", []), [])
-        if guidance != 1 or none is not None:
-            no_text = (self.encode_context("", pictures), shown)
 
         def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            v = self.velocity(x, sigma, *full, grids, roles)
-            if no_text is None:
-                return v
-            v_no_text = self.velocity(x, sigma, *no_text, grids, roles)
-            guided = v_no_text + guidance * (v - v_no_text)
-            if none is None:
-                return guided
-            v_none = self.velocity(x, sigma, *none, grids, roles)
-            return guided + (image_guidance - 1) * (v_no_text - v_none)
+            every = [self.velocity(x, sigma, *one, grids, roles[: len(shown)]) for one in contexts]
+            return self.kontext.guided(every, sigma, scales, renormalize)
 
         return velocity
 
-    def _check(self, prompt, references, height, width, steps, solver) -> None:
+    def _check_scheduler(self, solver: str) -> None:
+        """Raises ValueError for a scheduler, or a setting of it, that is not followed here."""
+        kind = type(self.scheduler).__name__
+        if type(self.scheduler) is not FlowMatchEulerDiscreteScheduler:
+            raise ValueError(
+                f"the scheduler is a {kind}; this pipeline takes the noise levels of a "
+                "FlowMatchEulerDiscreteScheduler, and steps with solver='euler' or 'heun'"
+            )
+        if self.scheduler.config.get("invert_sigmas"):
+            raise ValueError("invert_sigmas of the scheduler runs from pictures to noise; unset it")
+        if self._is_stochastic() and solver != "euler":
+            raise ValueError(f"stochastic_sampling of the scheduler needs 'euler', not {solver!r}")
+
+    def _check(self, prompts, references, height, width, steps, solver) -> None:
         """Raises ValueError for what this model cannot paint."""
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError("there is no prompt; give a string")
+        if not prompts or not all(isinstance(text, str) and text.strip() for text in prompts):
+            raise ValueError("there is no prompt; give a string, or a list of them")
         if steps < 1:
             raise ValueError(f"num_inference_steps is {steps}; give 1 or more")
         if height % TOKEN or width % TOKEN or min(height, width) < TOKEN:
@@ -494,51 +568,5 @@ class QueryKontextPipeline(DiffusionPipeline, QwenImageLoraLoaderMixin):
             raise ValueError(f"{len(references)} references are given, the model knows {most}")
 
 
-def size_of(text: str) -> tuple[int, int]:
-    """(width, height) of 'WIDTHxHEIGHT'."""
-    width, height = map(int, text.split("x"))
-    return width, height
-
-
-def main() -> None:
-    """Paints with the model of the folder that this file lies in.
-
-    The arguments are those of the sampler of the training; the noise of a seed is PyTorch's.
-    """
-    parser = argparse.ArgumentParser(description="Paints with the model of this folder.")
-    add = parser.add_argument
-    add("--prompt", required=True, help="what to paint, or what to do with the pictures")
-    add("--source", metavar="PNG", help="picture to edit")
-    add("--reference", metavar="PNG", action="append", default=[], help="subject; may be repeated")
-    add("--out", metavar="PNG", required=True, help="file to write")
-    add("--size", type=size_of, default=(None, None), metavar="WxH", help="multiples of 16")
-    add("--steps", type=int, default=30)
-    add("--guidance", type=float, default=4.0, help="weight of the words, 1 for none")
-    add("--image-guidance", type=float, default=1.5, help="weight of the pictures, 1 for none")
-    add("--seed", type=int, default=0)
-    add("--solver", default="euler", choices=("euler", "heun"))
-    args = parser.parse_args()
-    folder = pathlib.Path(__file__).resolve().parent
-    pipe = DiffusionPipeline.from_pretrained(
-        str(folder), custom_pipeline=str(folder), trust_remote_code=True
-    )
-    if (folder / ADAPTER).is_file():
-        pipe.load_lora_weights(str(folder))
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    painted = pipe(
-        args.prompt,
-        source=Image.open(args.source) if args.source else None,
-        references=[Image.open(path) for path in args.reference],
-        width=args.size[0],
-        height=args.size[1],
-        num_inference_steps=args.steps,
-        guidance=args.guidance,
-        image_guidance=args.image_guidance,
-        solver=args.solver,
-        generator=torch.Generator().manual_seed(args.seed),
-    )
-    painted.images[0].save(args.out)
-
-
 if __name__ == "__main__":
-    main()
+    runpy.run_path(str(pathlib.Path(__file__).with_name("paint.py")), run_name="__main__")

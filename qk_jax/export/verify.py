@@ -129,8 +129,9 @@ def _compared(
 def examples(painter: painting.Painter) -> dict[str, painting.Request]:
     """Fixed requests that reach every way in: words, a source, references."""
     rng = np.random.default_rng(0)
-    side = painter.limits.reference_size
-    pictures = [rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(3)]
+    known = painter.limits.reference_sizes
+    sizes = (known[0], known[0], known[-1])
+    pictures = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
     found = {"text": painter.fit("a red kite"), "source": painter.fit("make it blue", pictures[0])}
     if painter.limits.max_references:
         references = pictures[1:][: painter.limits.max_references]
@@ -173,14 +174,15 @@ def _steps(painter: painting.Painter, pipe: Any, request: painting.Request) -> l
     (painted,) = painter.paint([request], settings, [noise])
 
     with torch.no_grad():
-        their_states = pipe.encode_states(request.prompt, request.pictures)
-        their_context = pipe.encode_context(request.prompt, request.pictures)
+        their_states = pipe.encode_states(request.prompt, request.pictures, request.roles)
+        their_context = pipe.encode_context(request.prompt, request.pictures, request.roles)
         shown = [pipe.encode_picture(picture) for picture in request.pictures[: len(latents)]]
         their_velocity = pipe.velocity(
             torch.from_numpy(np.array(tokens)), SIGMA, their_context, shown,
             grids, request.roles[: len(latents)],
         )  # fmt: skip
-        their_picture = pipe.decode_latents(torch.from_numpy(noise.copy()).permute(2, 0, 1)[None])
+        latent = torch.from_numpy(noise.copy()).permute(2, 0, 1)[None]
+        their_picture = (pipe.decode_latents(latent)[0].permute(1, 2, 0) * 255).round()
     shown_words = np.asarray(mask)
     return [
         _line("VLM states", np.concatenate([words, queries], axis=1)[shown_words], their_states[0]),
@@ -188,7 +190,7 @@ def _steps(painter: painting.Painter, pipe: Any, request: painting.Request) -> l
         *(_line("latents", ours[0], theirs[0].permute(1, 2, 0))
           for ours, theirs in zip(latents, shown, strict=True)),
         _line("velocity", found[0], their_velocity[0]),
-        _pixels("decoded picture", decoded[0], their_picture),
+        _pixels("decoded picture", decoded[0], their_picture.numpy()),
         _pixels("painted picture", painted, paint(pipe, request, settings, noise)),
     ]  # fmt: skip
 
@@ -206,19 +208,17 @@ def paint(
     """
     import torch
 
-    return pipe(
+    painted = pipe(
         request.prompt,
         source=None if request.source is None else Image.fromarray(request.source),
         references=[Image.fromarray(picture) for picture in request.references],
         height=request.size[0],
         width=request.size[1],
         num_inference_steps=settings.steps,
-        guidance=settings.guidance,
-        image_guidance=settings.image_guidance,
-        solver=settings.solver,
+        **{name: value for name, value in vars(settings).items() if name != "steps"},
         latents=torch.from_numpy(noise.copy()).permute(2, 0, 1)[None],
-        output_type="np",
-    ).images[0]
+    )
+    return np.asarray(painted.images[0])
 
 
 def _line(name: str, ours: Any, theirs: Any) -> Line:

@@ -94,6 +94,7 @@ _TINY = MMDiTConfig(
 PRESETS = {
     "tiny_head": dataclasses.replace(_TINY, num_layers=2),
     "tiny": _TINY,
+    "small": dataclasses.replace(_TINY, num_layers=7, num_attention_heads=3),  # 19 MB in float16
     "0.9b": MMDiTConfig(num_layers=15, num_attention_heads=10),
     "10b": MMDiTConfig(num_layers=30),
     "20b": MMDiTConfig(),

@@ -31,6 +31,13 @@ Pictures = Float[Array, "B H W 3"]
 Latents = Float[Array, "B h w C"]
 
 
+def _check_scales(name: str, **scales: Any) -> None:
+    """Raises InputError for a scale of latents that is not positive: nothing comes back from 0."""
+    for key, value in scales.items():
+        if value is not None and not np.all(np.asarray(value) > 0):
+            raise InputError(f"{key} of {name} is {value}; give positive numbers")
+
+
 @dataclasses.dataclass(frozen=True)
 class AutoencoderKLConfig:
     """Fields of diffusers' AutoencoderKL that change its function or its normalisation."""
@@ -66,6 +73,9 @@ class AutoencoderKLConfig:
                 "latents_mean and latents_std of AutoencoderKL need latent_channels = "
                 f"{self.latent_channels} entries each, or both none"
             )
+        _check_scales(
+            "AutoencoderKL", scaling_factor=self.scaling_factor, latents_std=self.latents_std
+        )
 
     @property
     def downscale(self) -> int:
@@ -121,6 +131,7 @@ class QwenImageVAEConfig:
                 f"latents_mean and latents_std of AutoencoderKLQwenImage need z_dim = {self.z_dim}"
                 f" entries; they have {len(self.latents_mean)} and {len(self.latents_std)}"
             )
+        _check_scales("AutoencoderKLQwenImage", latents_std=self.latents_std)
 
     @property
     def latent_channels(self) -> int:
@@ -171,7 +182,7 @@ _SD3 = dataclasses.replace(
 )
 PRESETS: dict[str, VAEConfig] = {
     "tiny": AutoencoderKLConfig(
-        block_out_channels=(16, 32, 48, 48),
+        block_out_channels=(24, 48, 96, 144),
         latent_channels=16,
         norm_num_groups=8,
         scaling_factor=1.0,

@@ -9,13 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from qk_jax.base import files, runtime, types
 from qk_jax.base.errors import InputError
 from qk_jax.checkpoints import run_folder
 from qk_jax.data import buckets
-from qk_jax.data.example import MAX_REFERENCES
+from qk_jax.data.example import MAX_REFERENCES, reference_sizes
 from qk_jax.data.prompts import PromptBuilder
 from qk_jax.diffusion import sampler
 from qk_jax.experiment import config as config_lib
@@ -24,7 +23,8 @@ from qk_jax.models import lora
 from qk_jax.models.query_kontext import PACKED, ModelConfig
 from qk_jax.painting.programs import Options, programs
 from qk_jax.painting.request import FULL, NO_PICTURES, NO_TEXT, Limits, Request, Settings
-from qk_jax.pictures.fitting import contain, cover, decode_picture, on_white
+from qk_jax.pictures.decoding import decode_picture
+from qk_jax.pictures.fitting import contain, cover
 from qk_jax.pictures.roles import REFERENCE, SOURCE
 
 
@@ -77,8 +77,7 @@ class Painter:
             data = files.Path(path).read_bytes()
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}; name a picture") from None
-        rgba = decode_picture(data, "RGBA", self.limits.max_pixels, str(path))
-        return on_white(Image.fromarray(rgba))
+        return decode_picture(data, "RGB", self.limits.max_pixels, str(path))
 
     def fit(
         self,
@@ -90,7 +89,8 @@ class Painter:
     ) -> Request:
         """A request that this model can follow, its pictures fitted as in training.
 
-        The source covers the target's size, a reference is shown whole on a white square.
+        The source covers the target's size. A reference is shown whole, on white, at the size of
+        references that is nearest to its shape.
 
         Args:
           prompt: the instruction.
@@ -126,10 +126,12 @@ class Painter:
                 f"{len(references)} references are given, the model was trained with at most "
                 f"{limits.max_references}; leave some out"
             )
+        known = limits.reference_sizes
+        sizes = [known[buckets.nearest(x.shape[0], x.shape[1], known)] for x in references]
         return dataclasses.replace(
             request,
             source=None if source is None else cover(source, request.size),
-            references=tuple(contain(x, limits.reference_size) for x in references),
+            references=tuple(map(contain, references, sizes)),
         )
 
     def noise(self, request: Request) -> np.ndarray:
@@ -273,7 +275,7 @@ def of_params(plan: Plan, params: types.Tree, *, batch: int = 4, name: str = "")
         )
     limits = Limits(
         sizes=tuple(tuple(size) for size in data.sizes),
-        reference_size=data.reference_size,
+        reference_sizes=reference_sizes(data),
         max_references=max(MAX_REFERENCES.get(task, 0) for task, x in data.tasks.items() if x),
         max_pixels=data.max_pixels,
     )

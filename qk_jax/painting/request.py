@@ -139,13 +139,13 @@ class Limits:
 
     Attributes:
       sizes: target sizes (height, width) of the training.
-      reference_size: side of the white square on which a reference is shown.
+      reference_sizes: sizes (height, width) at which references are shown.
       max_references: most references of a training example.
       max_pixels: the largest picture that is read, in pixels.
     """
 
     sizes: tuple[tuple[int, int], ...]
-    reference_size: int
+    reference_sizes: tuple[tuple[int, int], ...]
     max_references: int
     max_pixels: int
 

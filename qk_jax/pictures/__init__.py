@@ -1,1 +1,1 @@
-"""Pictures as data and models share them: grids of patches and M-RoPE positions, fitting, roles."""
+"""Pictures as data and models share them: decoding, fitting, grids of patches, positions, roles."""

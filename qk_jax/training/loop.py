@@ -40,23 +40,24 @@ def train(config: ConfigDict, workdir: files.PathLike) -> None:
       InputError: anything wrong with config, folders, checkpoints or data, or a loss of NaN.
       SystemExit: 42 after SIGTERM, 130 after Ctrl-C; the state is saved.
     """
+    start.check(config, workdir)
     folder = run_folder.create(workdir, config.stage)
     known = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # set at run time
     if config.compilation_cache and not known:
         cache = files.Path(workdir).resolve() / "compilation_cache"
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
-    start.inherit_tokenizer(config, workdir)
+    start.inherit(config, workdir)
     plan = Plan.build(config)
     evals.check(plan)
-    with jax.set_mesh(plan.mesh):
+    store = Store(
+        folder / run_folder.CHECKPOINTS,
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+    )
+    with contextlib.closing(store), jax.set_mesh(plan.mesh):
         for line in plan.describe():
             log.info("%s", line)
-        store = Store(
-            folder / run_folder.CHECKPOINTS,
-            keep=config.checkpoint.keep,
-            keep_every=config.checkpoint.keep_every,
-        )
         begun = start.restore_or_start(plan, folder, store)
         files.write_text(folder / run_folder.CONFIG, config_lib.to_json(config))
         if int(begun.state.step) >= config.steps:
@@ -145,7 +146,7 @@ class Trainer:
         config = self.plan.config
         values = jax.device_get(values)
         self.clock.end(examples, work, counts)
-        if not math.isfinite(values["loss"]):
+        if not math.isfinite(values["loss"] + values.get("alignment", 0.0)):
             self.store.wait()
             known = [s for s in self.store.steps() if s < step]
             raise InputError(
@@ -193,8 +194,8 @@ class Trainer:
         return self.signal
 
     def close(self) -> None:
-        """Waits for the last checkpoint and closes all files."""
-        self.store.close()
+        """Waits for the last checkpoint and closes all files but the store."""
+        self.store.wait()
         self.data.close()
         for evaluator in self.evaluators:
             evaluator.close()

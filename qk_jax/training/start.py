@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,8 +24,8 @@ from qk_jax.checkpoints import run_folder
 from qk_jax.checkpoints.run_folder import Loaded
 from qk_jax.checkpoints.store import Meta, Store, Trees
 from qk_jax.experiment import config as config_lib
+from qk_jax.experiment import origins, stages, train_state
 from qk_jax.experiment import plan as plan_lib
-from qk_jax.experiment import stages, train_state
 from qk_jax.experiment.plan import Plan
 from qk_jax.experiment.train_state import TrainState
 from qk_jax.models import lora
@@ -48,11 +50,28 @@ class Start:
     fingerprint: str
 
 
-def inherit_tokenizer(config: ConfigDict, workdir: files.PathLike) -> None:
-    """Where a config names no tokenizer, it is the one of the stage before."""
-    kept = files.Path(workdir) / stages.get(config.stage).previous / run_folder.TOKENIZER
-    if not (config.data.tokenizer or config.init.vlm) and kept.is_dir():
-        config.data.tokenizer = str(kept)
+def check(config: ConfigDict, workdir: files.PathLike) -> None:
+    """Raises InputError when a stage that is still to start has a part without an origin.
+
+    Nothing is built or read; a stage that goes on needs no origins.
+    """
+    if not run_folder.is_begun(files.Path(workdir) / config.stage):
+        origins.places(stages.resolve(config), config)
+
+
+def inherit(config: ConfigDict, workdir: files.PathLike) -> None:
+    """What a config does not name and the stage before knows: the tokenizer, and the published
+    autoencoder, whose layers for videos an export takes from there."""
+    previous = stages.get(config.stage).previous
+    if not previous:
+        return
+    before = files.Path(config.init.checkpoint or files.Path(workdir) / previous)
+    tokenizer = before / run_folder.TOKENIZER
+    named = config.data.tokenizer or config.init.vlm not in ("", origins.FRESH)
+    if not named and tokenizer.is_dir():
+        config.data.tokenizer = str(tokenizer)
+    if not config.init.vae and (before / run_folder.CONFIG).is_file():
+        config.init.vae = files.read_json(before / run_folder.CONFIG)["init"]["vae"]
 
 
 def restore_or_start(plan: Plan, folder: files.Path, store: Store) -> Start:
@@ -85,6 +104,8 @@ def _restore(plan: Plan, folder: files.Path, store: Store) -> Start:
     ours = config_lib.to_dict(plan.config)
     for line in config_lib.differences(got.meta["config"], ours):
         log.warning("config differs from the checkpoint's: %s", line)
+    for line in describe(plan, dict.fromkeys(plan.stage.parts, f"{folder.name} step {got.step}")):
+        log.info("%s", line)
     frozen = _frozen_again(got.meta, plan, folder)
     log.info("resuming %s after step %d", folder, got.step)
     state = TrainState(
@@ -107,7 +128,8 @@ def _frozen_again(found: Meta, plan: Plan, folder: files.Path) -> Tree:
     except InputError as error:
         log.warning("%s; making it again", error)
     run_folder.drop_frozen(folder)
-    frozen = trees.split(parameters(plan, folder.parent), plan.stage.rules)[1]
+    again = dataclasses.replace(plan, config=_as_begun(found, plan))
+    frozen = trees.split(parameters(again, folder.parent), plan.stage.rules)[1]
     if run_folder.save_frozen(folder, frozen, plan) != found["frozen"]:
         raise InputError(
             f"{folder / run_folder.FROZEN} is lost, and config.init no longer gives the same "
@@ -116,27 +138,83 @@ def _frozen_again(found: Meta, plan: Plan, folder: files.Path) -> Tree:
     return frozen
 
 
+def _as_begun(found: Meta, plan: Plan) -> ConfigDict:
+    """The plan's config with the choices of `init` that a checkpoint's run was started with.
+
+    Folders are those of the plan, since they may have moved. Before there was the word `fresh`,
+    an empty folder meant it, and no stage before was refused.
+    """
+    config, begun = plan.config.copy_and_resolve_references(), found["config"]["init"]
+    config.init.update(ema=begun["ema"], unfinished=True)
+    for part, origin in plan.stage.parts.items():
+        if origin == "pretrained" and begun[part] in ("", origins.FRESH):
+            config.init[part] = origins.FRESH
+    return config
+
+
 def parameters(plan: Plan, workdir: files.PathLike) -> Tree:
     """All parameters at the start of the plan's stage, in their dtypes and shardings.
 
     Raises:
-      InputError: a folder or the stage before is missing or does not fit; a leaf would be missing.
+      InputError: a part has no origin; a folder or the stage before is missing or does not fit; a
+        leaf would be missing.
     """
-    init, parts = plan.config.init, plan.stage.parts
+    parts, places = plan.stage.parts, origins.places(plan.stage, plan.config)
     before = None
     if any(origin in ("previous", "merged") for origin in parts.values()):
         before = _stage_before(plan, files.Path(workdir))
+    words = dict.fromkeys(parts, origins.FRESH) | places
+    for part, origin in parts.items():
+        if before is not None and origin in ("previous", "merged"):
+            words[part] = _words(part, origin, before, average=plan.config.init.ema)
+    for line in describe(plan, words):
+        log.info("%s", line)
     flat: Tree = {}
     for part, origin in parts.items():
-        if origin == "pretrained" and init[part]:
-            flat |= _under(part, _pretrained(part, plan))
-        elif part == "lora/mmdit" and origin == "fresh" and init.lora:
-            flat |= _under(part, _adapter(plan))
+        if part in places:
+            read = _adapter if part == "lora/mmdit" else _pretrained
+            flat |= _under(part, read(part, places[part], plan))
         elif before is not None and origin in ("previous", "merged"):
             _check_same_architecture(part, before.plan, plan)
             flat |= _under(part, _inherited(part, origin, before))
-    flat |= _fresh(plan, given=set(flat))
-    return _in_shardings(flat, plan.everything)
+    fresh = tuple(part for part, word in words.items() if word == origins.FRESH)
+    flat |= _fresh(plan, fresh)
+    return _in_shardings(flat, plan.everything, words)
+
+
+def describe(plan: Plan, words: Mapping[str, str]) -> Iterator[str]:
+    """A line for each part: parameters, dtype, trained or frozen, and where it comes from.
+
+    Args:
+      plan: of the run.
+      words: {part: its origin}.
+    """
+    trained, frozen = trees.flatten(plan.params), trees.flatten(plan.frozen)
+    width = max(map(len, words))
+    for part in plan.stage.parts:
+        mine = [
+            {name: leaf for name, leaf in tree.items() if name.startswith(f"{part}/")}
+            for tree in (trained, frozen)
+        ]
+        counts = [sum(math.prod(leaf.shape) for leaf in tree.values()) for tree in mine]
+        dtypes = sorted({str(leaf.dtype) for tree in mine for leaf in tree.values()})
+        fate = "trained" if not counts[1] else "frozen" if not counts[0] else "in part"
+        yield (
+            f"{part:<{width}} {sum(counts):>14,} parameters  {'+'.join(dtypes):<8}  {fate:<7}  "
+            f"{words[part]}"
+        )
+
+
+def _words(part: str, origin: str, before: Loaded, *, average: bool) -> str:
+    """Where a part of the stage before comes from: 'stage1 step 250 (moving average)'."""
+    names = (f"{part}/", f"lora/{part}/") if origin == "merged" else (f"{part}/",)
+    moved = any(name.startswith(names) for name in trees.flatten(before.plan.params))
+    averaged = average and moved and before.plan.config.optimizer.ema
+    return (
+        f"{before.plan.stage.name} step {before.step}"
+        + (" (moving average)" if averaged else "")
+        + (", its adapter merged in" if origin == "merged" else "")
+    )
 
 
 def untrained(config: ConfigDict) -> Loaded:
@@ -155,13 +233,12 @@ def _under(prefix: str, tree: Tree) -> Tree:
     return trees.flatten({prefix: tree})
 
 
-def _pretrained(part: str, plan: Plan) -> Tree:
+def _pretrained(part: str, folder: str, plan: Plan) -> Tree:
     """Parameters of public weights, still on disk: `_in_shardings` reads each device's share.
 
     Raises:
       InputError: the model is missing or its architecture is not the config's.
     """
-    folder = plan.config.init[part]
     found = open_part(part, hub.component_folder(folder, part))
     wanted = getattr(plan.model.config, part)
     if type(found.config) is not type(wanted):
@@ -177,13 +254,14 @@ def _pretrained(part: str, plan: Plan) -> Tree:
     return trees.unflatten(found.flat)
 
 
-def _adapter(plan: Plan) -> Tree:
-    """The adapter of the MMDiT that `init.lora` names, at the config's rank and alpha.
+def _adapter(part: str, path: str, plan: Plan) -> Tree:
+    """The adapter of the MMDiT in `path`, at the config's rank and alpha.
 
     Raises:
       InputError: it is missing, of another MMDiT, or of another rank.
     """
-    path, rank = plan.config.init.lora, plan.config.lora.rank
+    del part  # there is one kind
+    rank = plan.config.lora.rank
     wanted = shapes(plan.model.config.mmdit)
     adapter, found = lora_files.import_lora(hub.model_folder(path), wanted)
     if found != rank:
@@ -196,7 +274,7 @@ def _stage_before(plan: Plan, workdir: files.Path) -> Loaded:
     """The stage before, sharded over the plan's mesh.
 
     Raises:
-      InputError: it is missing, or of another stage.
+      InputError: it is missing, of another stage, or has not taken its last step.
     """
     stage, init = plan.stage, plan.config.init
     folder = files.Path(init.checkpoint or workdir / stage.previous)
@@ -205,14 +283,22 @@ def _stage_before(plan: Plan, workdir: files.Path) -> Loaded:
             f"stage {stage.name} starts from {stage.previous}, but {folder} holds no checkpoint; "
             f"train {stage.previous} first or set init.checkpoint"
         )
-    got = run_folder.load(folder, ema=init.ema, mesh=plan.mesh)
-    if got.plan.stage.name != stage.previous:
-        raise InputError(
-            f"{folder} is a checkpoint of stage {got.plan.stage.name!r}; stage {stage.name} "
-            f"starts from {stage.previous}"
-        )
-    log.info("starting from %s step %d", folder, got.step)
-    return got
+
+    def check(found: Meta) -> None:
+        if found["stage"] != stage.previous:
+            raise InputError(
+                f"{folder} is a checkpoint of stage {found['stage']!r}; stage {stage.name} "
+                f"starts from {stage.previous}"
+            )
+        step, steps = found["step"], found["config"]["steps"]
+        if step < steps and not init.unfinished:
+            raise InputError(
+                f"{folder} stopped at step {step} of {steps}; finish {stage.previous} by the "
+                f"command that began it, or start {stage.name} from step {step} with "
+                "--config.init.unfinished=true"
+            )
+
+    return run_folder.load(folder, ema=init.ema, mesh=plan.mesh, check=check)
 
 
 def _check_same_architecture(part: str, before: Plan, plan: Plan) -> None:
@@ -244,32 +330,35 @@ def _inherited(part: str, origin: str, before: Loaded) -> Tree:
     return merge(tree, before.params["lora"][part], scale)
 
 
-def _fresh(plan: Plan, given: set[str]) -> Tree:
-    """Fresh leaves, flat, of every part of which nothing is given, born in their shardings."""
-    heads = {name.split("/")[0] for name in given}
-    parts = tuple(p for p in plan.stage.parts if "/" in p or p not in heads)
+def _fresh(plan: Plan, parts: tuple[str, ...]) -> Tree:
+    """Fresh leaves of whole parts, flat, born in their shardings."""
     rng = jax.random.fold_in(jax.random.key(plan.config.seed), 2**31 - 1)
     shardings = trees.flatten(trees.shardings(plan.everything))
 
     def make() -> Tree:
-        flat = trees.flatten(plan_lib.fresh(plan, rng, parts))
-        return {name: leaf for name, leaf in flat.items() if name not in given}
+        return trees.flatten(plan_lib.fresh(plan, rng, parts))
 
     born = jax.eval_shape(make)
     return jax.jit(make, out_shardings={name: shardings[name] for name in born})()
 
 
-def _in_shardings(flat: dict[str, Any], target: Tree) -> Tree:
+def _in_shardings(flat: dict[str, Any], target: Tree, words: Mapping[str, str]) -> Tree:
     """Every leaf in the dtype and the sharding of `target`; consumes `flat`.
 
     Raises:
-      InputError: a leaf is missing, unknown or of another shape.
+      InputError: a leaf is missing, unknown or of another shape; names it and, from `words`, where
+        its part comes from.
     """
     wanted = trees.flatten(target)
     missing, extra = sorted(wanted.keys() - flat.keys()), sorted(flat.keys() - wanted.keys())
     if missing or extra:
-        word, names = ("lack", missing) if missing else ("have unknown", extra)
-        raise InputError(f"the initial parameters {word} {names[0]} ({len(names)} in all)")
+        word, names = ("lacks", missing) if missing else ("has besides", extra)
+        part = next(part for part in words if names[0].startswith(f"{part}/"))
+        hint = "; set lora.pattern to what it adapts" if part.startswith("lora/") else ""
+        raise InputError(
+            f"{part} from {words[part]} {word} {names[0]} ({len(names)} in all), and nothing of "
+            f"it is drawn at random{hint}"
+        )
     out = {}
     for name, like in wanted.items():
         value = flat.pop(name)

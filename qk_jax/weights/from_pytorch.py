@@ -13,19 +13,20 @@ from typing import Any
 from qk_jax.base import files, hub, trees
 from qk_jax.base.errors import InputError
 from qk_jax.base.files import read_json
-from qk_jax.weights import hub_configs, lora_files, read, write
+from qk_jax.weights import hub_configs, leaves, lora_files, read, write
 from qk_jax.weights.safetensors import TensorFolder
 
 PARTS = ("vlm", "mmdit", "vae")
 SMALL = ("tokenizer", "processor", "scheduler")  # a pipeline's folders without weights
 COPIED = (".json", ".txt", ".jinja")  # tokenizers, model_index.json
+OWN = "QueryKontextPipeline"  # the class of an export's model_index.json
 
 
 def parts_of(folder: files.Path) -> dict[str, files.Path]:
     """{part: its folder} of a model folder or a pipeline.
 
     Raises:
-      InputError: a kind of model that is not known here.
+      InputError: a kind of model that is not known here, or a pipeline with other parts.
     """
     if hub.is_pipeline(folder):
         inside = {part: folder / hub.FOLDERS[part] for part in PARTS}
@@ -33,6 +34,7 @@ def parts_of(folder: files.Path) -> dict[str, files.Path]:
         if not found:
             names = ", ".join(hub.FOLDERS[part] for part in PARTS)
             raise InputError(f"{folder} has none of {names}; download the whole pipeline")
+        _check_whole(folder)
         return found
     config = read_json(folder / "config.json")
     kind = config.get("_class_name", config.get("model_type"))
@@ -40,6 +42,26 @@ def parts_of(folder: files.Path) -> dict[str, files.Path]:
         known = ", ".join(hub_configs.PARTS)
         raise InputError(f"{folder} holds a {kind!r}; known are {known}")
     return {hub_configs.PARTS[kind]: folder}
+
+
+def _check_whole(folder: files.Path) -> None:
+    """Raises InputError for a pipeline that would lose a part, so that diffusers cannot load it."""
+    index = read_json(folder / hub.INDEX)
+    if OWN in index.get("_class_name", ""):
+        raise InputError(
+            f"{folder} is an export of to-pytorch, whose queries and connector (kontext/) "
+            "from-pytorch does not read; use the checkpoint that it was exported from, or give one "
+            f"of its parts, such as {folder / hub.FOLDERS['vlm']}"
+        )
+    parts = [name for name, kind in index.items() if isinstance(kind, list) and any(kind)]
+    for name in (name for name in parts if name[0] != "_"):
+        if name not in hub.FOLDERS.values():
+            raise InputError(
+                f"{folder} has the part {name}, which from-pytorch does not read; give the folders "
+                "of the parts that you need, one by one"
+            )
+        if not (folder / name).is_dir():
+            raise InputError(f"{folder} lacks {name}/, which its {hub.INDEX} names; download it")
 
 
 def is_lora(path: files.Path) -> bool:
@@ -75,7 +97,7 @@ def convert(
     Raises:
       InputError: something is missing, broken, unknown or does not fit; nothing is left behind.
     """
-    folder = hub.model_folder(model)
+    folder, dtype = hub.model_folder(model), leaves.float_dtype(dtype)
     read.refuse_old(folder)
     if files.Path(out).absolute() == folder.absolute():
         raise InputError(f"{out} is the model itself; choose another folder to write")

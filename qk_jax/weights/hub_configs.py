@@ -57,6 +57,13 @@ _VISION: Choices = {
     "temporal_patch_size": (2,),
     "rope_parameters": (None, {"rope_theta": 10_000.0, "rope_type": "axial"}),
 }
+# Qwen2_5_VLVisionConfig's own defaults, the same in all versions of transformers. Those up to 4.51
+# leave out what equals them when they save a config; no published tower has all of them.
+_VISION_DEFAULTS = {
+    "depth": 32, "hidden_size": 3584, "intermediate_size": 3420, "num_heads": 16,
+    "out_hidden_size": 3584, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+    "tokens_per_second": 4,
+}  # fmt: skip
 _ROPE = {"type", "rope_type", "mrope_section", "rope_theta"}
 _MMDIT: Choices = dict.fromkeys(
     ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope"), (False, None)
@@ -85,7 +92,7 @@ def to_hf(config: Config) -> dict[str, Any]:
         return _vlm_to_hf(config)
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(config).items()}
     if isinstance(config, MMDiTConfig):
-        if not config.zero_cond_t:  # which diffusers knows since 0.36 only
+        if not config.zero_cond_t:  # which diffusers knows since 0.37 only
             del values["zero_cond_t"]
         return {"_class_name": CLASS_NAME, **values, "guidance_embeds": False}
     fixed = _QWEN_VAE
@@ -101,22 +108,22 @@ def _vlm(values: Values) -> VLMConfig:
             "give the folder of a Qwen2.5-VL model"
         )
     text = _section(values, "text_config") if "text_config" in values else values
-    vision = _section(values, "vision_config")
+    vision = _VISION_DEFAULTS | _section(values, "vision_config")
     prefix = "" if text is values else "text_config."
-    sizes, vision_sizes = _names(TextConfig), _names(VisionConfig)
+    sizes = _names(TextConfig)
     known = (sizes | {*_TOKEN_IDS, *_ELSEWHERE}) - {"mrope_section"}
     # A nested config may repeat keys of the language model at the top, where they do not count.
     _check_vlm_keys(values, known | {"text_config", "vision_config"}, _TEXT)
     if text is not values:
         _check_vlm_keys(text, known, _TEXT, prefix)
-    _check_vlm_keys(vision, vision_sizes, _VISION, "vision_config.")
+    _check_vlm_keys(vision, _names(VisionConfig), _VISION, "vision_config.")
     rope = _rope(text, prefix)
     ids = {key: values[key] for key in _TOKEN_IDS if key in values}
     found = VLMConfig(
         **_fields(VLM, VLMConfig, ids),
         tie_word_embeddings=_is_tied(values, "") or _is_tied(text, prefix),
         text=TextConfig(**_fields(VLM, TextConfig, {**rope, **text}, prefix, sizes - _OPTIONAL)),
-        vision=VisionConfig(**_fields(VLM, VisionConfig, vision, "vision_config.", vision_sizes)),
+        vision=VisionConfig(**_fields(VLM, VisionConfig, vision, "vision_config.")),
     )
     _check_sizes(found)
     return found

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
+from functools import reduce
 from typing import Any
 
 import jax
@@ -21,6 +22,27 @@ from qk_jax.weights import tables
 from qk_jax.weights.safetensors import Index, Shape, TensorFolder, contiguous
 
 Shapes = Mapping[str, Shape]
+FLOATS = ("float32", "bfloat16", "float16")  # dtypes that parameters can have
+
+
+def float_dtype(dtype: Any) -> np.dtype | None:
+    """A dtype for parameters; None stays None.
+
+    Raises:
+      InputError: none of FLOATS.
+    """
+    try:
+        found = None if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        found = np.dtype(object)
+    if found is not None and found.name not in FLOATS:
+        raise InputError(f"dtype is {dtype!r}; parameters are {', '.join(FLOATS)}")
+    return found
+
+
+def widest(dtypes: Iterable[Any]) -> np.dtype:
+    """The dtype that holds the values of all of `dtypes`."""
+    return reduce(jnp.promote_types, map(jnp.dtype, dtypes))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,7 +134,7 @@ def plan(
       table: names and transforms.
       source: the tensors.
       shapes: every leaf to be filled.
-      dtype: of the leaves; None keeps the type of the files.
+      dtype: of the leaves; None keeps the type of the files, of a stack the widest of its layers'.
       ignore: regexes of torch names that may be left out, beyond the table's own.
 
     Raises:
@@ -151,7 +173,7 @@ def plan(
                     f"tensor {name} of {source.path} has the shape {source.shapes[name]}, its "
                     f"config.json asks for {one}; download it again"
                 )
-        kind = jnp.dtype(dtype or source.dtypes[names[0]])
+        kind = jnp.dtype(dtype or widest({source.dtypes[name] for name in names}))
         leaves[path] = Leaf(source, names, row.transform, shapes[path], kind, stacked)
     return leaves
 

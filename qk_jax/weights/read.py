@@ -62,13 +62,14 @@ def open_part(part: str, folder: PathLike, dtype: Any = None, ignore: Iterable[s
     Args:
       part: 'vlm', 'mmdit' or 'vae'.
       folder: with config.json and safetensors, in any of the published namings.
-      dtype: of the parameters; None keeps the files'.
+      dtype: of the parameters; None keeps the files', of a stack the widest of its layers'.
       ignore: regexes of torch names that may be left out.
 
     Raises:
-      InputError: a file is missing or broken, or the weights do not fit the config exactly.
+      InputError: a file is missing or broken, the weights do not fit the config exactly, or `dtype`
+        is no type for parameters.
     """
-    folder = files.Path(folder)
+    folder, dtype = files.Path(folder), leaves.float_dtype(dtype)
     refuse_old(folder)
     config = hub_configs.from_hf(part, read_json(folder / "config.json"))
     source = TensorFolder(folder)

@@ -16,7 +16,7 @@ from qk_jax.base.files import GIGABYTE, PathLike, write_json
 from qk_jax.base.types import Tree
 from qk_jax.models import lora, qwen_vl, vae
 from qk_jax.weights import hub_configs, read, tables
-from qk_jax.weights.leaves import Leaf, Shapes, cast
+from qk_jax.weights.leaves import Leaf, Shapes, cast, widest
 from qk_jax.weights.safetensors import Shape, Tensor, TensorFolder, write_tensors
 
 LORA = "pytorch_lora_weights"  # base name of an adapter's file
@@ -93,8 +93,8 @@ def export_model(
     values, base = hub_configs.to_hf(config), "diffusion_pytorch_model"
     tensors = torch_tensors(tables.of(config), params, read.shapes(config), dtype)
     if isinstance(config, qwen_vl.VLMConfig):
-        leaf = next(iter(trees.flatten(meta.unbox(params)).values()))
-        values, base = values | {"dtype": jnp.dtype(dtype or leaf.dtype).name}, "model"
+        kinds = {leaf.dtype for leaf in trees.flatten(meta.unbox(params)).values()}
+        values, base = values | {"dtype": jnp.dtype(dtype or widest(kinds)).name}, "model"
     elif isinstance(config, vae.QwenImageVAEConfig):
         source = None if original is None else TensorFolder(original)
         tensors = _with_time(tensors, config, source, dtype)

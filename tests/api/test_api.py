@@ -20,6 +20,7 @@ from qk_jax import sample, sharding
 from qk_jax.api import published as published_lib
 from qk_jax.api import trained
 from qk_jax.base.errors import InputError
+from qk_jax.models import mmdit
 from qk_jax.weights import hub_configs
 from tests.models import torch_copy
 from tests.weights import nano
@@ -229,6 +230,27 @@ def test_dtype_is_the_files_or_the_given(published, tmp_path):
     np.testing.assert_array_equal(again.encode(x), rough.encode(x))
 
 
+def test_what_is_loaded_prints_as_one_line(ours, published):
+    for name, mesh, words in (
+        ("vlm", None, "LoadedVLM(Qwen2.5-VL of its own size, "),
+        ("clean", None, "LoadedMMDiT(QwenImageTransformer2DModel of its own size, "),
+        ("kl", None, "LoadedVAE(AutoencoderKL of its own size, "),
+        ("vlm", meshes()[1], "LoadedVLM("),
+    ):
+        model = ours(name, mesh)
+        count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+        end = "1 device)" if mesh is None else "8 devices)"
+        assert repr(model).startswith(words)
+        assert repr(model).endswith(f", {count:,} parameters, float32, {end}")
+    rough = qk_jax.load_vae(published("kl")[1], dtype="bfloat16")
+    assert ", bfloat16, " in repr(rough)
+    for size, config in mmdit.PRESETS.items():
+        other = dataclasses.replace(config, zero_cond_t=not config.zero_cond_t)
+        for one in (config, other):
+            text = repr(published_lib.LoadedMMDiT(one, {}, np.dtype("float32")))
+            assert text.startswith(f"LoadedMMDiT(QwenImageTransformer2DModel {size}, 0 param")
+
+
 def test_a_shape_is_compiled_once(ours, published):
     given = tokens(nano.MMDIT)
     other = qk_jax.load_mmdit(published("mmdit")[1])
@@ -247,6 +269,12 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(checkpoint):
     return qk_jax.load(checkpoint, batch=2)
+
+
+def test_a_trained_model_prints_as_one_line(model):
+    count = sum(leaf.size for leaf in jax.tree.leaves(model.painter.params))
+    wanted = f"TrainedModel(stage3-nano-4, {count:,} parameters, float32, 1 device)"
+    assert repr(model) == wanted
 
 
 def test_generate_over_eight_devices_paints_the_same(checkpoint, model):
@@ -279,6 +307,12 @@ def test_generate_gives_the_bits_of_the_command(checkpoint, model, tmp_path):
         assert [picture.dtype for picture in painted] == [np.uint8] * 2
         np.testing.assert_array_equal(painted, written)
     assert (painted[0] != painted[1]).any()
+    rgba = np.asarray(Image.open(paths[1]))
+    again = model.generate(
+        "make it blue", painters.picture(0), [rgba], size=(32, 48), steps=2, seed=3, num=2,
+        solver="heun", image_guidance=2.0,
+    )  # fmt: skip
+    np.testing.assert_array_equal(again, written)
     natural = model.generate("a kite", size=None, steps=1, guidance=1.0)
     assert natural[0].shape == (*model.painter.limits.sizes[0], 3)
 

@@ -1,6 +1,7 @@
 """Folders stay off the network, and Hub ids come from the user's cache."""
 
 import json
+import types
 
 import huggingface_hub
 import pytest
@@ -78,3 +79,36 @@ def test_what_the_hub_does_not_give_is_one_line(cache, name):
 def test_neither_folder_nor_id(cache, name):
     with pytest.raises(InputError):
         hub.model_folder(name or "nothing")
+
+
+def test_check_asks_for_the_form_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
+    for good in ("owner/absent", "owner/reader@refs/pr/1", str(tmp_path)):
+        hub.check(good)
+    for wrong in ("absent", "a b/c", "../up", "no/such/folder"):
+        with pytest.raises(InputError, match="does not exist and is no Hub id"):
+            hub.check(wrong)
+
+
+def test_a_download_is_told_with_its_size_and_the_cache_is_not(tmp_path, monkeypatch):
+    wanted = []
+
+    def snapshot(repo, *, dry_run=False, **kwargs):
+        return wanted if dry_run else str(tmp_path)
+
+    def no_index(*args, **kwargs):
+        raise huggingface_hub.errors.EntryNotFoundError("no index")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_index)
+    lines = []
+    monkeypatch.setattr(hub.log, "info", lambda text, *args: lines.append(text % args))
+    assert hub.component_folder("owner/reader@v2", "vlm") == tmp_path and not lines
+    wanted += [
+        types.SimpleNamespace(file_size=4_000_000_000, will_download=True),
+        types.SimpleNamespace(file_size=1_250_000_000, will_download=True),
+        types.SimpleNamespace(file_size=9_000_000_000, will_download=False),
+    ]
+    hub.component_folder("owner/reader@v2", "vlm")
+    assert lines == ["downloading owner/reader@v2: 5.25 GB in 2 files, into the Hub's cache"]

@@ -11,8 +11,10 @@ from PIL import Image
 from configs import stage3
 from qk_jax.base.errors import InputError
 from qk_jax.data import pipeline, prompts, records
-from qk_jax.data.example import TASKS
+from qk_jax.data.example import TASKS, Example
+from qk_jax.data.importers import record_files
 from qk_jax.data.synthesis import corpus, tasks
+from qk_jax.pictures.roles import REFERENCE
 
 TOKENIZER = corpus.EMBEDDED.parent / "tiny" / "tokenizer"
 SMALL = {"text_to_image": 0.5, "editing": 0.3, "composition": 0.2}
@@ -163,6 +165,32 @@ def test_shapes_are_few_and_listed(pipe, builder):
         assert size in {group.size for group in few.groups}
 
 
+def test_references_keep_their_aspect_ratio(builder, tmp_path):
+    """A batch has the shapes of its group; what is merged is shown whole, with white around it."""
+    shapes = [(64, 64), (80, 48), (48, 80), (128, 128), (160, 96)]
+    examples = []
+    for number in range(150):
+        dark = [np.zeros((*shapes[i % 5], 3), np.uint8) for i in (number, number // 5)]
+        target = np.full((64, 64, 3), 200, np.uint8)
+        examples.append(Example("both", target, tuple(dark), (REFERENCE,) * 2, "composition", 0))
+    record_files.write_examples(tmp_path / "train.array_record", examples)
+    ratios = {"records": str(tmp_path), "reference_ratios": ((1, 1), (2, 3))}
+    drop = {"text": 0.0, "pictures": 0.0, "both": 0.0}
+    for limit, count in ((100, 9), (2, 2)):
+        wanted = config({"composition": 1}, 4, max_groups=limit, dropout=drop, **ratios)
+        pipe = pipeline.Pipeline(wanted, "train", 0, 1, builder)
+        assert len(pipe.groups) == count
+        whites = []
+        for step in range(20):
+            group, batch = pipe.groups[pipe.plan[step][0]], pipe.batch(step)
+            assert tuple(x.shape[1:3] for x in batch["conditions"]) == group.references
+            whites += [float((x > 127).mean()) for x in batch["conditions"]]
+            patches = sum(h * w for h, w in builder.grids(group.references))
+            assert batch["pixel_values"].shape[1] == patches
+        assert (max(whites) == 0) == (limit == 100)
+        assert max(whites) < 0.7
+
+
 def test_what_is_dropped_is_drawn_by_slot(builder):
     drop = {"text": 0.2, "pictures": 0.3, "both": 0.1}
     pipe = pipeline.Pipeline(config({"editing": 1}, batch=16, dropout=drop), "train", 0, 1, builder)
@@ -194,6 +222,17 @@ def test_targets_are_shown_when_alignment_is_on(builder):
     batch = pipeline.Pipeline(wanted, "train", 0, 1, builder).batch(0)
     assert batch["target_pixel_values"].shape[0] == 8
     assert batch["target_pixel_values"].shape[1] > 0
+    assert batch["whole"].shape == (8,) and batch["whole"].dtype == bool
+
+
+def test_examples_with_a_dropped_condition_are_not_whole(builder):
+    example = next(iter(tasks.examples("validation", "editing", 1)))
+    alone = next(iter(tasks.examples("validation", "text_to_image", 1)))
+    hidden = [(False, False), (True, False), (False, True), (True, True)]
+    whole = pipeline.collate([example] * 4, hidden, builder, targets=True)["whole"]
+    assert whole.tolist() == [True, False, False, False]
+    whole = pipeline.collate([alone] * 4, hidden, builder, targets=True)["whole"]
+    assert whole.tolist() == [True, False, True, False]  # it has no pictures to drop
 
 
 # ---- bad input ---------------------------------------------------------------------------------

@@ -26,6 +26,26 @@ def write(path, count=40):
     return path
 
 
+def test_an_index_from_before_references_were_in_it_is_read(tmp_path):
+    entry = records.Entry({}, {}, 10, 20, 2, "composition", ((3, 4), (5, 6)))
+    path = tmp_path / "a.array_record"
+    records.write_records(path, [entry])
+    new = records.RecordFile(path).index
+    assert new["references"].tolist() == [[[3, 4], [5, 6], [0, 0]]]
+    np.save(
+        records.index_path(path),
+        new[["width", "height", "pictures", "bytes", "task"]].astype(
+            np.dtype(records.INDEX_DTYPE.descr[:-1])
+        ),
+    )
+    old = records.RecordFile(path)
+    assert old.index.dtype == records.INDEX_DTYPE and not old.index["references"].any()
+    assert old.index[["width", "height", "pictures", "bytes", "task"]].tolist() == [
+        (10, 20, 2, int(new["bytes"][0]), b"composition")
+    ]
+    assert old[0] == records.Record({}, {})
+
+
 def test_written_is_read_in_any_order(tmp_path):
     file = records.RecordFile(write(tmp_path / "deep" / "a.array_record"))
     assert len(file) == 40

@@ -61,6 +61,14 @@ def test_all_figures_of_a_random_model(held_out, evaluator):
     assert len(said) == len(TASKS) + 2
 
 
+def test_cases_have_one_shape_where_references_have_several():
+    config = painters.config().copy_and_resolve_references()
+    with config.unlocked():
+        config.data.reference_ratios = ((1, 1), (2, 3))
+    for cases in evaluation.held_out_cases(config, 4).values():
+        assert {x.shape for case in cases for x in case.request.references} <= {(64, 64, 3)}
+
+
 def test_margin_is_that_of_the_conditions(held_out, evaluator):
     """With one condition for all, shuffling changes nothing; with others it changes the loss."""
     first = held_out["editing"][0].request

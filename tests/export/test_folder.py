@@ -37,14 +37,15 @@ def test_the_folder_says_what_it_is(folder):
         "stage3, after 7 steps", f"composition ({tasks.composition:g})", "64x64 80x48 48x80",
         "git revision 0123abc", "corpus that qk_jax carries", "are merged into the weights",
         "from_pretrained(folder, custom_pipeline=folder", "in float32",
+        "transformers>=4.57.0, diffusers>=0.37.0",
     ):  # fmt: skip
         assert part in card
     assert "load_lora_weights" not in card and "{" not in card
-    for file in ("pipeline.py", "kontext/kontext.py"):
+    for file in ("pipeline.py", "paint.py", "kontext/kontext.py"):
         assert "jax" not in (folder / file).read_text().lower()
     assert sorted(path.name for path in folder.iterdir()) == [
-        "README.md", "kontext", "model_index.json", "pipeline.py", "processor", "scheduler",
-        "text_encoder", "tokenizer", "transformer", "vae",
+        "README.md", "kontext", "model_index.json", "paint.py", "pipeline.py", "processor",
+        "scheduler", "text_encoder", "tokenizer", "transformer", "vae",
     ]  # fmt: skip
     index = files.read_json(folder / "model_index.json")
     assert "processor" not in index and index["text_encoder"][0] == "transformers"

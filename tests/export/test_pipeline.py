@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import shutil
 import subprocess
 import sys
@@ -14,17 +15,18 @@ import torch
 from PIL import Image
 
 from qk_jax import convert as command
-from qk_jax import painting, sharding
+from qk_jax import painting
 from qk_jax.base.errors import InputError
-from qk_jax.checkpoints import run_folder
 from qk_jax.data import prompts
-from qk_jax.experiment.plan import Plan
-from qk_jax.export import pipeline, verify
+from qk_jax.export import kontext, pipeline, verify
 from qk_jax.export.folder import export_pipeline, separate
-from qk_jax.models import lora, mmdit, query_kontext, qwen_vl, rotary, vae
+from qk_jax.models import lora, mmdit, query_kontext, rotary
+from qk_jax.pictures.decoding import decode_picture
 from qk_jax.pictures.grids import mrope_positions, vision_size
 from qk_jax.weights.read import shapes_of
+from tests.export.models import loaded, painter
 from tests.painting import painters
+from tests.pictures import encoded
 from tests.weights import nano
 
 GRIDS = ((4, 4), (4, 6), (2, 3), (5, 4))
@@ -37,7 +39,7 @@ def test_shifted_positions(roles, mode, base):
     grids = GRIDS[: len(roles) + 1]
     law = rotary.PositionLaw("shifted", mode, base)
     ours = rotary.image_positions(law, grids[0], grids[1:], jnp.asarray([roles], jnp.int32))
-    theirs = pipeline.shifted_positions(grids, roles, mode, base)
+    theirs = kontext.shifted_positions(grids, roles, mode, base)
     np.testing.assert_array_equal(ours[0], theirs)
 
 
@@ -45,9 +47,9 @@ def test_centred_positions_and_rotations():
     law = rotary.PositionLaw("qwen_image")
     roles = jnp.zeros((1, 3), jnp.int32)
     ours = rotary.image_positions(law, GRIDS[0], GRIDS[1:], roles)[0]
-    theirs = pipeline.centred_positions(GRIDS)
+    theirs = kontext.centred_positions(GRIDS)
     np.testing.assert_array_equal(ours, theirs)
-    tables = pipeline.Positions((4, 6, 6))
+    tables = kontext.Positions((4, 6, 6))
     cos, sin = rotary.cos_sin(ours, (4, 6, 6))
     np.testing.assert_allclose(tables.rotations(theirs), cos + 1j * sin, atol=1e-6)
 
@@ -84,48 +86,21 @@ CASES = {
     "two": ((64, 64), True, 1, painting.Settings(steps=3, image_guidance=1)),
     "three": ((48, 80), False, 3, painting.Settings(steps=3)),
     "three_bare": ((80, 48), True, 2, painting.Settings(steps=3, guidance=1, image_guidance=1)),
+    "symmetric": ((64, 64), True, 0, painting.Settings(
+        steps=4, guidance_end=1.5, guidance_interval=(0.3, 0.9), renormalize=True,
+        symmetric_guidance=True,
+    )),
+    "late": ((64, 64), False, 0, painting.Settings(steps=3, zero_init_steps=1)),
     "wide": ((32, 96), True, 0, painting.Settings(steps=2, guidance=1, image_guidance=1)),
 }
-SHIFTED = rotary.PositionLaw()
 # The law of positions, and whether condition pictures are modulated as clean ones.
 LAWS = {
-    "shifted": (SHIFTED, False),
+    "shifted": (rotary.PositionLaw(), False),
     "minus_one": (rotary.PositionLaw("shifted", "reflect_minus_one", 1), True),
     "translate": (rotary.PositionLaw("shifted", "translate"), False),
     "qwen_image": (rotary.PositionLaw("qwen_image"), False),
     "qwen_image_zero": (rotary.PositionLaw("qwen_image"), True),
 }
-
-
-@functools.cache
-def loaded(law=SHIFTED, vae_kind="kl", latents=True, zero=True):
-    """A random model of nano size with the tiny tokenizer, as if it had been read from a folder."""
-    special = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    vlm = dataclasses.replace(
-        nano.VLM,
-        text=dataclasses.replace(nano.VLM.text, vocab_size=2048),
-        **{name: getattr(qwen_vl.PRESETS["tiny"], name) for name in special},
-    )
-    autoencoder = nano.KINDS[vae_kind].config
-    config = painters.config("stage3").copy_and_resolve_references()
-    with config.unlocked():
-        config.model.vlm = dataclasses.asdict(vlm)
-        config.model.mmdit = dataclasses.asdict(dataclasses.replace(nano.MMDIT, zero_cond_t=zero))
-        config.model.vae = {"kind": vae.kind(autoencoder), **dataclasses.asdict(autoencoder)}
-        config.model.law = dataclasses.asdict(law)
-        config.model.update(num_queries=3, max_text=20, vlm_pixels=56 * 56)
-        config.model.condition_latents = latents
-        config.data.update(sizes=((64, 64), (48, 80), (80, 48)), reference_size=48)
-        config.lora.update(rank=2, alpha=1.0)
-    plan = Plan.build(config, sharding.build_mesh({}, jax.devices()[:1]), check=False)
-    params = nano.random_tree(shapes_of(plan.model.abstract()))
-    return run_folder.Loaded(plan, params, 7, "unknown")
-
-
-@functools.cache
-def painter(*args, **kwargs):
-    """The painter of `loaded`."""
-    return painting.of_loaded(loaded(*args, **kwargs), batch=1)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +119,7 @@ def exported(tmp_path_factory):
 def request_of(ours, case):
     size, has_source, count, settings = CASES[case]
     rng = np.random.default_rng(0)
-    side = ours.limits.reference_size
+    ((side, _),) = ours.limits.reference_sizes
     source = rng.integers(0, 256, (*size, 3), dtype=np.uint8) if has_source else None
     references = [rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(count)]
     return painting.Request("a kite <|im_end|> é", source, tuple(references), size, 1), settings
@@ -171,6 +146,13 @@ def test_every_law_gives_the_same_picture(exported, name):
     ours, _, pipe = exported(law, zero=zero)
     assert pipe.transformer.config.zero_cond_t == zero
     assert_paints_the_same(ours, pipe, "three_bare")
+
+
+@pytest.mark.parametrize("case", ["two", "three_bare"])
+def test_the_prompts_of_qwen_image_give_the_same_picture(exported, case):
+    """With renormalised guidance, which its law has by default, and words before the kontext."""
+    ours, _, pipe = exported(rotary.PositionLaw("qwen_image"), prompt="qwen_image")
+    assert_paints_the_same(ours, pipe, case)
 
 
 @pytest.mark.parametrize("case", ["no_guidance", "three_bare"])
@@ -309,12 +291,43 @@ def test_pictures_of_any_size_are_fitted_alike(exported, shape, tmp_path):
     image.save(tmp_path / "a.png")
     picture = ours.read(tmp_path / "a.png")
     request = ours.fit("a kite", picture, [picture])
-    assert pipe._size(image) == request.size
-    source = pipeline.fit_source(image, *request.size)
-    reference = pipeline.fit_reference(image, ours.limits.reference_size)
+    shown = pipe.kontext.picture(image)
+    assert pipe._size(shown) == request.size
+    source = pipeline.fit_source(shown, *request.size)
+    reference = pipeline.fit_reference(shown, *pipeline.nearest(shown, ours.limits.reference_sizes))
     np.testing.assert_array_equal(source, request.source)
     np.testing.assert_array_equal(reference, request.references[0])
     assert pipe._size(None) == ours.fit("a kite").size
+
+
+def test_pictures_are_prepared_as_for_painting(exported, monkeypatch):
+    """Upright, over white, and each reference at the nearest of several sizes."""
+    ours, _, pipe = exported()
+    sizes = ((48, 48), (64, 32), (32, 64))
+    limits = dataclasses.replace(ours.limits, reference_sizes=sizes)
+    ours = painting.Painter(ours.config, ours.params, ours.prompts, limits=limits)
+    rng, found = np.random.default_rng(0), []
+    shapes = [(49, 50), (20, 50), (50, 20), (30, 31)]
+    pictures = [rng.integers(0, 256, (*shape, 4), dtype=np.uint8) for shape in shapes]
+    files = [
+        encoded.turned(x, number, "PNG") for x, number in zip(pictures, (6, 5, 8, 1), strict=True)
+    ]
+    decoded = [decode_picture(x, "RGB", 0, "it") for x in files]
+    assert [x.shape[:2] for x in decoded] == shapes
+    request = ours.fit("a kite", decoded[0], decoded[1:])
+    monkeypatch.setattr(pipe, "_guided", lambda *given: found.append(given) or 1 / 0)
+    old = pipe.config.reference_sizes
+    pipe.register_to_config(reference_sizes="48x48 32x64 64x32")
+    images = [Image.open(io.BytesIO(x)) for x in files]
+    with pytest.raises(ZeroDivisionError):
+        pipe("a kite", images[0], images[1:])
+    pipe.register_to_config(reference_sizes=old)
+    _, shown, roles, shape, *_ = found[0]
+    assert shape[2:] == tuple(side // 8 for side in request.size)
+    assert tuple(roles) == request.roles
+    assert [x.shape[:2] for x in shown[1:]] == [(32, 64), (64, 32), (48, 48)]
+    for theirs, own in zip(shown, request.pictures, strict=True):
+        np.testing.assert_array_equal(theirs, own)
 
 
 def test_the_command_writes_verifies_and_answers_in_one_line(capsys, tmp_path):

@@ -157,10 +157,35 @@ def test_fit_shows_pictures_as_in_training(painter):
     request = painter.fit("x", painters.picture(3, 50, 100), [painters.picture(4, 30, 60)])
     assert request.size in painter.limits.sizes and request.size[1] > request.size[0]
     assert request.source.shape[:2] == request.size
-    side = painter.limits.reference_size
+    ((side, _),) = painter.limits.reference_sizes
     assert request.references[0].shape == (side, side, 3)
     assert (request.references[0][: side // 8] == 255).all(), "white above a wide reference"
     assert request.roles == (SOURCE, REFERENCE)
+
+
+def test_a_reference_keeps_its_aspect_ratio(painter):
+    """It goes to the nearest size of references; tokens and positions follow the pictures."""
+    known = ((64, 64), (80, 48), (48, 80))
+    limits = dataclasses.replace(painter.limits, reference_sizes=known)
+    wider = painting.Painter(painter.config, painter.params, painter.prompts, limits=limits)
+    shapes = [(50, 31), (100, 90), (31, 50), (3, 100)]
+    dark = [np.zeros((*shape, 3), np.uint8) for shape in shapes]
+    for given, size in zip(dark, ((80, 48), (64, 64), (48, 80), (48, 80)), strict=True):
+        (shown,) = wider.fit("x", references=[given]).references
+        assert shown.shape == (*size, 3)
+    shown = wider.fit("x", references=dark[:3]).references
+    assert [(picture == 255).mean() < 0.2 for picture in shown] == [True] * 3
+    again = wider.fit("x", references=shown).references
+    for a, b in zip(again, shown, strict=True):
+        np.testing.assert_array_equal(a, b)
+    request = wider.fit("x", references=[painters.picture(0, 50, 31), painters.picture(1, 31, 50)])
+    batch = wider.collate([request])
+    grids = wider.prompts.grids([(80, 48), (48, 80)])
+    assert batch["pixel_values"].shape[1] == sum(rows * columns for rows, columns in grids)
+    assert [x.shape[1:3] for x in batch["conditions"]] == [(80, 48), (48, 80)]
+    turned = dataclasses.replace(request, references=request.references[::-1])
+    tall, other = (wider.paint([x], SETTINGS)[0] for x in (request, turned))
+    assert tall.shape == other.shape and (tall != other).any()
 
 
 @pytest.mark.parametrize(

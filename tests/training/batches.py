@@ -46,6 +46,7 @@ def batch(config, seed, rows=None, pictures=0):
     if config.alignment.weight:
         shown_targets = [prompts.pixel_values([x], model.vlm_pixels) for x in target]
         out["target_pixel_values"] = np.stack(shown_targets)
+        out["whole"] = rng.random(rows) < 0.8
     return out
 
 

@@ -31,7 +31,9 @@ def get_config(stage: str = "stage1"):
     })  # fmt: skip
     model.vae.update({"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4})
     config.data.tokenizer = str(common.ASSETS / "tiny/tokenizer")
-    config.init.vlm = config.init.vae = config.init.mmdit = ""
+    for part, origin in common.STAGES[stage].parts.items():
+        if origin == "pretrained":
+            config.init[part] = "fresh"
     if config.lora.rank:
         config.lora.rank, config.lora.alpha = 2, 4.0
     config.optimizer.lr, config.optimizer.warmup = 1e-2, 1

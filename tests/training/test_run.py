@@ -142,14 +142,14 @@ def test_a_stage_folder_carries_its_tokenizer(straight, tmp_path):
     found = run_folder.load(moved).plan.config.data.tokenizer
     assert found == str(moved / "tokenizer")
     config = config_of("stage3", data__tokenizer="")
-    start.inherit_tokenizer(config, straight)
+    start.inherit(config, straight)
     ours = Plan.build(config).prompts.tokenizer.get_vocab()
     assert ours == prompts.load_tokenizer(found).get_vocab()
     assert config.data.tokenizer == str(straight / "stage2" / "tokenizer")
 
 
 def test_merging_the_adapter_at_the_border_changes_no_output(straight):
-    old = run_folder.load(straight / "stage1", ema=False)
+    old = run_folder.load(straight / "stage1", ema=True)
     config = config_of("stage2")
     plan, model = Plan.build(config), old.plan.model
     new = start.parameters(plan, straight)
@@ -274,3 +274,93 @@ def test_an_evaluator_of_an_unknown_type_is_refused(straight, tmp_path):
     config = config_of("stage2", evals__loss__type="lose")
     with pytest.raises(InputError, match="evals.loss.type is 'lose'; give one of loss, sheets"):
         loop.train(config, copied(straight, tmp_path, "stage2"))
+
+
+# ---- where a stage starts ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The lines of the log about the start."""
+    lines: list = []
+    monkeypatch.setattr(start.log, "info", lambda text, *args: lines.append(text % args))
+    return lines
+
+
+def stopped(straight, folder, stage="stage1"):
+    """A copy of a stage that stopped after step 2 of 4."""
+    shutil.copytree(straight / stage, folder)
+    shutil.rmtree(folder / "checkpoints/4")
+    return folder
+
+
+def test_a_stage_that_has_not_taken_its_last_step_is_started_from_only_when_asked(
+    straight, tmp_path, told
+):
+    before = stopped(straight, tmp_path / "stage1")
+    words = (
+        f"{before} stopped at step 2 of 4; finish stage1 by the command that began it, or start "
+        "stage2 from step 2 with --config.init.unfinished=true"
+    )
+    with pytest.raises(InputError, match=words):
+        loop.train(config_of("stage2"), tmp_path)
+    assert not told  # nothing was read
+    got = start.parameters(Plan.build(config_of("stage2", init__unfinished=True)), tmp_path)
+    wanted = run_folder.load(before, ema=config_of("stage2").init.ema).params["queries"]
+    np.testing.assert_array_equal(got["queries"]["embedding"], wanted["embedding"])
+    assert any("  stage1 step 2" in line for line in told)
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_a_stage_starts_from_the_moving_average_or_from_the_last_weights(average, straight, told):
+    assert config_lib.load("configs/stage2.py:7b").init.ema is True  # the default
+    plan = Plan.build(config_of("stage2", init__ema=average))
+    got = trees.named(start.parameters(plan, straight))
+    want = trees.named(run_folder.load(straight / "stage1", ema=average).params)
+    other = trees.named(run_folder.load(straight / "stage1", ema=not average).params)
+    for name in want:
+        if name.startswith(("queries/", "connector/")):
+            np.testing.assert_array_equal(got[name], want[name])
+            assert not np.array_equal(got[name], other[name]), name
+    said = {
+        part: where.replace("(moving average)", "AVERAGE")
+        for part, _, _, _, _, where in (line.split(None, 5) for line in told)
+    }
+    word = " AVERAGE" if average else ""
+    assert said == {
+        "vlm": f"stage1 step 4{word}, its adapter merged in",
+        "vae": "stage1 step 4",  # frozen: it has no average
+        "queries": f"stage1 step 4{word}",
+        "connector": f"stage1 step 4{word}",
+        "mmdit": "fresh",
+    }
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_resumed_run_needs_no_origins_and_tells_its_step(lost, straight, tmp_path, told):
+    """Neither where the frozen tree is read again, nor where it is lost and made again."""
+    stopped(straight, tmp_path / "stage1")
+    if lost:
+        shutil.rmtree(tmp_path / "stage1/frozen")
+    loop.train(config_of("stage1", init__vlm="", init__vae=""), tmp_path)
+    assert sum(line.endswith("  stage1 step 2") for line in told) == 6
+    assert_same(tmp_path / "stage1", straight / "stage1")
+
+
+def test_a_run_from_before_the_word_fresh_is_made_again_as_it_was_begun():
+    plan = Plan.build(config_of("stage1", init__vlm="moved/vlm", init__vae="moved/vae"))
+    begun = {"vlm": "", "vae": "old/vae", "mmdit": "", "ema": True}
+    init = start._as_begun({"config": {"init": begun}}, plan).init
+    assert (init.vlm, init.vae) == ("fresh", "moved/vae")
+    assert (init.ema, init.unfinished) == (True, True)
+    assert plan.config.init.vlm == "moved/vlm"  # its own is left alone
+
+
+def test_a_stage_inherits_the_tokenizer_and_the_name_of_the_autoencoder(straight, tmp_path):
+    config = config_of("stage2", data__tokenizer="", init__checkpoint=straight / "stage1")
+    start.inherit(config, tmp_path)
+    assert config.data.tokenizer == str(straight / "stage1/tokenizer")
+    assert config.init.vae == "fresh"
+    named = config_of("stage2", init__vae="own/vae")
+    start.inherit(named, straight)
+    assert named.init.vae == "own/vae"

@@ -119,6 +119,17 @@ def test_a_step_on_eight_devices_is_the_step_on_one(stage, rows, mesh):
     assert_close(params, wanted_params)
 
 
+@pytest.mark.parametrize("kind", ["cosine", "infonce"])
+def test_the_alignment_term_sees_the_batch_of_all_devices(kind):
+    config = config_of("stage1", alignment__weight=0.5, alignment__kind=kind)
+    _, wanted_grads, wanted = stepped(config, sharding.build_mesh({}, jax.devices()[:1]))
+    _, grads, metrics = stepped(config, sharding.build_mesh(MESHES["fsdp"]))
+    for name in ("loss", "alignment", "grad_norm"):
+        np.testing.assert_allclose(metrics[name], wanted[name], rtol=1e-5, err_msg=name)
+    assert_close(grads, wanted_grads, 1e-4)
+    assert np.abs(wanted_grads["alignment/proj/kernel"]).max() > 0
+
+
 def test_an_offloaded_state_takes_the_same_step():
     """Moments and average stay in the host's memory between steps, and nothing else changes."""
     mesh = sharding.build_mesh({"fsdp": 2}, jax.devices()[:2])

@@ -51,6 +51,32 @@ def test_a_batch_encoded_apart_has_the_same_loss(accumulation):
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["cosine", "infonce"])
+def test_the_alignment_term_is_trained_with_the_loss_and_logged_apart(kind):
+    """Of training and of validation: 'loss' is the same with and without it."""
+    logged, steps = {}, {}
+    for weight in ("0.5", "0.0"):
+        config = config_lib.load(
+            f"{NANO}:stage1", {"alignment.weight": weight, "alignment.kind": kind}
+        )
+        plan = planned(config)
+        if weight == "0.5":
+            tree = trees.join(random_like(plan.params), random_like(plan.frozen))
+            batch = batches.batch(config, 0)
+        else:
+            del tree["alignment"], batch["target_pixel_values"], batch["whole"]
+        with jax.set_mesh(plan.mesh):
+            values, aux = jax.jit(loss_fn(plan))(tree, batch, jax.random.key(1))
+        logged[weight] = step_lib.summaries({"task": batch["task"], **aux}, 4)
+        steps[weight] = np.mean(values)
+    assert "alignment" not in logged["0.0"]
+    assert logged["0.5"]["loss"] == pytest.approx(float(logged["0.0"]["loss"]), rel=1e-5)
+    assert float(logged["0.5"]["alignment"]) > 0.1
+    both = float(logged["0.5"]["loss"] + 0.5 * logged["0.5"]["alignment"])
+    assert steps["0.5"] == pytest.approx(both, rel=1e-5)
+    assert steps["0.0"] == pytest.approx(float(logged["0.0"]["loss"]), rel=1e-5)
+
+
 def test_a_trained_autoencoder_is_refused():
     config = config_lib.load(f"{NANO}:stage2", {})
     config.rules = (("vae/.*", "train"), *config.rules)

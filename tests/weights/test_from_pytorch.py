@@ -1,6 +1,8 @@
 """Public weights -> checked folders: complete, exact, in the published form; slices by device."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -11,8 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qk_jax import convert as command
-from qk_jax import sharding
-from qk_jax.base import files
+from qk_jax import load_mmdit, load_vae, load_vlm, sharding
+from qk_jax.base import files, hub, trees
 from qk_jax.base.errors import InputError
 from qk_jax.bench import conversion
 from qk_jax.weights import from_pytorch, hub_configs, leaves, safetensors
@@ -76,6 +78,129 @@ def test_a_pipeline_becomes_the_same_pipeline(tmp_path):
         assert conversion.differing(tmp_path / "a" / folder, out / folder) == []
     for name in others:
         assert (out / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+CLASSES = {
+    "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+    "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKLQwenImage"],
+    "tokenizer": ["transformers", "Qwen2Tokenizer"],
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+}
+
+
+def pipeline(folder, **more):
+    """A pipeline of small random models; their parameters."""
+    params = {part: write(part, folder / name) for part, name in FOLDERS.items()}
+    for name in ("tokenizer/tokenizer.json", "scheduler/scheduler_config.json"):
+        (folder / name).parent.mkdir()
+        (folder / name).write_text("{}")
+    files.write_json(folder / hub.INDEX, {"_class_name": "QwenImagePipeline", **CLASSES, **more})
+    return params
+
+
+def test_an_imported_pipeline_is_read_part_by_part(tmp_path):
+    wanted = pipeline(tmp_path / "a", image_encoder=[None, None], is_distilled=False)
+    out = convert(tmp_path)
+    lm_head = wanted["vlm"].pop("lm_head")
+    for part, load in (("vlm", load_vlm), ("mmdit", load_mmdit), ("vae", load_vae)):
+        nano.assert_same(load(out).params, wanted[part])
+    wanted["vlm"]["lm_head"] = lm_head
+    for part in PARTS:
+        found = open_part(part, hub.component_folder(str(out), part))
+        nano.assert_same(trees.unflatten(found.flat), wanted[part])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"_class_name": ["pipeline", "QueryKontextPipeline"], "kontext": ["kontext", "Kontext"]},
+         "is an export of to-pytorch, whose queries and connector"),
+        ({"_class_name": "QueryKontextPipeline"}, "is an export of to-pytorch"),
+        ({"controlnet": ["diffusers", "QwenImageControlNetModel"]}, "has the part controlnet"),
+        ({"processor": ["transformers", "Qwen2VLProcessor"]}, "lacks processor/"),
+    ],
+)  # fmt: skip
+def test_a_pipeline_that_would_lose_a_part_is_refused(tmp_path, capsys, more, message):
+    pipeline(tmp_path / "a", **more)
+    assert message in refused(tmp_path, capsys)
+
+
+def rewrite(folder, change):
+    """Every tensor of a folder as `change(name, array)` gives it; None takes it away."""
+    source = safetensors.TensorFolder(folder)
+    (file,) = folder.glob("*.safetensors")
+    changed = {name: change(name, source.read(name)) for name in source.shapes}
+    more = {name: array for name, array in changed.items() if array is not None}
+    safetensors.write_tensors(folder, file.name.removesuffix(".safetensors"), more)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "wanted"),
+    [
+        (("bfloat16", "float32"), "float32"),
+        (("float32", "bfloat16"), "float32"),
+        (("bfloat16", "float16"), "float32"),
+        (("bfloat16", "bfloat16"), "bfloat16"),
+    ],
+)
+def test_a_stack_has_the_widest_dtype_of_its_layers(tmp_path, kinds, wanted):
+    """Layer by layer the values are those of the file, after an import and after an export."""
+    for part, stem in (("mmdit", "transformer_blocks."), ("vlm", "model.layers.")):
+        folder, out = tmp_path / part, tmp_path / f"{part}_out"
+        write(part, folder)
+        dtypes = {f"{stem}{layer}.": jnp.dtype(kind) for layer, kind in enumerate(kinds)}
+        narrow = jnp.dtype(jnp.bfloat16)
+
+        def change(name, array, dtypes=dtypes, narrow=narrow):
+            return array.astype(next((v for k, v in dtypes.items() if name.startswith(k)), narrow))
+
+        rewrite(folder, change)
+        leaves_of = nano.flat(import_model(part, folder)[1])
+        stack = "language_model/layers/mlp/up_proj/kernel" if part == "vlm" else (
+            "transformer_blocks/attn/to_q/kernel"
+        )  # fmt: skip
+        assert leaves_of[stack].dtype == jnp.dtype(wanted)
+        assert {leaf.dtype for path, leaf in leaves_of.items() if "layers" not in path
+                and "transformer_blocks" not in path} == {narrow}  # fmt: skip
+        from_pytorch.convert(str(folder), str(out))
+        source, copy = safetensors.TensorFolder(folder), safetensors.TensorFolder(out)
+        for name in source.shapes:
+            given, got = source.read(name), copy.read(name)
+            np.testing.assert_array_equal(got.astype(np.float64), given.astype(np.float64), name)
+        if part == "vlm":
+            assert files.read_json(out / "config.json")["dtype"] == wanted
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_leaf_must_be_there(tmp_path, capsys, part):
+    """One tensor less, of each kind of leaf in turn, and the import names it."""
+    write(part, tmp_path / "a")
+    table = nano.KINDS[PARTS[part]].table
+    names = [n for n in safetensors.TensorFolder(tmp_path / "a").shapes if table.locate(n)]
+    shutil.copytree(tmp_path / "a", tmp_path / "whole")
+    for name in (names[0], names[len(names) // 2], names[-1]):
+        rewrite(tmp_path / "a", lambda n, array, gone=name: None if n == gone else array)
+        for load in (lambda: open_part(part, tmp_path / "a"),
+                     lambda: import_model(part, tmp_path / "a")):  # fmt: skip
+            with pytest.raises(InputError, match=f"lacks {re.escape(name)}"):
+                load()
+        assert f"lacks {name}" in refused(tmp_path, capsys)
+        shutil.rmtree(tmp_path / "a")
+        shutil.copytree(tmp_path / "whole", tmp_path / "a")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float64", "float8_e4m3fn", "bool", "floats", 3])
+def test_parameters_are_floats(tmp_path, dtype):
+    write("vae", tmp_path / "a")
+    for read in (
+        lambda: load_vae(tmp_path / "a", dtype=dtype),
+        lambda: import_model("vae", tmp_path / "a", dtype),
+        lambda: from_pytorch.convert(str(tmp_path / "a"), str(tmp_path / "b"), dtype=dtype),
+    ):
+        with pytest.raises(InputError, match=f"dtype is {dtype!r}; parameters are float32"):
+            read()
+    assert not (tmp_path / "b").exists()
 
 
 def test_other_names_become_the_hubs(tmp_path):

@@ -171,6 +171,39 @@ def test_published_vlms_saved_again(size, tmp_path):
     assert from_hf("vlm", saved) == qwen_vl.PRESETS[size]
 
 
+# What transformers 4.49 to 4.51 leave of the vision section when they save a published model.
+SAVED_BY_449 = {"hidden_size": 1280, "in_chans": 3, "model_type": "qwen2_5_vl",
+                "spatial_patch_size": 14, "tokens_per_second": 2}  # fmt: skip
+LEFT_BY_449 = {
+    "3b": {"out_hidden_size": 2048},
+    "7b": {},
+    "32b": {"intermediate_size": 3456, "out_hidden_size": 5120},
+    "72b": {"intermediate_size": 3456, "out_hidden_size": 8192},
+}
+DEFAULTS = transformers.Qwen2_5_VLConfig().vision_config.to_dict()
+
+
+@pytest.mark.parametrize("size", sorted(FLAT))
+def test_published_vlms_saved_by_transformers_4_49(size):
+    left = SAVED_BY_449 | LEFT_BY_449[size]
+    for key, value in FLAT[size]["vision_config"].items():
+        assert key == "model_type" or left.get(key, DEFAULTS.get(key)) == value
+    config = from_hf("vlm", FLAT[size] | {"vision_config": left})
+    assert config == qwen_vl.PRESETS[size]
+
+
+@pytest.mark.parametrize("key", sorted(vars(qwen_vl.VisionConfig())))
+def test_what_a_vision_section_leaves_out_is_the_class_default(key):
+    """Which is not always what the published models have."""
+    for values in (FLAT["7b"], QWEN_IMAGE_TEXT_ENCODER):
+        changed = edited(values, f"vision_config.{key}", ...)
+        theirs = transformers.Qwen2_5_VLConfig.from_dict(copy.deepcopy(changed))
+        config = from_hf("vlm", changed)
+        assert config == from_hf("vlm", theirs.to_dict())
+        default = DEFAULTS[key]
+        assert getattr(config.vision, key) == (tuple(default) if key[0] == "f" else default)
+
+
 @pytest.mark.parametrize("size", sorted(qwen_vl.PRESETS))
 def test_vlms_survive_the_round_trip_through_transformers(size):
     config = qwen_vl.PRESETS[size]
@@ -211,9 +244,9 @@ VLM_CHANGES = {
     "text_config.rope_scaling.mrope_interleaved": [True],
     "text_config.eos_token_id": [[151645], -1, 10**6],
     "vision_config": [..., None, []],
-    "vision_config.depth": [..., 0, 16],
-    "vision_config.hidden_size": [..., 1281],
-    "vision_config.out_hidden_size": [..., 2048],
+    "vision_config.depth": [None, 0, 16],
+    "vision_config.hidden_size": [None, 1281],
+    "vision_config.out_hidden_size": [None, 2048],
     "vision_config.in_channels": [1],
     "vision_config.in_chans": [4],
     "vision_config.patch_size": [16],
@@ -221,9 +254,9 @@ VLM_CHANGES = {
     "vision_config.spatial_merge_size": [1],
     "vision_config.temporal_patch_size": [1],
     "vision_config.hidden_act": ["gelu", "quick_gelu"],
-    "vision_config.window_size": [..., 100],
-    "vision_config.fullatt_block_indexes": [..., None, [7, 32], [-1], ["7"]],
-    "vision_config.tokens_per_second": [...],
+    "vision_config.window_size": [None, 100],
+    "vision_config.fullatt_block_indexes": [None, [7, 32], [-1], ["7"]],
+    "vision_config.tokens_per_second": [None, 0],
     "vision_config.rope_parameters": [{"rope_theta": 1e6, "rope_type": "axial"}],
     "vision_config.deepstack_visual_indexes": [[8, 16, 24]],
     "vision_config.num_position_embeddings": [2304],
@@ -324,7 +357,7 @@ KL_CHANGES = {
     "layers_per_block": [..., 0, "2", True],
     "latent_channels": [..., -4],
     "norm_num_groups": [0, 7],
-    "scaling_factor": ["1.5", math.inf, True, None],
+    "scaling_factor": ["1.5", math.inf, True, None, 0, -1.5],
     "shift_factor": ["0"],
     "latents_mean": [[0.0] * 16, 0.5],
     "act_fn": ["relu", ...],
@@ -342,7 +375,7 @@ QWEN_CHANGES = {
     "dim_mult": [[1, 2, 4], 4, [1, 2, 4, 4.5]],
     "temperal_downsample": [[True, True], [0, 1, 1]],
     "latents_mean": [None, [0.0] * 15, "zero"],
-    "latents_std": [None, [1.0, "1"] * 8],
+    "latents_std": [None, [1.0, "1"] * 8, [0.0] + [1.0] * 15, [-1.0] + [1.0] * 15],
     "z_dim": [8],
     "is_residual": [True],
     "patch_size": [2],

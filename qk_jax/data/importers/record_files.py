@@ -14,7 +14,8 @@ from qk_jax.base import files
 from qk_jax.base.errors import BadRecord, InputError
 from qk_jax.data import buckets, records
 from qk_jax.data.example import TASKS, Example, Source, TaskSettings, caption_of
-from qk_jax.pictures.fitting import contain, cover, decode_picture
+from qk_jax.pictures.decoding import decode_picture
+from qk_jax.pictures.fitting import contain, cover
 from qk_jax.pictures.roles import REFERENCE, SOURCE
 
 _ROLES = {"source": SOURCE, "reference": REFERENCE}
@@ -25,7 +26,7 @@ class RecordSource:
 
     Header: `instruction`, `roles` ('source' or 'reference' for each picture); blobs: `target`,
     `picture_1`, `picture_2`, ... A target goes to the size nearest in aspect ratio (scaled to cover
-    it, cropped evenly, and sources alike); references are fitted on white squares.
+    it, cropped evenly, and sources alike), a reference to the nearest of its sizes, whole on white.
 
     Raises: InputError when the file has no record of the task.
     """
@@ -44,6 +45,10 @@ class RecordSource:
         index = file.index[self.numbers]
         self.size_of = buckets.nearest(index["height"], index["width"], settings.sizes)
         self.pictures_of = index["pictures"].astype(np.int32)
+        self.references_of = np.zeros((len(index), 0), np.int32)
+        if len(settings.reference_sizes) > 1:
+            width, height = np.maximum(index["references"], 1).transpose(2, 0, 1)  # 0 as a square
+            self.references_of = buckets.nearest(height, width, settings.reference_sizes)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -65,11 +70,14 @@ class RecordSource:
         def picture(blob: str) -> np.ndarray:
             return decode_picture(blobs[blob], "RGB", self.max_pixels, f"{name}, {blob}")
 
-        side = self.settings.reference_size
-        shown = tuple(
-            cover(picture(blob), size) if role == "source" else contain(picture(blob), side)
-            for blob, role in zip(names, roles, strict=True)
-        )
+        def fitted(blob: str, role: str, place: int) -> np.ndarray:
+            if role == "source":
+                return cover(picture(blob), size)
+            row = self.references_of[number]
+            return contain(picture(blob), self.settings.reference_size(row, place))
+
+        places = [roles[:i].count("reference") for i in range(len(roles))]
+        shown = tuple(map(fitted, names, roles, places))
         numbers = tuple(_ROLES[role] for role in roles)
         target = cover(picture("target"), size)
         return Example(instruction, target, shown, numbers, self.task, record)
@@ -106,7 +114,9 @@ def _entry(number: int, example: Example) -> records.Entry:
     blobs = {"target": _png(example.target)}
     blobs |= {f"picture_{i}": _png(x) for i, x in enumerate(example.pictures, start=1)}
     height, width = example.target.shape[:2]
-    return records.Entry(header, blobs, width, height, len(example.pictures), example.task)
+    pairs = zip(example.pictures, example.roles, strict=True)
+    sizes = tuple(x.shape[1::-1] for x, role in pairs if role == REFERENCE)
+    return records.Entry(header, blobs, width, height, len(example.pictures), example.task, sizes)
 
 
 def _png(picture: np.ndarray) -> bytes:

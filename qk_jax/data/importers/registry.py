@@ -26,7 +26,7 @@ def make_sources(
     Raises: InputError for files that are missing or damaged, or a task that they do not have.
     """
     data = config["data"]
-    settings = TaskSettings(tuple(map(tuple, data["sizes"])), data["reference_size"], seed)
+    settings = TaskSettings.from_config(data, seed)
     if not data["records"]:
         read: Reader = tasks.sources
     else:

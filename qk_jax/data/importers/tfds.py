@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from qk_jax.base.errors import BadRecord, InputError
 from qk_jax.data.example import Example, Source, TaskSettings, caption_of
+from qk_jax.pictures.decoding import decode_picture, picture_of
 from qk_jax.pictures.fitting import cover
 
 
@@ -32,7 +34,11 @@ class TfdsSource:
         self.settings, self.max_pixels = settings, max_pixels
         try:
             builder = tfds.builder(name)
-            self.data = builder.as_data_source(split)
+            feature = builder.info.features[image] if image in builder.info.features else None
+            is_picture = isinstance(feature, tfds.features.Image) and feature.np_dtype != np.float32
+            # TensorFlow Datasets would decode by a law of its own.
+            raw = {image: tfds.decode.SkipDecoding()} if is_picture else None
+            self.data = builder.as_data_source(split, decoders=raw)
         except Exception as error:  # of many classes, none of them shared
             raise InputError(
                 f"the data set tfds:{name} has no split {split!r} that can be read by number "
@@ -46,6 +52,7 @@ class TfdsSource:
         shapes = [abs(np.log(height / width)) for height, width in settings.sizes]
         self.size_of = np.full(len(self.data), int(np.argmin(shapes)))
         self.pictures_of = np.zeros(len(self.data), np.int32)
+        self.references_of = np.zeros((len(self.data), 0), np.int32)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -55,14 +62,19 @@ class TfdsSource:
         features = self.data[int(number)]
         text = features[self.text]
         caption = caption_of(text.decode() if isinstance(text, bytes) else text, name)
-        picture = np.asarray(features[self.image])
-        if self.max_pixels and picture.shape[0] * picture.shape[1] > self.max_pixels:
-            raise BadRecord("too large", f"{name}: a picture of {picture.shape[:2]} pixels")
-        if picture.ndim != 3 or picture.shape[-1] not in (1, 3) or picture.dtype != np.uint8:
-            raise BadRecord("undecodable", f"{name}: a picture is {picture.dtype}{picture.shape}")
-        picture = np.repeat(picture, 3, axis=-1) if picture.shape[-1] == 1 else picture
+        picture = self._picture(features[self.image], name)
         target = cover(picture, self.settings.sizes[self.size_of[number]])
         return Example(caption, target, (), (), self.task, int(number))
+
+    def _picture(self, given: Any, name: str) -> np.ndarray:
+        """uint8 [h, w, 3] of an encoded picture, or of an array [h, w, 1, 3 or 4]."""
+        if isinstance(given, bytes):
+            return decode_picture(given, "RGB", self.max_pixels, name)
+        array = np.asarray(given)
+        if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or array.dtype != np.uint8:
+            raise BadRecord("undecodable", f"{name}: a picture is {array.dtype}{array.shape}")
+        image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+        return picture_of(image, "RGB", self.max_pixels, name)
 
 
 def sources(

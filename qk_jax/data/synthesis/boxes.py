@@ -48,3 +48,30 @@ def positions(size: Size) -> tuple[str, ...]:
     if width > height:
         return ("left", "middle", "right")
     return ("top", "middle", "bottom") if height > width else tuple(WHERE)
+
+
+def move(rng: Random, size: Size) -> tuple[str, str, str]:
+    """(word, start, end): positions between which a thing moves as the word says.
+
+    'left' is a move along the row, whichever it is; 'middle' and a corner name both ways.
+    """
+    height, width = size
+    columns = ("left", "", "right") if width >= height else ("",)
+    rows = ("top", "", "bottom") if height >= width else ("",)
+    word = rng.choice(positions(size))
+    places = [(row, column) for row in rows for column in columns]
+    end = _parts(word)
+    if (end[0] == "") != (end[1] == ""):  # one way is named, so the other stays as it is
+        across = end[0] == ""
+        row, column = rng.choice(places)
+        end = (row, end[1]) if across else (end[0], column)
+        places = [place for place in places if place[not across] == end[not across]]
+    start = rng.choice([place for place in places if place != end])
+    return word, " ".join(start).strip() or "middle", " ".join(end).strip() or "middle"
+
+
+def _parts(position: str) -> tuple[str, str]:
+    """(row, column) of a named position, '' for the middle."""
+    words = position.split()
+    row = next((word for word in words if word in ("top", "bottom")), "")
+    return row, next((word for word in words if word in ("left", "right")), "")

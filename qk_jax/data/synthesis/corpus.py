@@ -12,7 +12,7 @@ from qk_jax.base import files
 from qk_jax.base.errors import BadRecord
 from qk_jax.data.example import caption_of
 from qk_jax.data.records import RecordFile
-from qk_jax.pictures.fitting import decode_picture
+from qk_jax.pictures.decoding import decode_picture
 
 EMBEDDED = files.Path(qk_jax.__file__).parent / "assets" / "corpus"
 

@@ -35,6 +35,8 @@ COLOURS = {
 TINTS = ("red", "green", "blue", "purple", "orange", "yellow", "pink")
 SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross")
 PATTERNS = ("striped", "checkered", "dotted")
+VISIBLE = 40  # a pixel that differs by more in some channel differs visibly, of 255
+LEAST = 0.01  # part of a picture's pixels that a thing must stand out in
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
@@ -84,12 +86,19 @@ def contrasting(rng: Random, shown: np.ndarray, names: Sequence[str]) -> str:
     return rng.choice(clear) if clear else names[int(gaps.argmax())]
 
 
+def _scale(item: Item, size: Size) -> float:
+    """Pixels of a picture of this size for one of the cut-out."""
+    left, top, right, bottom = item.box
+    rows, columns = item.rgba.shape[:2]
+    return min((right - left) * size[1] / columns, (bottom - top) * size[0] / rows)
+
+
 def paste(canvas: np.ndarray, item: Item) -> None:
     """Draws an item onto a canvas, in place."""
     height, width = canvas.shape[:2]
     left, top, right, bottom = item.box
     rows, columns = item.rgba.shape[:2]
-    scale = min((right - left) * width / columns, (bottom - top) * height / rows)
+    scale = _scale(item, (height, width))
     size = max(1, round(columns * scale)), max(1, round(rows * scale))
     picture = item.rgba
     if size != (columns, rows):  # Pillow premultiplies alpha for this
@@ -110,6 +119,34 @@ def paint(canvas: np.ndarray, items: Sequence[Item]) -> np.ndarray:
     for item in items:
         paste(canvas, item)
     return finish(canvas)
+
+
+def _differs(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    gaps = np.abs(before.astype(np.int16) - after)
+    return np.maximum(np.maximum(gaps[..., 0], gaps[..., 1]), gaps[..., 2]) > VISIBLE
+
+
+def changed(before: np.ndarray, after: np.ndarray) -> float:
+    """The part of the pixels, 0..1, of two pictures [H, W, 3] that differ visibly."""
+    return float(_differs(before, after).mean())
+
+
+def seen(canvas: np.ndarray, items: Sequence[Item], picture: np.ndarray) -> bool:
+    """Whether each item of a painted picture stands out from the canvas.
+
+    It shows in LEAST of the picture or, if it is thinner, in half of its own area. The boxes do
+    not overlap.
+    """
+    height, width = picture.shape[:2]
+    shown = _differs(finish(canvas), picture)
+    for item in items:
+        left, top, right, bottom = (max(0.0, edge) for edge in item.box)
+        rows = slice(round(top * height), round(bottom * height))
+        part = shown[rows, round(left * width) : round(right * width)].sum()
+        area = item.rgba[..., 3].sum(dtype=np.int64) / 255 * _scale(item, (height, width)) ** 2
+        if part < max(1, min(LEAST * shown.size, area / 2)):
+            return False
+    return True
 
 
 def finish(canvas: np.ndarray) -> np.ndarray:

@@ -1,11 +1,11 @@
 """The six tasks, made from captioned cut-outs, so that the exact truth of every example is known.
 
-A task is a source of examples; example `i` is a pure function of (seed, split, task, i).
+A task is a source of examples; example `i` is a pure function of (seed, split, task, i). It is
+drawn again, with the next random numbers, until what its words name can be seen.
 """
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 from typing import Any
@@ -13,160 +13,14 @@ from typing import Any
 import numpy as np
 
 from qk_jax.base.errors import InputError
-from qk_jax.data import buckets
 from qk_jax.data.example import TASKS, Example, Source, TaskSettings, hashed
 from qk_jax.data.synthesis import scenes
-from qk_jax.data.synthesis.boxes import FULL, aligned, box_at, is_horizontal, positions
+from qk_jax.data.synthesis.boxes import FULL, aligned, box_at, is_horizontal, move, positions
 from qk_jax.data.synthesis.corpus import Corpus, Cutout
 from qk_jax.data.synthesis.scenes import COLOURS, Item
-from qk_jax.data.synthesis.wordings import BESIDE, TO, WHERE, WORDINGS, with_article
+from qk_jax.data.synthesis.task import Task, uniform
+from qk_jax.data.synthesis.wordings import BESIDE, TO, WHERE, WORDINGS, colours_in, with_article
 from qk_jax.pictures.fitting import Size
-from qk_jax.pictures.roles import REFERENCE, SOURCE
-
-# A caption with more words names a subject in tasks with one subject only: instructions stay short.
-_SHORT = 4
-
-
-def _uniform(key: int, numbers: np.ndarray) -> np.ndarray:
-    """A number in [0, 1) drawn for each of `numbers`, by splitmix64."""
-    with np.errstate(over="ignore"):
-        x = (numbers.astype(np.uint64) + np.uint64(key)) * np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (x ^ (x >> np.uint64(31))).astype(np.float64) / 2.0**64
-
-
-class Task(abc.ABC):
-    """A task on a corpus (a `Source`).
-
-    Example i shows cut-out `first[i % len(first)]` and, where a task needs more, others by chance.
-    """
-
-    task: str
-    variants: int  # examples per cut-out
-    multiple = False  # names several subjects, so uses short captions only
-
-    def __init__(self, corpus: Corpus, settings: TaskSettings):
-        self.corpus, self.settings = corpus, settings
-        self.key = hashed(settings.seed, corpus.split, self.task)
-        self.first = corpus.captioned(_SHORT) if self.multiple else np.arange(len(corpus))
-        if len(self.first) < 4:
-            raise InputError(
-                f"{corpus.file.path} has {len(self.first)} pictures fit for {self.task}; "
-                "at least 4 are needed"
-            )
-        self._references: dict[str, np.ndarray] = {}
-        numbers = np.arange(len(self))
-        self.size_of = self._sizes(numbers).astype(np.int32)
-        self.pictures_of = self._pictures(numbers).astype(np.int32)
-
-    def __len__(self) -> int:
-        return len(self.first) * self.variants
-
-    def __getitem__(self, number: int) -> Example:
-        """Example `number`. Raises: BadRecord when a picture or caption in it is bad."""
-        rng = Random(self.key * 2_654_435_761 + int(number))
-        size = self.settings.sizes[self.size_of[number]]
-        cutout = self.corpus[self.first[number % len(self.first)]]
-        return self._make(int(number), rng, size, cutout)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_references": {}}
-
-    # ---- what a task decides -------------------------------------------------------------------
-
-    def _sizes(self, numbers: np.ndarray) -> np.ndarray:
-        """Index of the target size of each example: by chance, the squarest half of the time."""
-        sizes = self.settings.sizes
-        order = sorted(range(len(sizes)), key=lambda i: abs(np.log(sizes[i][0] / sizes[i][1])))
-        drawn = (_uniform(self.key ^ 0x51, numbers) * 2 * max(1, len(sizes) - 1)).astype(np.int64)
-        return np.array(order)[np.where(drawn < len(sizes), drawn, 0)]
-
-    def _pictures(self, numbers: np.ndarray) -> np.ndarray:
-        """Number of condition pictures of each example."""
-        return np.ones(len(numbers))
-
-    @abc.abstractmethod
-    def _make(self, number: int, rng: Random, size: Size, first: Cutout) -> Example:
-        """Example `number` about the cut-out `first`."""
-
-    # ---- what tasks share ----------------------------------------------------------------------
-
-    def _sizes_of_cutouts(self, numbers: np.ndarray) -> np.ndarray:
-        """Index of the size nearest in aspect ratio to the example's first cut-out."""
-        index = self.corpus.file.index[self.first[numbers % len(self.first)]]
-        return buckets.nearest(index["height"], index["width"], self.settings.sizes)
-
-    def _others(self, rng: Random, taken: Sequence[Cutout], count: int) -> list[Cutout]:
-        """`count` cut-outs with short captions whose subjects are not yet in the picture."""
-        pool = self.corpus.captioned(_SHORT)
-        found: list[Cutout] = []
-        names = {cutout.caption for cutout in taken} | {cutout.subject for cutout in taken}
-        while len(found) < count:
-            other = self.corpus[rng.choice(pool)]
-            if other.caption not in names and other.subject not in names:
-                found.append(other)
-                names |= {other.caption, other.subject}
-        return found
-
-    def _ground(
-        self,
-        rng: Random,
-        size: Size,
-        cutouts: Sequence[Cutout],
-        fancy: float,
-        white: float = 0.0,
-        unlike: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, str]:
-        """A background and its phrase: white, one colour, or with probability `fancy` two.
-
-        `unlike` is a canvas whose colour is left out.
-        """
-        if rng.random() < white:
-            return scenes.flat(size, "white"), "a white background"
-        shown = np.stack([cutout.colour for cutout in cutouts])
-        taken = () if unlike is None else tuple(unlike[0, 0].astype(int).tolist())
-        names = [name for name, colour in COLOURS.items() if colour != taken]
-        first = scenes.contrasting(rng, shown, names)
-        if rng.random() >= fancy:
-            return scenes.flat(size, first), with_article(f"{first} background")
-        rest = [name for name in names if name != first]
-        second = scenes.contrasting(rng, shown, rest)
-        if rng.random() < 0.4:
-            phrase = f"a background from {first} at the top to {second} at the bottom"
-            return scenes.gradient(size, first, second), phrase
-        pattern = rng.choice(scenes.PATTERNS)
-        phrase = f"a {pattern} background of {first} and {second}"
-        return scenes.patterned(size, pattern, first, second), phrase
-
-    def _reference(self, cutout: Cutout) -> np.ndarray:
-        """The cut-out on a white square; kept, because it is the same in every example."""
-        if cutout.key not in self._references:
-            side = self.settings.reference_size
-            canvas = scenes.flat((side, side), "white")
-            self._references[cutout.key] = scenes.paint(canvas, [Item(cutout.rgba, FULL)])
-        return self._references[cutout.key]
-
-    def _example(
-        self,
-        number: int,
-        rng: Random,
-        kind: str,
-        gaps: dict[str, str],
-        target: np.ndarray,
-        cutouts: Sequence[Cutout],
-        source: np.ndarray | None = None,
-        references: Sequence[Cutout] = (),
-    ) -> Example:
-        """Puts an example together, with one of the wordings of its kind."""
-        instruction = rng.choice(WORDINGS[kind]).format(**gaps)
-        pictures = [] if source is None else [source]
-        pictures += [self._reference(cutout) for cutout in references]
-        roles = (SOURCE,) * (source is not None) + (REFERENCE,) * len(references)
-        subjects = tuple(cutout.subject for cutout in cutouts)
-        return Example(
-            instruction, target, tuple(pictures), roles, self.task, number, kind, subjects
-        )
 
 
 class TextToImage(Task):
@@ -180,12 +34,19 @@ class TextToImage(Task):
     def _pictures(self, numbers: np.ndarray) -> np.ndarray:
         return np.zeros(len(numbers))
 
-    def _make(self, number: int, rng: Random, size: Size, first: Cutout) -> Example:
-        kind = "plain" if rng.random() < 0.5 else "grounded"
+    def _kind(self, number: int, rng: Random, size: Size) -> str:
+        return "plain" if rng.random() < 0.5 else "grounded"
+
+    def _make(
+        self, number: int, rng: Random, size: Size, first: Cutout, kind: str
+    ) -> Example | None:
         canvas, ground = scenes.flat(size, "white"), ""
         if kind == "grounded":
             canvas, ground = self._ground(rng, size, [first], fancy=0.2)
-        target = scenes.paint(canvas, [Item(first.rgba, FULL)])
+        item = Item(first.rgba, FULL)
+        target = scenes.paint(canvas, [item])
+        if not scenes.seen(canvas, [item], target):
+            return None
         gaps = {"a": first.caption, "ground": ground}
         return self._example(number, rng, kind, gaps, target, [first])
 
@@ -216,10 +77,15 @@ class Reconstruction(_OnScenes):
 
     task, variants = "reconstruction", 16
 
-    def _make(self, number: int, rng: Random, size: Size, first: Cutout) -> Example:
+    def _kind(self, number: int, rng: Random, size: Size) -> str:
+        return "copy"
+
+    def _make(
+        self, number: int, rng: Random, size: Size, first: Cutout, kind: str
+    ) -> Example | None:
         canvas, items, cutouts = self._scene(rng, size, first)
         picture = scenes.paint(canvas, items)
-        return self._example(number, rng, "copy", {}, picture, cutouts, source=picture)
+        return self._example(number, rng, kind, {}, picture, cutouts, source=picture)
 
 
 class Transformation(_OnScenes):
@@ -227,11 +93,19 @@ class Transformation(_OnScenes):
 
     task, variants = "transformation", 32
     kinds = (*scenes.CHANGES, "tint", "silhouette")
+    # Part of the pixels that must change; a tint is of the whole picture, and white stays white.
+    least = 0.05
+    least_tint = 0.25
 
-    def _make(self, number: int, rng: Random, size: Size, first: Cutout) -> Example:
-        canvas, items, cutouts = self._scene(rng, size, first)
+    def _kind(self, number: int, rng: Random, size: Size) -> str:
         turns = () if size[0] == size[1] else scenes.TURNS  # would not fit the target's size
-        kind = rng.choice([kind for kind in self.kinds if kind not in turns])
+        return rng.choice([kind for kind in self.kinds if kind not in turns])
+
+    def _make(
+        self, number: int, rng: Random, size: Size, first: Cutout, kind: str
+    ) -> Example | None:
+        canvas, items, cutouts = self._scene(rng, size, first)
+        least = self.least_tint if kind == "tint" else self.least
         source, gaps = scenes.paint(canvas, items), {}
         if kind == "tint":
             gaps["colour"] = rng.choice(scenes.TINTS)
@@ -240,10 +114,15 @@ class Transformation(_OnScenes):
             if float(canvas.mean()) < 90:  # black on dark shows nothing
                 canvas = scenes.flat(size, rng.choice(("white", "yellow", "light blue", "pink")))
                 source = scenes.paint(canvas, items)
-            target = scenes.paint(canvas, [_black(item) for item in items])
+            black = [_black(item) for item in items]
+            target = scenes.paint(canvas, black)
+            if not scenes.seen(canvas, black, target):
+                return None
         else:
             target = scenes.CHANGES[kind](source)
-        return self._example(number, rng, kind, gaps, target, cutouts, source=source)
+        if not scenes.seen(canvas, items, source):
+            return None
+        return self._example(number, rng, kind, gaps, target, cutouts, source=source, change=least)
 
 
 def _black(item: Item) -> Item:
@@ -262,38 +141,48 @@ class Editing(Task):
         "move": 1.5, "bigger": 0.75, "smaller": 0.75, "replace": 1,
     }  # fmt: skip
 
-    def _make(self, number: int, rng: Random, size: Size, first: Cutout) -> Example:
-        (kind,) = rng.choices(list(self.kinds), list(self.kinds.values()))
-        if kind in ("move", "bigger", "smaller"):
-            edit = self._geometry
-        elif kind == "add":
-            edit = self._add
-        else:
-            edit = self._things
-        return edit(number, rng, size, first, kind)
+    least = 0.02  # part of the pixels that must change
+
+    def _kind(self, number: int, rng: Random, size: Size) -> str:
+        return rng.choices(list(self.kinds), list(self.kinds.values()))[0]
+
+    def _make(
+        self, number: int, rng: Random, size: Size, first: Cutout, kind: str
+    ) -> Example | None:
+        edit = {
+            "move": self._geometry, "bigger": self._geometry, "smaller": self._geometry,
+            "add": self._add,
+        }.get(kind, self._things)  # fmt: skip
+        cutouts, gaps, before, after = edit(rng, size, first, kind)
+        source, target = scenes.paint(*before), scenes.paint(*after)
+        if not (scenes.seen(*before, source) and scenes.seen(*after, target)):
+            return None
+        return self._example(
+            number, rng, kind, gaps, target, cutouts, source=source, change=self.least
+        )
 
     def _canvas(self, rng: Random, size: Size, cutouts: Sequence[Cutout]) -> np.ndarray:
         return self._ground(rng, size, cutouts, fancy=0.0, white=0.3)[0]
 
-    def _geometry(self, number: int, rng: Random, size: Size, a: Cutout, kind: str) -> Example:
+    def _geometry(self, rng: Random, size: Size, a: Cutout, kind: str) -> _Edit:
         """Moves one thing, or changes its size."""
         canvas, gaps = self._canvas(rng, size, [a]), {"a": a.caption}
         if kind == "move":
-            start, end = rng.sample(positions(size), 2)
-            gaps["to"] = TO[end]
-            boxes = [box_at(start, size, 0.6), box_at(end, size, 0.6)]
+            word, *places = move(rng, size)
+            gaps["to"] = TO[word]
+            boxes = [box_at(place, size, 0.6) for place in places]
         else:
             boxes = [box_at("middle", size, extent) for extent in (0.47, 0.94)]
             boxes = boxes if kind == "bigger" else boxes[::-1]
-        source, target = (scenes.paint(canvas, [Item(a.rgba, box)]) for box in boxes)
-        return self._example(number, rng, kind, gaps, target, [a], source=source)
+        before, after = ((canvas, [Item(a.rgba, box)]) for box in boxes)
+        return [a], gaps, before, after
 
-    def _add(self, number: int, rng: Random, size: Size, a: Cutout, kind: str) -> Example:
+    def _add(self, rng: Random, size: Size, a: Cutout, kind: str) -> _Edit:
         """Adds a shape, a second copy, or another subject beside one thing."""
         cutouts, canvas = [a], None
         choice = rng.random()
         if choice < 0.6:
-            colour, form = rng.choice(scenes.TINTS), rng.choice(scenes.SHAPES)
+            colour, form = rng.choice(scenes.TINTS), _form(rng, a)
             x, added = with_article(f"{colour} {form}"), scenes.shape(form, colour)
             others = [name for name in COLOURS if name != colour]
             shown = np.stack([a.colour, np.array(COLOURS[colour], np.float32)])
@@ -304,40 +193,52 @@ class Editing(Task):
             cutouts += self._others(rng, [a], 1)
             x, added = with_article(cutouts[1].caption), cutouts[1].rgba
         canvas = self._canvas(rng, size, cutouts) if canvas is None else canvas
-        horizontal, before = is_horizontal(rng, size), rng.random() < 0.5
-        boxes = aligned(2, horizontal)[:: 1 if before else -1]  # the new thing's box, then a's
-        side = ("left" if before else "right") if horizontal else ("top" if before else "bottom")
-        here = Item(a.rgba, boxes[1])
-        source, target = (scenes.paint(canvas, i) for i in ([here], [here, Item(added, boxes[0])]))
+        horizontal, first = is_horizontal(rng, size), rng.random() < 0.5
+        boxes = aligned(2, horizontal)[:: 1 if first else -1]  # the new thing's box, then a's
+        side = ("left" if first else "right") if horizontal else ("top" if first else "bottom")
         gaps = {"a": a.caption, "x": x, "beside": BESIDE[side]}
-        return self._example(number, rng, kind, gaps, target, cutouts, source=source)
+        here = Item(a.rgba, boxes[1])
+        return cutouts, gaps, (canvas, [here]), (canvas, [here, Item(added, boxes[0])])
 
-    def _things(self, number: int, rng: Random, size: Size, a: Cutout, kind: str) -> Example:
+    def _things(self, rng: Random, size: Size, a: Cutout, kind: str) -> _Edit:
         """Edits in a picture of two things, or (background, recolour) of one or two."""
         cutouts = [a]
         if kind in ("remove", "swap", "replace") or rng.random() < 0.5:
             cutouts += self._others(rng, cutouts, 1)
         boxes = aligned(2, is_horizontal(rng, size)) if len(cutouts) == 2 else [FULL]
         boxes = boxes if rng.random() < 0.5 else boxes[::-1]
-        canvas = after = self._canvas(rng, size, cutouts)
+        canvas = ground = self._canvas(rng, size, cutouts)
         items = [Item(c.rgba, box) for c, box in zip(cutouts, boxes, strict=True)]
         gaps = {"a": a.caption, "b": cutouts[-1].caption}
         changed = items
         if kind == "background":
-            after, gaps["ground"] = self._ground(rng, size, cutouts, 0.2, unlike=canvas)
+            ground, gaps["ground"] = self._ground(rng, size, cutouts, 0.2, unlike=canvas)
         elif kind == "recolour":
-            gaps["colour"] = rng.choice(scenes.TINTS)
+            named = colours_in(a.caption)
+            fresh = [colour for colour in scenes.TINTS if colour not in named]
+            # neither the thing's own colour nor that of the (plain) canvas
+            gaps["colour"] = scenes.contrasting(rng, np.stack([a.colour, canvas[0, 0]]), fresh)
             changed = [Item(scenes.tinted(a.rgba, gaps["colour"]), boxes[0]), *items[1:]]
         elif kind == "remove":
             changed = items[1:]
         elif kind == "swap":
             changed = [Item(c.rgba, box) for c, box in zip(cutouts, boxes[::-1], strict=True)]
         else:
-            colour, form = rng.choice(scenes.TINTS), rng.choice(scenes.SHAPES)
+            colour, form = scenes.contrasting(rng, canvas[0, :1], scenes.TINTS), _form(rng, a)
             gaps["x"] = with_article(f"{colour} {form}")
             changed = [Item(scenes.shape(form, colour), boxes[0]), items[1]]
-        source, target = scenes.paint(canvas, items), scenes.paint(after, changed)
-        return self._example(number, rng, kind, gaps, target, cutouts, source=source)
+        return cutouts, gaps, (canvas, items), (ground, changed)
+
+
+# The cut-outs, the gaps of the wording, and canvas and items before and after.
+_Scene = tuple[np.ndarray, list[Item]]
+_Edit = tuple[list[Cutout], dict[str, str], _Scene, _Scene]
+
+
+def _form(rng: Random, beside: Cutout) -> str:
+    """A shape that the caption of the other thing does not name."""
+    words = beside.caption.split()
+    return rng.choice([form for form in scenes.SHAPES if form not in words])
 
 
 class Customization(Task):
@@ -346,13 +247,22 @@ class Customization(Task):
     task, variants, multiple = "customization", 16, True
     extents = {"centre": 0.92, "placed": 0.62, "small": 0.36}
 
-    def _make(self, number: int, rng: Random, size: Size, first: Cutout) -> Example:
-        kind = rng.choice(list(self.extents))
+    def _subjects(self, numbers: np.ndarray) -> np.ndarray:
+        return self.first[numbers % len(self.first)][:, None]
+
+    def _kind(self, number: int, rng: Random, size: Size) -> str:
+        return rng.choice(list(self.extents))
+
+    def _make(
+        self, number: int, rng: Random, size: Size, first: Cutout, kind: str
+    ) -> Example | None:
         position = rng.choice([name for name in positions(size) if name != "middle"])
         position = "middle" if kind == "centre" else position
         canvas, ground = self._ground(rng, size, [first], fancy=0.5)
-        box = box_at(position, size, self.extents[kind])
-        target = scenes.paint(canvas, [Item(first.rgba, box)])
+        item = Item(first.rgba, box_at(position, size, self.extents[kind]))
+        target = scenes.paint(canvas, [item])
+        if not scenes.seen(canvas, [item], target):
+            return None
         gaps = {"a": first.caption, "ground": ground, "where": WHERE[position]}
         return self._example(number, rng, kind, gaps, target, [first], references=[first])
 
@@ -366,18 +276,31 @@ class Composition(Task):
         # Three in a square would be small, so there are three only in oblong pictures, if any.
         oblong = np.array([height != width for height, width in self.settings.sizes])
         three = oblong[self.size_of[numbers]] | ~oblong.any()
-        return 2 + (three & (_uniform(self.key ^ 0x9C, numbers) < 0.6))
+        return 2 + (three & (uniform(self.key ^ 0x9C, numbers) < 0.6))
 
-    def _make(self, number: int, rng: Random, size: Size, first: Cutout) -> Example:
+    def _subjects(self, numbers: np.ndarray) -> np.ndarray:
+        """The first is in the example; of the others, which are chosen later, only the shapes."""
+        drawn = [uniform(self.key ^ salt, numbers) * len(self.first) for salt in (0xA1, 0xA2)]
+        shown = [numbers % len(self.first), *(x.astype(np.int64) for x in drawn)]
+        return self.first[np.stack(shown, axis=1)]
+
+    def _kind(self, number: int, rng: Random, size: Size) -> str:
+        way = "row" if is_horizontal(rng, size) else "column"
+        return f"{way} of {self.pictures_of[number]}"
+
+    def _make(
+        self, number: int, rng: Random, size: Size, first: Cutout, kind: str
+    ) -> Example | None:
         count = int(self.pictures_of[number])
-        cutouts = [first, *self._others(rng, [first], count - 1)]
-        horizontal = is_horizontal(rng, size)
+        shapes = self.references_of[number, 1:count].tolist()
+        cutouts = [first, *self._others(rng, [first], count - 1, shapes)]
         canvas, ground = self._ground(rng, size, cutouts, fancy=0.0, white=0.2)
-        boxes = aligned(count, horizontal)
+        boxes = aligned(count, kind.startswith("row"))
         items = [Item(c.rgba, box) for c, box in zip(cutouts, boxes, strict=True)]
-        gaps = dict(zip("abc", (c.caption for c in cutouts), strict=False)) | {"ground": ground}
-        kind = f"{'row' if horizontal else 'column'} of {count}"
         target = scenes.paint(canvas, items)
+        if not scenes.seen(canvas, items, target):
+            return None
+        gaps = dict(zip("abc", (c.caption for c in cutouts), strict=False)) | {"ground": ground}
         return self._example(number, rng, kind, gaps, target, cutouts, references=cutouts)
 
 
@@ -407,6 +330,7 @@ def examples(
     size: Size | None = None,
     pictures: int | None = None,
     kind: str | None = None,
+    reference: Size | None = None,
 ) -> list[Example]:
     """A fixed list of examples, each with another cut-out as its first subject.
 
@@ -417,6 +341,7 @@ def examples(
       corpus: to use instead of the embedded one.
       size, pictures, kind: only examples with this target size (H, W), number of condition
         pictures, and kind.
+      reference: only examples all of whose references have this size (H, W).
 
     Raises: InputError when there are not so many.
     """
@@ -429,6 +354,9 @@ def examples(
         fits &= np.isin(source.size_of, index)
     if pictures is not None:
         fits &= source.pictures_of == pictures
+    if reference is not None:
+        only = source.settings.reference_sizes.index(reference)
+        fits &= (source.references_of == only).all(axis=1)
     order = np.flatnonzero(fits).tolist()
     Random(hashed(seed, split, task, "examples")).shuffle(order)
     found: dict[int, Example] = {}  # by their first cut-out

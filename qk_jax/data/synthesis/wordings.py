@@ -197,13 +197,13 @@ WORDINGS: dict[str, tuple[str, ...]] = {
     "row of 3": (
         "the {a}, the {b} and the {c} from left to right on {ground}",
         "the {a} on the left, the {b} in the middle, the {c} on the right, on {ground}",
-        "put the {a}, the {b} and the {c} side by side on {ground}",
+        "put the {a}, the {b} and the {c} side by side in this order on {ground}",
         "on {ground}: the {b} between the {a} on the left and the {c} on the right",
     ),
     "column of 3": (
         "the {a}, the {b} and the {c} from top to bottom on {ground}",
         "the {a} at the top, the {b} in the middle, the {c} at the bottom, on {ground}",
-        "stack the {a}, the {b} and the {c} on {ground}",
+        "stack the {a}, the {b} and the {c} from the top down on {ground}",
         "on {ground}: the {b} between the {a} above and the {c} below",
     ),
 }
@@ -239,3 +239,16 @@ def with_article(phrase: str) -> str:
     if head.endswith("s") and not head.endswith(("ss", "us")):
         return phrase
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+
+
+# Other words for colours in captions; the fruit of that name has the colour.
+_NEAR = {
+    "gold": "yellow", "golden": "yellow", "lime": "green", "rose": "pink", "violet": "purple",
+    "gray": "grey",
+}  # fmt: skip
+
+
+def colours_in(caption: str) -> set[str]:
+    """The colours that a caption names, as words of `scenes.COLOURS` where it has them."""
+    words = caption.replace("-", " ").replace(",", " ").split()
+    return {_NEAR.get(word, word) for word in words}

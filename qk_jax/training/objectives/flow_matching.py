@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from qk_jax.base.errors import InputError
 from qk_jax.base.types import Batch, Tree
 from qk_jax.diffusion import flow
 from qk_jax.experiment import config as config_lib
@@ -23,16 +23,23 @@ LossFn = Callable[[Tree, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array
 
 
 def loss_fn(plan: Plan) -> LossFn:
-    """The loss of each example: flow matching, plus the weighted alignment term where it is on."""
-    law = config_lib.time_law(plan.config)
-    weight, pixels = plan.config.alignment.weight, plan.config.model.vlm_pixels
+    """The loss of each example: flow matching, plus the weighted alignment term where it is on.
+
+    Raises:
+      InputError: alignment.kind is unknown.
+    """
+    law, section = config_lib.time_law(plan.config), plan.config.alignment
+    weight, pixels = section.weight, plan.config.model.vlm_pixels
     model = plan.model
+    if section.kind not in ("cosine", "infonce"):
+        raise InputError(f"alignment.kind is {section.kind!r}; give cosine or infonce")
+    temperature = section.temperature if section.kind == "infonce" else None
 
     def loss(params: Tree, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         values, t, kontext = flow_matching(model, params, batch, rng, law)
         aux = {"t": t, "flow": values}
         if weight:
-            aux["alignment"] = alignment(model, params, batch, kontext, pixels)
+            aux["alignment"] = alignment(model, params, batch, kontext, pixels, temperature)
             values = values + weight * aux["alignment"]
         return values, aux
 
@@ -68,17 +75,27 @@ def flow_matching(
 
 
 def alignment(
-    model: QueryKontext, params: Tree, batch: Batch, kontext: Float[Array, "B K D"], pixels: int
+    model: QueryKontext,
+    params: Tree,
+    batch: Batch,
+    kontext: Float[Array, "B K D"],
+    pixels: int,
+    temperature: float | None = None,
 ) -> Float[Array, " B"]:
-    """1 - cosine between the projected mean kontext and the vision tower's mean of the target.
+    """How far the projected mean kontext is from the vision tower's mean of the target.
 
     The vision tower is a fixed teacher: no gradient enters it.
 
     Args:
       model, params: the vision tower and the projection `alignment` are read.
-      batch: `target_pixel_values` [B, P, 1176] is the target at its vision size.
+      batch: `target_pixel_values` [B, P, 1176] is the target at its vision size; only examples
+        that are `whole` [B] count.
       kontext: states of the queries.
       pixels: area at which the VLM sees a picture.
+      temperature: of InfoNCE; None for 1 - cosine.
+
+    Returns:
+      the term of each example, see `agreement`.
     """
     height, width = batch["target"].shape[1:3]
     teacher: Any = model.vlm.apply(
@@ -89,4 +106,34 @@ def alignment(
     )
     teacher = jax.lax.stop_gradient(teacher).astype(jnp.float32)
     pooled = jnp.mean(kontext.astype(jnp.float32), axis=1) @ params["alignment"]["proj"]["kernel"]
-    return 1.0 - optax.losses.cosine_similarity(pooled, teacher, epsilon=1e-6)
+    return agreement(pooled, teacher, jnp.asarray(batch["whole"]), temperature)
+
+
+def agreement(
+    student: Float[Array, "B D"],
+    teacher: Float[Array, "B D"],
+    whole: Bool[Array, " B"],
+    temperature: float | None = None,
+) -> Float[Array, " B"]:
+    """1 - cosine of centred features, or their InfoNCE (arXiv 1807.03748), for each example.
+
+    Most of a feature is the mean of all pictures, which a constant reaches, so both sides lose
+    their mean over the batch: a student that is the same for all gains nothing. A batch is one of
+    all devices; with optimizer.accumulation it is a micro-batch.
+
+    Examples that are not `whole` have 0, are in no mean and are no InfoNCE candidate; the others
+    are scaled so that the mean over B is that over them.
+    """
+    weights = whole.astype(jnp.float32)
+    weights = weights / jnp.maximum(jnp.mean(weights), 1 / len(weights))
+
+    def centred(x: jax.Array) -> jax.Array:
+        x = x - jnp.mean(weights[:, None] * x, axis=0)
+        return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
+
+    student, teacher = centred(student), centred(teacher)
+    same = jnp.sum(student * teacher, axis=-1)
+    if temperature is None:
+        return weights * (1.0 - same)
+    logits = jnp.where(whole, student @ teacher.T / temperature, -1e9)
+    return weights * (jax.nn.logsumexp(logits, axis=-1) - same / temperature)

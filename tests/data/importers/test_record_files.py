@@ -65,7 +65,7 @@ def test_pictures_of_other_sizes_are_fitted_by_their_roles(tmp_path):
     found = sources(tmp_path, [TASKS[3]])[TASKS[3]][0]
     np.testing.assert_array_equal(found.target, cover(wide, (48, 80)))
     np.testing.assert_array_equal(found.pictures[0], found.target)
-    np.testing.assert_array_equal(found.pictures[1], contain(wide, 64))
+    np.testing.assert_array_equal(found.pictures[1], contain(wide, (64, 64)))
 
 
 def test_covering_crops_evenly_and_containing_shows_all():
@@ -73,7 +73,7 @@ def test_covering_crops_evenly_and_containing_shows_all():
     wide[:, 100:200] = 200
     covered = cover(wide, (64, 64))
     assert covered.shape == (64, 64, 3) and (covered[:, 4:-4] == 200).all()
-    fitted = contain(wide, 60)
+    fitted = contain(wide, (60, 60))
     assert (fitted[:20] == 255).all() and (fitted[30, 5] == 0).all()
 
 

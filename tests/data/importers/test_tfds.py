@@ -31,7 +31,9 @@ class Shades(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self):
         for shade in range(COUNT):
             buffer = io.BytesIO()
-            Image.new("RGB", (50, 30), (shade, 100, 100)).save(buffer, "PNG")
+            image = Image.new("RGBA", (50, 30), (shade, 100, 100, 255))
+            image.paste((shade, 0, 0, 0), (0, 0, 25, 30))  # the left half is transparent
+            image.save(buffer, "PNG")
             buffer.seek(0)
             yield shade, {"image": buffer, "text": f"shade {shade}"}
 
@@ -58,7 +60,8 @@ def test_captioned_pictures_are_read(prepared):
     for number in range(COUNT):
         example = source[number]
         assert example.target.shape == (64, 64, 3) and not example.pictures
-        assert example.instruction == f"shade {example.target[0, 0, 0]}"
+        assert example.instruction == f"shade {example.target[0, -1, 0]}"
+        assert (example.target[:, :25] == 255).all()
         assert example.record == number
         seen.add(example.instruction)
     assert len(seen) == COUNT

@@ -1,0 +1,118 @@
+"""The alignment term: what it gains from, what it leaves out, and that a shard sees the batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from qk_jax.base.errors import InputError
+from qk_jax.experiment import config as config_lib
+from qk_jax.experiment.plan import Plan
+from qk_jax.training.objectives import flow_matching
+from qk_jax.training.objectives.flow_matching import agreement, loss_fn
+
+KINDS = (None, 0.1)  # cosine, and InfoNCE at this temperature
+NANO = "tests/training/nano.py"
+
+
+def features(seed, rows=16, width=24, common=5.0):
+    """Random features of which most is the same in all rows."""
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.normal(size=(rows, width)) + common, jnp.float32)
+
+
+def by_hand(student, teacher, whole, temperature):
+    """float64, one example after another."""
+    student, teacher = (np.asarray(x, np.float64)[whole] for x in (student, teacher))
+    student, teacher = (x - x.mean(0) for x in (student, teacher))
+    student, teacher = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (student, teacher))
+    table = student @ teacher.T
+    if temperature is None:
+        return 1 - np.diag(table)
+    logits = np.exp(table / temperature)
+    return -np.log(np.diag(logits) / logits.sum(1))
+
+
+@pytest.mark.parametrize("temperature", KINDS)
+def test_it_is_what_is_counted_by_hand_of_the_whole_examples(temperature):
+    student, teacher = features(0), features(1)
+    whole = np.random.default_rng(2).random(16) < 0.7
+    values = np.asarray(agreement(student, teacher, jnp.asarray(whole), temperature))
+    wanted = by_hand(student, teacher, whole, temperature)
+    assert values.mean() == pytest.approx(wanted.mean(), rel=1e-4)
+    np.testing.assert_allclose(values[whole] * whole.mean(), wanted, rtol=1e-3, atol=1e-4)
+    assert (values[~whole] == 0).all()
+
+
+def test_a_constant_gains_nothing():
+    """Without centring the mean feature reaches a cosine of .98 here."""
+    teacher, whole = features(1), jnp.ones(16, bool)
+    constant = jnp.tile(teacher.mean(0), (16, 1))
+    unit = [x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in (constant, teacher)]
+    assert (unit[0] * unit[1]).sum(1).mean() > 0.97
+    assert float(agreement(constant, teacher, whole).mean()) == pytest.approx(1.0, abs=1e-3)
+    found = float(agreement(constant, teacher, whole, 0.1).mean())
+    assert found == pytest.approx(np.log(16), abs=1e-2)
+
+
+@pytest.mark.parametrize("temperature", KINDS)
+def test_what_is_common_to_all_does_not_count(temperature):
+    student, teacher, whole = features(0), features(1), jnp.ones(16, bool)
+    values = agreement(student, teacher, whole, temperature)
+    moved = agreement(student + 3, teacher - 2, whole, temperature)
+    np.testing.assert_allclose(moved, values, rtol=1e-3, atol=1e-4)
+    perfect = agreement(3 * teacher + 1, teacher, whole, temperature)
+    assert float(perfect.mean()) < (1e-4 if temperature is None else 0.05)
+
+
+@pytest.mark.parametrize("temperature", KINDS)
+def test_dropped_examples_have_no_gradient_and_no_influence(temperature):
+    student, teacher, whole = features(0), features(1), np.arange(16) % 4 != 0
+
+    def mean(student, teacher, whole):
+        return agreement(student, teacher, jnp.asarray(whole), temperature).mean()
+
+    grads = np.asarray(jax.grad(mean)(student, teacher, whole))
+    assert (grads[~whole] == 0).all() and (np.abs(grads[whole]) > 0).any(1).all()
+    elsewhere = jnp.where(whole[:, None], teacher, 1e3)
+    wanted = float(mean(student, teacher, whole))
+    assert float(mean(student, elsewhere, whole)) == pytest.approx(wanted, rel=1e-5)
+    nobody = np.zeros(16, bool)
+    assert float(mean(student, teacher, nobody)) == 0
+    assert (np.asarray(jax.grad(mean)(student, teacher, nobody)) == 0).all()
+
+
+@pytest.mark.parametrize("temperature", KINDS)
+def test_eight_shards_give_what_one_gives(temperature):
+    """The mean, and the other pictures of InfoNCE, are those of all shards."""
+    student, teacher, whole = features(0), features(1), np.arange(16) % 5 != 0
+    value = jax.value_and_grad(lambda s, t, w: agreement(s, t, w, temperature).mean())
+    wanted, grads = jax.jit(value)(student, teacher, jnp.asarray(whole))
+    mesh = jax.make_mesh((8,), ("data",))
+    where = NamedSharding(mesh, PartitionSpec("data"))
+    found, sharded = jax.jit(value, in_shardings=(where,) * 3)(student, teacher, jnp.asarray(whole))
+    assert float(found) == pytest.approx(float(wanted), rel=1e-5)
+    np.testing.assert_allclose(sharded, grads, rtol=1e-4, atol=1e-7)
+
+
+def test_an_unknown_kind_is_refused():
+    config = config_lib.load(f"{NANO}:stage1", {"alignment.kind": "cosin"})
+    with pytest.raises(InputError, match="alignment.kind is 'cosin'; give cosine or infonce"):
+        loss_fn(Plan.build(config, check=False))
+
+
+@pytest.mark.parametrize(("kind", "temperature"), [("cosine", None), ("infonce", 0.3)])
+def test_kind_and_temperature_of_the_config_reach_the_term(kind, temperature, monkeypatch):
+    def term(model, params, batch, kontext, pixels, temperature):
+        seen.append(temperature)
+        return jnp.ones(2)
+
+    seen = []
+    monkeypatch.setattr(flow_matching, "flow_matching", lambda *_: (jnp.zeros(2),) * 3)
+    monkeypatch.setattr(flow_matching, "alignment", term)
+    changes = {"alignment.kind": kind, "alignment.temperature": "0.3", "alignment.weight": "0.5"}
+    plan = Plan.build(config_lib.load(f"{NANO}:stage1", changes), check=False)
+    values, aux = loss_fn(plan)({}, {}, jax.random.key(0))
+    assert seen == [temperature]
+    assert values.tolist() == [0.5, 0.5] and aux["alignment"].tolist() == [1, 1]
