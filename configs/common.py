@@ -103,8 +103,8 @@ def base(stage: str, size: str) -> ConfigDict:
         },
         "lora": "",
         "checkpoint": "",
-        # What was validated and would be exported is what goes on; at the tiny size, where both
-        # were tried, it starts no worse than the last weights do (docs/figures.md).
+        # What was validated and would be exported is what goes on. At the tiny size, where both
+        # were tried, it makes no difference beyond its error (docs/figures.md).
         "ema": True,
         "unfinished": False,
     })  # fmt: skip

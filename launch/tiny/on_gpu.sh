@@ -28,7 +28,9 @@ recipe() {
 }
 
 minutes_until() { # from now to a second of this script; late or not, something is learnt
-  awk "BEGIN { left = ($1 - $SECONDS) / 60; print left > 0.3 ? left : 0.3 }"
+  local left=$((($1 - SECONDS) * 1000 / 60))
+  left=$((left > 300 ? left : 300))
+  printf '%d.%03d' $((left / 1000)) $((left % 1000))
 }
 
 report() { # the last line of each log

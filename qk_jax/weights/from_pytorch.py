@@ -47,7 +47,7 @@ def parts_of(folder: files.Path) -> dict[str, files.Path]:
 def _check_whole(folder: files.Path) -> None:
     """Raises InputError for a pipeline that would lose a part, so that diffusers cannot load it."""
     index = read_json(folder / hub.INDEX)
-    if OWN in index.get("_class_name", ""):
+    if OWN in str(index.get("_class_name")):
         raise InputError(
             f"{folder} is an export of to-pytorch, whose queries and connector (kontext/) "
             "from-pytorch does not read; use the checkpoint that it was exported from, or give one "

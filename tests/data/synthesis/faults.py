@@ -180,10 +180,20 @@ def _grey(x: np.ndarray) -> np.ndarray:
     return np.repeat(x @ np.array([0.299, 0.587, 0.114]), 3).reshape(x.shape)
 
 
-def _blocks(x: np.ndarray) -> np.ndarray:
-    height, width = x.shape[0] // 8 * 8, x.shape[1] // 8 * 8
-    cells = x[:height, :width].reshape(height // 8, 8, width // 8, 8, 3).mean((1, 3))
-    return cells.repeat(8, 0).repeat(8, 1)
+def _means(x: np.ndarray, side: int) -> np.ndarray:
+    """Means of blocks of `side` x `side` pixels, which divide the picture."""
+    height, width = x.shape[0] // side, x.shape[1] // side
+    return x.reshape(height, side, width, side, 3).mean((1, 3))
+
+
+def _middle(x: np.ndarray) -> np.ndarray:
+    height, width = x.shape[0] // 4, x.shape[1] // 4
+    return x[height:-height, width:-width]
+
+
+def _rough(x: np.ndarray) -> float:
+    """How much pixels differ from what is between their neighbours: none in a blurred picture."""
+    return sum(float((np.diff(x.astype(float), n=2, axis=axis) ** 2).mean()) for axis in (0, 1))
 
 
 WHOLES = {
@@ -196,7 +206,13 @@ WHOLES = {
     "darker": lambda x: x * 0.5,
     "brighter": lambda x: 255 - (255 - x) * 0.5,
     "red and blue": lambda x: x[..., [2, 1, 0]],
-    "coarse": _blocks,
+    "coarse": lambda x: _means(x, 8).repeat(8, 0).repeat(8, 1),
+    "tile": lambda x: np.tile(_means(x, 2), (2, 2, 1)),
+}
+# Those that interpolate: what both pictures must share, on the whole.
+SHARED = {
+    "zoom": (_middle, lambda x: _means(x, 2)),
+    "blur": (lambda x: _means(x, 4), lambda x: _means(x, 4)),
 }
 
 
@@ -207,6 +223,14 @@ def transformation(example: Example, before: Scene, after: Any) -> list[str]:
         found.append("hardly changes the picture")
     if kind in WHOLES and np.abs(WHOLES[kind](source.astype(float)) - target).max() > 1:
         found.append("another change than named")
+    if kind in SHARED:
+        one, other = (
+            f(x.astype(float)) for f, x in zip(SHARED[kind], (source, target), strict=True)
+        )
+        if np.abs(one - other).mean() > 20:  # of a checkered background
+            found.append("another change than named")
+        if kind == "blur" and _rough(target) > 0.5 * _rough(source):
+            found.append("hardly softer")
     if kind == "tint":
         (colour,) = COLOUR.findall(example.instruction)
         grey = target.max(-1).astype(int) - target.min(-1) < 24

@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+import qk_jax
+from configs.common import ASSETS
 from qk_jax.base.errors import InputError
+from qk_jax.data import prompts
+from qk_jax.data.synthesis import tasks
 from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
+from qk_jax.models import qwen_vl
+from qk_jax.pictures.grids import grid_of, vision_size
 from qk_jax.training.objectives import flow_matching
 from qk_jax.training.objectives.flow_matching import agreement, loss_fn
 
@@ -116,3 +122,26 @@ def test_kind_and_temperature_of_the_config_reach_the_term(kind, temperature, mo
     values, aux = loss_fn(plan)({}, {}, jax.random.key(0))
     assert seen == [temperature]
     assert values.tolist() == [0.5, 0.5] and aux["alignment"].tolist() == [1, 1]
+
+
+def test_a_constant_gains_nothing_of_the_tiny_vision_tower():
+    """Nine tenths of its features are common to all pictures; prints what that would gain."""
+    loaded = qk_jax.load_vlm(ASSETS / "tiny/vlm")
+    grid = grid_of(*vision_size(64, 64, 112 * 112))
+    net = qwen_vl.QwenVL(loaded.config)
+    pool = jax.jit(lambda p, x: net.apply({"params": p}, x, (grid,), method="pool"))
+    for task in ("text_to_image", "transformation", "editing"):
+        examples = tasks.examples("validation", task, 64, size=(64, 64))
+        pixels = np.stack([prompts.pixel_values([x.target], 112 * 112) for x in examples])
+        teacher = pool(loaded.params, pixels)
+        constant = teacher.mean(0)
+        lengths = jnp.linalg.norm(teacher, axis=1)
+        as_they_are = 1 - float((teacher @ constant / lengths).mean() / jnp.linalg.norm(constant))
+        common = float(jnp.linalg.norm(constant) / lengths.mean())
+        centred = teacher - constant
+        unit = centred / jnp.linalg.norm(centred, axis=1, keepdims=True)
+        half = 1 - float(jnp.linalg.norm(unit.mean(0)))
+        both = agreement(jnp.tile(constant, (64, 1)), teacher, jnp.ones(64, bool))
+        print(f"{task}: {as_they_are:.2f} / {half:.2f} / {float(both.mean()):.2f}, {common:.2f}")
+        assert as_they_are < 0.2 and common > 0.8 and half < 0.95
+        assert float(both.mean()) == pytest.approx(1.0, abs=1e-3)
