@@ -35,13 +35,16 @@ TPU_VENDOR = "0x1ae0"  # Google's, of the PCI devices of a TPU VM
 def skip_absent_tpu() -> None:
     """Keeps JAX from looking for a TPU where there is none, which libtpu answers with six lines of
     errors. Does nothing where JAX_PLATFORMS chooses, or once JAX has started."""
-    if jax.config.jax_platforms or importlib.util.find_spec("libtpu") is None:
+    chosen: Any = jax.config.values["jax_platforms"]
+    if chosen or importlib.util.find_spec("libtpu") is None:
         return
     vendors = pathlib.Path("/sys/bus/pci/devices").glob("*/vendor")
     if any(vendor.read_text().strip() == TPU_VENDOR for vendor in vendors):
         return
     plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin")
-    has_gpu = pathlib.Path("/dev/nvidiactl").exists() and any(map(importlib.util.find_spec, plugins))
+    has_gpu = pathlib.Path("/dev/nvidiactl").exists() and any(
+        map(importlib.util.find_spec, plugins)
+    )
     jax.config.update("jax_platforms", "cuda,cpu" if has_gpu else "cpu")
 
 

@@ -86,10 +86,18 @@ CASES = {
     "two": ((64, 64), True, 1, painting.Settings(steps=3, image_guidance=1)),
     "three": ((48, 80), False, 3, painting.Settings(steps=3)),
     "three_bare": ((80, 48), True, 2, painting.Settings(steps=3, guidance=1, image_guidance=1)),
-    "symmetric": ((64, 64), True, 0, painting.Settings(
-        steps=4, guidance_end=1.5, guidance_interval=(0.3, 0.9), renormalize=True,
-        symmetric_guidance=True,
-    )),
+    "symmetric": (
+        (64, 64),
+        True,
+        0,
+        painting.Settings(
+            steps=4,
+            guidance_end=1.5,
+            guidance_interval=(0.3, 0.9),
+            renormalize=True,
+            symmetric_guidance=True,
+        ),
+    ),
     "late": ((64, 64), False, 0, painting.Settings(steps=3, zero_init_steps=1)),
     "wide": ((32, 96), True, 0, painting.Settings(steps=2, guidance=1, image_guidance=1)),
 }

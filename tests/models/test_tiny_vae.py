@@ -47,13 +47,13 @@ def test_keeps_held_out_pictures_and_equals_diffusers():
     np.testing.assert_allclose(z, z_torch.numpy().transpose(0, 2, 3, 1), atol=2e-4)
     np.testing.assert_allclose(y, y_torch, atol=2e-4)
     error = np.square(x - np.clip(y, -1, 1)).mean((1, 2, 3))
-    assert np.mean(10 * np.log10(4 / error)) > 20
+    assert np.mean(10 * np.log10(4 / error)) > 27
     normal = np.asarray(vae.normalize(z, config))
     assert abs(normal.mean()) < 0.3 and 0.7 < normal.std() < 1.4
 
 
 def test_the_folder_is_small_and_says_how_it_was_made():
-    assert (FOLDER / "diffusion_pytorch_model.safetensors").stat().st_size < 1_500_000
+    assert (FOLDER / "diffusion_pytorch_model.safetensors").stat().st_size < 8_000_000
     figures = json.loads((FOLDER / "metrics.json").read_text())
     assert set(figures) >= {"steps", "psnr_db", "latent_channels", "parameters"}
     assert "PSNR" in (FOLDER / "README.md").read_text()
