@@ -10,6 +10,7 @@ import time
 import build_corpus
 import common
 import jax
+import jax.numpy as jnp
 import mmdit_examples
 import numpy as np
 import pretrain_mmdit
@@ -107,8 +108,8 @@ def test_scenes_are_cut_outs_as_pillow_draws_them():
     top, left = pool.box[0, 0]
     assert np.array_equal(pool.rgba[0, top : top + height, left : left + width], rgba)
     keys = jax.random.split(jax.random.key(0), 200)
-    own = vae_scenes.Pool(pool.rgba[:1], pool.box[:1])
-    cell = np.array([[0.0, 0.0], [64.0, 64.0]])
+    own = jax.device_put(vae_scenes.Pool(pool.rgba[:1], pool.box[:1]))
+    cell = jnp.array([[0.0, 0.0], [64.0, 64.0]])
     layers = np.asarray(jax.vmap(lambda key: vae_scenes.item(key, own, cell, True))(keys))
     assert layers.min() >= 0 and (layers[..., :3] <= layers[..., 3:] + 1e-6).all()
     scale = 64 / max(height, width)
@@ -123,7 +124,7 @@ def test_scenes_are_cut_outs_as_pillow_draws_them():
 
 def test_scenes_vary_and_fill_their_range():
     pool = vae_scenes.pool([cutout.rgba for cutout in list(Corpus("train"))[:20]])
-    found = np.asarray(vae_scenes.scenes(jax.random.key(1), pool, 64))
+    found = np.asarray(vae_scenes.scenes(jax.random.key(1), jax.device_put(pool), 64))
     assert found.shape == (64, 64, 64, 3) and found.dtype == np.uint8
     white = (found == 255).all(-1).mean((1, 2))
     assert 0.2 < (white > 0.2).mean() < 0.8  # half of the grounds are white
@@ -195,8 +196,9 @@ def test_a_source_that_is_not_shown_changes_nothing():
         "size": np.zeros(2, np.int32), "shown": np.array([False, True]), "source": latents[1],
         "text": rng.normal(size=(2, 8, 192)).astype(np.float16), "mask": np.ones((2, 8), bool),
     }  # fmt: skip
+    params, latents, batch = jax.device_put((params, latents, batch))
     found = [
-        np.asarray(generator.velocity(params, latents[0], np.full(2, 0.5, np.float32), given))
+        np.asarray(generator.velocity(params, latents[0], jnp.full(2, 0.5), given))
         for given in (batch, batch | {"source": latents[2]})
     ]
     np.testing.assert_allclose(found[0][0], found[1][0], atol=1e-5)
