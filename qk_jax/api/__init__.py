@@ -7,7 +7,7 @@
     vae = qk_jax.load_vae("Qwen/Qwen-Image")
     pictures = vae.decode(vae.encode(pictures))
     model = qk_jax.load("W/stage3")
-    pictures = model.generate("a red kite", size=(64, 64))
+    pictures = model.generate("a red kite", height=64, width=64)
 
 Published models are in `published`, trained ones in `trained`; the package `qk_jax` imports either
 only when one of its functions is first asked for.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,17 +40,19 @@ class TrainedModel:
         prompt: str,
         source: Picture | None = None,
         references: Sequence[Picture] = (),
-        size: tuple[int, int] | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
         steps: int = 30,
         guidance: float = 4.0,
-        seed: int = 0,
-        *,
         image_guidance: float = 1.5,
         solver: str = "euler",
+        seed: int = 0,
         num: int = 1,
+        progress: Callable[[int, int], None] | None = None,
         **settings: Any,
-    ) -> list[np.ndarray]:
-        """Paints: uint8 [H, W, 3] pictures, the same bits as `python -m qk_jax.sample` writes.
+    ) -> list[Image.Image]:
+        """Paints pictures in RGB, the same bits as `python -m qk_jax.sample` writes.
 
         A picture is given as a path, a PIL image or a uint8 array of any size, [h, w, 3] or
         [h, w, 4] with alpha. Files and images are turned upright and taken to sRGB; all are seen
@@ -60,14 +62,15 @@ class TrainedModel:
           prompt: what to paint, or what to do with the pictures.
           source: the picture to edit.
           references: pictures of subjects.
-          size: (height, width) in pixels, multiples of 16; None for the trained size that is
+          height, width: in pixels, multiples of 16; without both it is the trained size that is
             nearest to the source's shape, or the first without a source.
           steps: of the sampler.
           guidance: weight of the text; 1 is off.
-          seed: of the noise, 0 to 2^32 - 1.
           image_guidance: weight of the pictures; 1 is off.
           solver: 'euler' or 'heun'.
+          seed: of the noise, 0 to 2^32 - 1.
           num: pictures to paint, each from noise of its own.
+          progress: called with (pictures that are painted, `num`) at the start and after each.
           **settings: further fields of `painting.Settings`, such as `guidance_interval`.
 
         Raises:
@@ -83,10 +86,15 @@ class TrainedModel:
         chosen = painting.Settings(steps, guidance, image_guidance, solver, **settings)
         shown = None if source is None else self._picture("source", source)
         subjects = [self._picture(f"references[{i}]", x) for i, x in enumerate(references)]
-        size = None if size is None else _size(size)
-        request = self.painter.fit(prompt, shown, subjects, size, seed)
+        request = self.painter.fit(prompt, shown, subjects, _size(height, width), seed)
         requests = [dataclasses.replace(request, number=number) for number in range(num)]
-        return self.painter.paint(requests, chosen)
+        tell = progress or (lambda done, total: None)
+        tell(0, num)
+        painted: dict[int, Image.Image] = {}
+        for number, pixels in self.painter.stream(requests, chosen):
+            painted[number] = Image.fromarray(pixels)
+            tell(len(painted), num)
+        return [painted[number] for number in range(num)]
 
     def _picture(self, name: str, given: Picture) -> np.ndarray:
         """A picture as uint8 RGB [h, w, 3].
@@ -108,14 +116,17 @@ class TrainedModel:
         return array if channels == 3 else self._picture(name, Image.fromarray(array))
 
 
-def _size(size: Any) -> tuple[int, int]:
-    """(height, width) as given. Raises InputError when it is no pair of whole numbers."""
-    try:
-        height, width = size
-    except (TypeError, ValueError):
-        height = width = None
-    if not all(isinstance(side, int | np.integer) for side in (height, width)):
-        raise InputError(f"size is {size!r}; give (height, width) in pixels, multiples of 16")
+def _size(height: Any, width: Any) -> tuple[int, int] | None:
+    """(height, width) as given, None without both.
+
+    Raises:
+      InputError: one is missing or no whole number.
+    """
+    if height is None and width is None:
+        return None
+    for name, side in (("height", height), ("width", width)):
+        if not isinstance(side, int | np.integer):
+            raise InputError(f"{name} is {side!r}; give height and width in pixels, or neither")
     return int(height), int(width)
 
 

@@ -280,9 +280,9 @@ def test_a_trained_model_prints_as_one_line(model):
 def test_generate_over_eight_devices_paints_the_same(checkpoint, model):
     mesh = sharding.build_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     eight = qk_jax.load(checkpoint, batch=2, mesh=mesh)
-    words = {"source": painters.picture(0), "size": (32, 32), "steps": 2}
+    words = {"source": painters.picture(0), "height": 32, "width": 32, "steps": 2}
     (ours,), (theirs,) = model.generate("a kite", **words), eight.generate("a kite", **words)
-    assert np.abs(ours.astype(int) - theirs).max() <= 1
+    assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
     held = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(eight.painter.params)}
     assert held == {8}
 
@@ -299,22 +299,25 @@ def test_generate_gives_the_bits_of_the_command(checkpoint, model, tmp_path):
         "--image-guidance", "2",
     ])  # fmt: skip
     written = [np.asarray(Image.open(tmp_path / f"x-{n}.png")) for n in range(2)]
+    told = []
     for source, reference in (paths, (painters.picture(0), Image.open(paths[1]))):
         painted = model.generate(
-            "make it blue", source, [reference], size=(32, 48), steps=2, seed=3, num=2,
+            "make it blue", source, [reference], height=32, width=48, steps=2, seed=3, num=2,
             solver="heun", image_guidance=2.0,
+            progress=lambda *count: told.append(count),
         )  # fmt: skip
-        assert [picture.dtype for picture in painted] == [np.uint8] * 2
-        np.testing.assert_array_equal(painted, written)
-    assert (painted[0] != painted[1]).any()
+        assert [(picture.mode, picture.size) for picture in painted] == [("RGB", (48, 32))] * 2
+        np.testing.assert_array_equal(list(map(np.asarray, painted)), written)
+    assert told == [(0, 2), (1, 2), (2, 2)] * 2
+    assert (written[0] != written[1]).any()
     rgba = np.asarray(Image.open(paths[1]))
     again = model.generate(
-        "make it blue", painters.picture(0), [rgba], size=(32, 48), steps=2, seed=3, num=2,
+        "make it blue", painters.picture(0), [rgba], height=32, width=48, steps=2, seed=3, num=2,
         solver="heun", image_guidance=2.0,
     )  # fmt: skip
-    np.testing.assert_array_equal(again, written)
-    natural = model.generate("a kite", size=None, steps=1, guidance=1.0)
-    assert natural[0].shape == (*model.painter.limits.sizes[0], 3)
+    np.testing.assert_array_equal(list(map(np.asarray, again)), written)
+    natural = model.generate("a kite", steps=1, guidance=1.0)
+    assert natural[0].size == model.painter.limits.sizes[0][::-1]
 
 
 def test_import_is_light():
@@ -392,11 +395,11 @@ def test_wrong_arguments_are_named(wrong, ours):
     [
         ({"prompt": " "}, "no prompt"),
         ({"prompt": None}, "no prompt"),
-        ({"size": (33, 32)}, "no multiple of 16"),
-        ({"size": (0, 32), "source": painters.picture(0)}, "no multiple of 16"),
-        ({"size": 32}, "size is 32; give"),
-        ({"size": "32x32"}, "size is '32x32'; give"),
-        ({"size": (4096, 4096)}, "choose a smaller"),
+        ({"height": 33}, "no multiple of 16"),
+        ({"height": 0, "source": painters.picture(0)}, "no multiple of 16"),
+        ({"width": None}, "width is None; give"),
+        ({"height": "32"}, "height is '32'; give"),
+        ({"height": 4096, "width": 4096}, "choose a smaller"),
         ({"source": painters.picture(0) / 255}, "source is an array float64"),
         ({"source": "no.png"}, "no.png cannot be read"),
         ({"references": painters.picture(0)}, r"references\[0\] is an array uint8 \(40, 3\)"),
@@ -407,11 +410,12 @@ def test_wrong_arguments_are_named(wrong, ours):
         ({"solver": "magic"}, "solver is 'magic'"),
         ({"seed": -1}, "seed is -1"),
         ({"num": 0}, "num is 0"),
+        ({"cfg": 3.0}, "there is no setting 'cfg'"),
     ],
 )
 def test_generate_names_what_is_wrong(given, words, model):
     with pytest.raises(InputError, match=words):
-        model.generate(**({"prompt": "a kite", "size": (32, 32)} | given))
+        model.generate(**({"prompt": "a kite", "height": 32, "width": 32} | given))
 
 
 def test_load_names_what_is_wrong(tmp_path):
