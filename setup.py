@@ -8,6 +8,7 @@ BENCH = ["jax[tpu]>=0.10.2", "matplotlib>=3.9"]
 DIFFUSERS = "diffusers>=0.37"
 TEST = [
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "beartype>=0.22",  # checks the shapes of jaxtyping at run time
     "torch>=2.6",
     "diffusers>=0.42",

@@ -325,8 +325,9 @@ def test_search_knows_heads_and_memory(capsys):
     assert not any("tensor=8" in mesh for mesh in meshes)  # the language model has 4 key heads
     assert len(meshes) <= search.MAX_MESHES
     assert f"search: v5p-128 {' '.join(meshes)}" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"no mesh of v5e-4 holds .* are 99\.\d GiB"):
-        found("v5e-4")
+    for name in ("v5e-4", "v5p-8"):  # four chips each, of 16 and of 96 GiB
+        with pytest.raises(InputError, match=rf"no mesh of {name} holds .* are 99\.\d GiB"):
+            found(name)
 
 
 def test_measured_layouts_compute_the_same(tmp_path, capsys):

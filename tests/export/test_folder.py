@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -76,6 +77,15 @@ def test_the_processor_shows_pictures_as_the_training_does(folder, size):
         assert got["image_grid_thw"].tolist() == [[1, *grid_of(*seen)]]
         wanted = prompts.patches(picture, seen)
         np.testing.assert_allclose(got["pixel_values"], wanted, atol=1e-6)
+
+
+def test_the_processor_bounds_a_picture_as_the_training_does(folder):
+    ours = painters.painter("stage3")
+    processor = Qwen2VLImageProcessorPil.from_pretrained(folder / "processor")
+    got = processor(Image.fromarray(painters.picture(0, 300, 400)), return_tensors="np")
+    area = 14 * 14 * int(got["image_grid_thw"].prod())
+    most = [math.prod(vision_size(*size, ours.config.vlm_pixels)) for size in ours.limits.sizes]
+    assert area <= max(most)
 
 
 def test_the_chat_template_is_that_of_the_training(folder):
