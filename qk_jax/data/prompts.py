@@ -212,9 +212,12 @@ class PromptBuilder:
 
     def window(self, picture_sizes: Sequence[tuple[int, int]]) -> int:
         """W, the tokens of the window for pictures of (H, W) pixels."""
-        shown = self._most_picture_tokens(self.grids(picture_sizes))
+        return self._window(self._most_picture_tokens(self.grids(picture_sizes)))
+
+    def _window(self, longest: int) -> int:
+        """W for at most so many tokens of pictures."""
         kept = self.tail_tokens if self.template.keep_tail else 0
-        return self.max_text + kept + (shown if self.template.keep_pictures else 0)
+        return self.max_text + kept + (longest if self.template.keep_pictures else 0)
 
     def encode_text(self, text: str, strict: bool = False) -> np.ndarray:
         """Ids [n], n <= T, of a user's text; special tokens in it are ordinary characters.
@@ -270,7 +273,7 @@ class PromptBuilder:
         input_ids = np.full(length, self.pad_id, np.int32)
         input_ids[length - len(used) :] = used
         mask = np.arange(length) >= length - len(used)
-        window, template = self.window(picture_sizes), self.template
+        window, template = self._window(longest), self.template
         read = len(words) + template.keep_pictures * len(shown)
         read += template.keep_tail * self.tail_tokens
         return {
