@@ -8,6 +8,7 @@ BENCH = ["jax[tpu]>=0.10.2", "matplotlib>=3.9"]
 DIFFUSERS = "diffusers>=0.37"
 TEST = [
     "pytest>=8",
+    "setuptools>=77",  # a test builds the wheel
     "pytest-xdist>=3.6",
     "beartype>=0.22",  # checks the shapes of jaxtyping at run time
     "torch>=2.6",
@@ -23,7 +24,9 @@ setup(
     description="Query-Kontext (arXiv 2509.26641) in JAX: train, sample and convert",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["qk_jax", "qk_jax.*"]),
+    # The configs lie beside the package in the repository and inside it once installed.
+    packages=[*find_packages(include=["qk_jax", "qk_jax.*"]), "qk_jax.configs"],
+    package_dir={"qk_jax.configs": "configs"},
     include_package_data=True,
     package_data={"qk_jax": ["assets/**/*"]},
     install_requires=[

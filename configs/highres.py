@@ -1,6 +1,6 @@
 """High resolution: stage 3 goes on at 1024 x 1024 for a short time.
 
-    python -m qk_jax.train --config configs/highres.py:7b --workdir runs/7b
+    python -m qk_jax.train --config highres:7b --workdir runs/7b   # or configs/highres.py:7b
 
 starts from <workdir>/stage3 with its LoRA and trains the same parts on the same tasks. The paper:
 3,000 steps at batch 256 with a rate of 1e-5. tiny goes from 64 to 128 pixels.

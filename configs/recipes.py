@@ -1,6 +1,6 @@
 """How each stage runs on a TPU slice: a table of what was worked out, and its application.
 
-    python -m qk_jax.train --config configs/stage2.py:20b@v5p-128 --workdir W
+    python -m qk_jax.train --config stage2:20b@v5p-128 --workdir W
 
 takes the row ('stage2', '20b', 'v5p-128') below. A row sets fields that every config has, so that
 each of them can still be given on the command line. The batch stays the stage's own: the row says

@@ -1,6 +1,6 @@
 """Stage 1: the VLM learns to write a kontext that a small generator can paint from.
 
-    python -m qk_jax.train --config configs/stage1.py:tiny --workdir runs/tiny
+    python -m qk_jax.train --config stage1:tiny --workdir runs/tiny   # or configs/stage1.py:tiny
 
 trains queries, connector, a LoRA on the language model and a fresh diffusion head on text-to-image,
 reconstruction and transformation; condition pictures reach the head through the kontext alone.

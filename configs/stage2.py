@@ -1,6 +1,6 @@
 """Stage 2: the kontext meets the large generator, which is trained in full.
 
-    python -m qk_jax.train --config configs/stage2.py:tiny --workdir runs/tiny
+    python -m qk_jax.train --config stage2:tiny --workdir runs/tiny   # or configs/stage2.py:tiny
 
 starts from <workdir>/stage1: its LoRA is merged into the VLM, which is frozen from here on, and its
 head is dropped for the pretrained MMDiT. Queries, connector and the whole MMDiT are trained on

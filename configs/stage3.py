@@ -1,6 +1,6 @@
 """Stage 3: pictures also reach the generator as VAE tokens, and it learns to edit and compose.
 
-    python -m qk_jax.train --config configs/stage3.py:tiny --workdir runs/tiny
+    python -m qk_jax.train --config stage3:tiny --workdir runs/tiny   # or configs/stage3.py:tiny
 
 starts from <workdir>/stage2 and trains queries, connector and a LoRA on the frozen MMDiT, on
 editing, customized generation and multi-subject composition, with some of the earlier tasks so

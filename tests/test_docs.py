@@ -238,7 +238,7 @@ LINES = lines_of_commands()
 def test_the_commands_of_the_documentation_are_found():
     assert len(LINES) > 35
     assert {line.split()[0] for line in LINES} == {command.split()[0] for command in COMMANDS}
-    assert any("stage1.py:7b" in line and page == "README.md" for line, page in LINES.items())
+    assert any("stage1:7b" in line and page == "README.md" for line, page in LINES.items())
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 """What a config costs, how it is sharded over a mesh, and how fast it runs.
 
-    python -m qk_jax.bench cost --config configs/stage2.py:20b
-    python -m qk_jax.bench cost --config configs/stage3.py:tiny --measure 10 --rows 32
-    python -m qk_jax.bench shardings --config configs/stage2.py:20b --mesh fsdp=64,tensor=4
+    python -m qk_jax.bench cost --config stage2:20b
+    python -m qk_jax.bench cost --config stage3:tiny --measure 10 --rows 32
+    python -m qk_jax.bench shardings --config stage2:20b --mesh fsdp=64,tensor=4
     python -m qk_jax.bench peer --size small --device cpu
-    python -m qk_jax.bench layouts --config configs/stage3.py:20b --slice v5p-128 --search --out D
+    python -m qk_jax.bench layouts --config stage3:20b --slice v5p-128 --search --out D
 
 `cost` prints parameters, state bytes and model FLOPs for the config's target sizes with 0 to
 `--pictures` condition pictures, on any machine. With --measure N the real train step also runs N
@@ -15,7 +15,8 @@ device of a mesh that need not be here. `peer` times a training and a sampling s
 against diffusers' in PyTorch, on a CPU or one GPU. `layouts` compiles the train step ahead of time
 for TPU slices that need not be here, and says of every layout whether it fits, how long the
 compiler thinks a step takes and where the time goes; with --measure it also runs on the devices at
-hand. Any field of a config can be given as --config.FIELD=VALUE.
+hand. A config is a shipped one's name, or the path of a file (mine.py:tiny); any field of it can
+be given as --config.FIELD=VALUE.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str,
     table = verbs.add_parser("layouts", help="what fits a TPU slice, and how fast it would be")
     layouts.add_arguments(table)
     for verb in (price, spread, table):
-        verb.add_argument("--config", required=True, help="FILE.py:SIZE")
+        verb.add_argument("--config", required=True, help="NAME:SIZE, or FILE.py:SIZE")
     args, overrides = cli.parse_with_overrides(parser, argv)
     if args.verb == "peer" and overrides:
         parser.error("peer has no config")

@@ -84,7 +84,7 @@ class Case:
     """What defines a table row.
 
     Attributes:
-      config: FILE.py:SIZE[@RECIPE].
+      config: NAME:SIZE[@RECIPE], or FILE.py:SIZE[@RECIPE].
       overrides: {field of the config: text}.
       slice: name of the target.
       here: whether that is the devices at hand.

@@ -1,6 +1,6 @@
 """The verb `layouts`: a config's train step compiled for TPU slices that need not be here.
 
-    python -m qk_jax.bench layouts --config configs/stage3.py:20b --slice v5p-128 v6e-64
+    python -m qk_jax.bench layouts --config stage3:20b --slice v5p-128 v6e-64
         --layout fsdp=64 fsdp=16,tensor=4/mmdit=zero2 --per-chip-batch 1 2 --out DIR
 
 Each table row is a process (`row`). Its answer is a line of DIR/layouts.jsonl as soon as it is

@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import inspect
 import json
-import pathlib
-import runpy
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,35 +19,26 @@ from qk_jax import sharding
 from qk_jax.base.errors import InputError
 from qk_jax.data import templates
 from qk_jax.diffusion import flow
-from qk_jax.experiment import glossary
+from qk_jax.experiment import config_files, glossary
 from qk_jax.models import mmdit, qwen_text, qwen_vision, qwen_vl, rotary, vae
 from qk_jax.models.query_kontext import ModelConfig
 
 
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
-    """The config that `spec` = 'file.py:size' names, with overrides, locked.
+    """The config that `spec` names, with overrides, locked.
 
     The file is run: a config is code, trusted as the rest of the program.
 
+    Args:
+      spec: 'NAME:SIZE' of a shipped config ('stage1:tiny'), or 'FILE.py:SIZE'.
+      overrides: {field: text}, see `override`.
+
     Raises:
-      InputError: no such file or size, no get_config, an unknown field or a value of another type.
+      InputError: no such config or size, no get_config, an unknown field or a value of another
+        type.
     """
     path, _, size = spec.partition(":")
-    file = pathlib.Path(path).resolve()
-    if file.suffix != ".py" or not file.is_file():
-        raise InputError(
-            f"config file {path!r} does not exist; give --config configs/stage1.py:tiny"
-        )
-    root = str(file.parent.parent)  # so that `from configs import common` works from anywhere
-    sys.path.insert(0, root)
-    try:
-        get_config = runpy.run_path(str(file)).get("get_config")
-    finally:
-        sys.path.remove(root)
-    if get_config is None:
-        raise InputError(f"config file {path!r} has no function get_config(size)")
-    takes_size = bool(inspect.signature(get_config).parameters)
-    config = get_config(size) if size and takes_size else get_config()
+    config = config_files.run(config_files.find(path), size)
     for name, text in (overrides or {}).items():
         override(config, name, text)
     return config.lock()

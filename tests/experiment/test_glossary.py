@@ -111,12 +111,6 @@ def test_help_tells_a_row_of_the_sharding_table_from_cells_of_ones_own():
     assert shown["sharding.text"] == "its"  # own
 
 
-def test_help_without_any_config_at_hand_says_how_to_list_them(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "BESIDE", tmp_path / "configs/stage1.py")
-    assert "with --config FILE.py:SIZE, --help lists the fields" in help_of(capsys)
-
-
 def test_help_of_a_config_that_does_not_exist_is_one_line(capsys):
     with pytest.raises(SystemExit) as ended:
         train.main(["--config", "configs/stage9.py:tiny", "--help"])
