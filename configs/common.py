@@ -17,6 +17,7 @@ from qk_jax import sharding
 from qk_jax.base.errors import InputError
 from qk_jax.base.files import read_json
 from qk_jax.data import buckets, templates
+from qk_jax.data.example import TASKS
 from qk_jax.diffusion import flow
 from qk_jax.experiment import origins
 from qk_jax.experiment.stages import STAGES
@@ -148,6 +149,7 @@ def base(stage: str, size: str) -> ConfigDict:
             "pictures": 0.02 if tiny else 0.1,
             "both": 0.05 if tiny else 0.1,
         },
+        "task_dropout": dict.fromkeys(TASKS, ()),
         # at the full sizes thirteen targets, each with two numbers or shapes of condition pictures
         "max_groups": pick(size, tiny=2, tiny_long=4, smoke=1, full=26),
         "max_pixels": 64_000_000,

@@ -20,6 +20,7 @@ from absl import flags
 
 from qk_jax.base.errors import BadRecord, InputError
 from qk_jax.base.types import Batch
+from qk_jax.data import settings
 from qk_jax.data.example import MAX_REFERENCES, TASKS, Example, Source, hashed
 from qk_jax.data.importers.registry import make_sources
 from qk_jax.data.plan import Group, batches_of, groups_of
@@ -45,7 +46,7 @@ class Loader:
     Attributes:
       groups, sources: of the plan.
       prompts: by the number of condition pictures.
-      dropout: probabilities of dropping text, pictures and both.
+      dropout: of each task.
       slots: of the global batch that are this host's.
       seed: of the dropout.
       targets: also show targets to the VLM (`target_pixel_values`).
@@ -54,7 +55,7 @@ class Loader:
     groups: tuple[Group, ...]
     sources: Mapping[str, Source]
     prompts: Mapping[int, PromptBuilder]
-    dropout: Mapping[str, float]
+    dropout: Mapping[str, settings.Dropout]
     slots: range
     seed: int
     targets: bool
@@ -63,7 +64,7 @@ class Loader:
         group, members = self.groups[element[0]], element[1]
         bad: list[Bad] = []
         examples = [self._read(group, int(members[slot]), bad) for slot in self.slots]
-        dropped = [self._dropped(step, slot) for slot in self.slots]
+        dropped = [self._dropped(step, slot, group.task) for slot in self.slots]
         return collate(examples, dropped, self.prompts[group.pictures], self.targets), bad
 
     def _read(self, group: Group, member: int, bad: list[Bad]) -> Example:
@@ -79,10 +80,10 @@ class Loader:
                 bad.append(Bad(group.task, error.kind, str(error)))
         raise InputError(f"{len(bad)} records in a row are bad, the last: {bad[-1].message}")
 
-    def _dropped(self, step: int, slot: int) -> tuple[bool, bool]:
+    def _dropped(self, step: int, slot: int, task: str) -> tuple[bool, bool]:
         """Whether (text, pictures) are dropped."""
         drawn = Random(hashed(self.seed, "dropout", step, slot)).random()
-        text, pictures, both = (self.dropout[name] for name in ("text", "pictures", "both"))
+        text, pictures, both = self.dropout[task]
         if drawn < both:
             return True, True
         return drawn < both + text, both + text <= drawn < both + text + pictures
@@ -162,6 +163,7 @@ class Pipeline:
         weights = {name: float(data["tasks"][name]) for name in TASKS if data["tasks"][name] > 0}
         if not weights:
             raise InputError("no task has a weight; set config.data.tasks.text_to_image to 1")
+        dropouts = settings.dropouts(data)
         sources = make_sources(config, split, seed, list(weights))
         self.groups = tuple(
             group
@@ -178,7 +180,7 @@ class Pipeline:
                 pictures: dataclasses.replace(prompts, max_text=text_tokens(config, pictures))
                 for pictures in {group.pictures for group in self.groups}
             },
-            dropout=dict(data["dropout"] if train else dict.fromkeys(data["dropout"], 0.0)),
+            dropout=dropouts if train else dict.fromkeys(TASKS, settings.NO_DROPOUT),
             slots=range(index * batch // count, (index + 1) * batch // count),
             seed=seed,
             targets=bool(config["alignment"]["weight"]),

@@ -23,7 +23,7 @@ from qk_jax import sharding
 from qk_jax.base import runtime, trees
 from qk_jax.base.errors import InputError
 from qk_jax.base.types import Tree
-from qk_jax.data import prompts
+from qk_jax.data import prompts, settings
 from qk_jax.experiment import config as config_lib
 from qk_jax.experiment import optimizer, stages, train_state
 from qk_jax.experiment.train_state import TrainState
@@ -102,7 +102,9 @@ class Plan:
         return plan
 
     def check(self) -> None:
-        """Raises InputError when batch, optimizer or shardings do not fit the mesh."""
+        """Raises InputError when the data section cannot be used, or when batch, optimizer or
+        shardings do not fit the mesh."""
+        settings.check(self.config)
         batch, count = self.config.data.batch, self.config.optimizer.accumulation
         if count < 1 or batch % count:
             raise InputError(f"optimizer.accumulation {count} must divide data.batch {batch}")

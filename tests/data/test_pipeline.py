@@ -10,10 +10,11 @@ from PIL import Image
 
 from configs import stage3
 from qk_jax.base.errors import InputError
-from qk_jax.data import pipeline, prompts, records
+from qk_jax.data import pipeline, prompts, records, settings
 from qk_jax.data.example import TASKS, Example
 from qk_jax.data.importers import record_files
 from qk_jax.data.synthesis import corpus, tasks
+from qk_jax.experiment import config as config_lib
 from qk_jax.pictures.roles import REFERENCE
 
 TOKENIZER = corpus.EMBEDDED.parent / "tiny" / "tokenizer"
@@ -204,6 +205,46 @@ def test_what_is_dropped_is_drawn_by_slot(builder):
     share = {kind: count / 640 for kind, count in kinds.items()}
     known = {(True, True): 0.4, (False, True): 0.2, (True, False): 0.3, (False, False): 0.1}
     assert share == pytest.approx(known, abs=0.06)
+
+
+def test_a_task_may_have_a_dropout_of_its_own(builder, pipe):
+    """The others keep the common one, and their very draws."""
+    own = dict.fromkeys(TASKS, ()) | {"editing": (0.0, 0.9, 0.1)}
+    drop = {"text": 0.5, "pictures": 0.0, "both": 0.0}
+    kinds = {task: Counter() for task in SMALL}
+    made = pipeline.Pipeline(config(dropout=drop, task_dropout=own), "train", 0, 1, builder)
+    common = pipeline.Pipeline(config(dropout=drop), "train", 0, 1, builder)
+    for step in range(40):
+        batch = made.batch(step)
+        task = TASKS[batch["task"][0]]
+        shown = batch["condition_mask"].tolist()
+        kinds[task].update(zip(batch["text_mask"].any(1).tolist(), shown, strict=True))
+        if task != "editing":
+            same(batch, common.batch(step))
+    assert set(kinds["editing"]) == {(True, False), (False, False)}
+    assert kinds["editing"][True, False] > 3 * kinds["editing"][False, False]
+    assert set(kinds["composition"]) == {(True, True), (False, True)}
+    held_out = pipeline.Pipeline(config(task_dropout=own), "validation", 0, 1, builder)
+    assert all(batch["condition_mask"].all() for batch in held_out.fixed())
+
+
+@pytest.mark.parametrize("values", [(0.1, 0.1), (0.5, 0.5, 0.1), (0.1, -0.1, 0.1), ("a", 0, 0)])
+def test_a_dropout_that_is_none_is_named(values):
+    own = dict.fromkeys(TASKS, ()) | {"editing": values}
+    with pytest.raises(InputError, match=r"config.data.task_dropout.editing is \(.*at most 1"):
+        settings.check(config(task_dropout=own))
+    if len(values) == 3 and not isinstance(values[0], str):  # which the config refuses itself
+        common = dict(zip(("text", "pictures", "both"), values, strict=True))
+        with pytest.raises(InputError, match=r"config.data.dropout is \("):
+            settings.check(config(dropout=common))
+
+
+def test_a_config_from_before_tasks_had_their_own_dropout(builder, pipe):
+    old = config_lib.to_dict(config())
+    del old["data"]["task_dropout"]
+    again = config_lib.from_dict(old)
+    settings.check(again)
+    same(pipeline.Pipeline(again, "train", 0, 1, builder).batch(2), pipe.batch(2))
 
 
 def test_validation_is_fixed_whole_and_of_every_task(builder):

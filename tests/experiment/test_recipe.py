@@ -592,7 +592,7 @@ def test_every_field_has_its_test():
     elsewhere = """
         stage size model.vlm model.mmdit model.vae data.corpus data.records data.tfds_image
         data.tfds_text data.tokenizer slices compilation_cache compiler evals.loss.type evals.sheets
-        log.every log.t_bins wandb.project wandb.name prompt
+        log.every log.t_bins wandb.project wandb.name prompt data.task_dropout
     """
     known = tuple((here + elsewhere).split())
     for stage, size in EVERYWHERE:
