@@ -150,6 +150,7 @@ def base(stage: str, size: str) -> ConfigDict:
             "both": 0.05 if tiny else 0.1,
         },
         "task_dropout": dict.fromkeys(TASKS, ()),
+        "mixed_batches": False,
         # at the full sizes thirteen targets, each with two numbers or shapes of condition pictures
         "max_groups": pick(size, tiny=2, tiny_long=4, smoke=1, full=26),
         "max_pixels": 64_000_000,

@@ -23,7 +23,7 @@ from qk_jax.base.types import Batch
 from qk_jax.data import settings
 from qk_jax.data.example import MAX_REFERENCES, TASKS, Example, Source, hashed
 from qk_jax.data.importers.registry import make_sources
-from qk_jax.data.plan import Group, batches_of, groups_of
+from qk_jax.data.plan import Group, batches_of, by_shape, groups_of, mixed_batches
 from qk_jax.data.prompts import PromptBuilder, pixel_values, text_tokens
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class Loader:
       slots: of the global batch that are this host's.
       seed: of the dropout.
       targets: also show targets to the VLM (`target_pixel_values`).
+      mixed: batches are of several tasks.
     """
 
     groups: tuple[Group, ...]
@@ -59,13 +60,18 @@ class Loader:
     slots: range
     seed: int
     targets: bool
+    mixed: bool
 
-    def __call__(self, step: int, element: tuple[int, np.ndarray]) -> tuple[Batch, list[Bad]]:
-        group, members = self.groups[element[0]], element[1]
+    def __call__(self, step: int, element: np.ndarray) -> tuple[Batch, list[Bad]]:
         bad: list[Bad] = []
-        examples = [self._read(group, int(members[slot]), bad) for slot in self.slots]
-        dropped = [self._dropped(step, slot, group.task) for slot in self.slots]
-        return collate(examples, dropped, self.prompts[group.pictures], self.targets), bad
+        chosen = [(self.groups[group], int(member)) for group, member in element[self.slots]]
+        examples = [self._read(group, member, bad) for group, member in chosen]
+        dropped = [
+            self._dropped(step, slot, group.task)
+            for slot, (group, _) in zip(self.slots, chosen, strict=True)
+        ]
+        prompts = self.prompts[chosen[0][0].pictures]
+        return collate(examples, dropped, prompts, self.targets), bad
 
     def _read(self, group: Group, member: int, bad: list[Bad]) -> Example:
         """An example of a group, or the next good one.
@@ -75,7 +81,10 @@ class Loader:
         for attempt in range(min(_ATTEMPTS, len(group.numbers))):
             number = group.numbers[(member + attempt) % len(group.numbers)]
             try:
-                return self.sources[group.task][int(number)]
+                example = self.sources[group.task][int(number)]
+                if self.mixed:
+                    _check_shape(example, group)
+                return example
             except BadRecord as error:
                 bad.append(Bad(group.task, error.kind, str(error)))
         raise InputError(f"{len(bad)} records in a row are bad, the last: {bad[-1].message}")
@@ -87,6 +96,18 @@ class Loader:
         if drawn < both:
             return True, True
         return drawn < both + text, both + text <= drawn < both + text + pictures
+
+
+def _check_shape(example: Example, group: Group) -> None:
+    """Raises BadRecord when a task's roles are not those by which tasks share shapes."""
+    found = tuple(picture.shape[:2] for picture in example.pictures)
+    if found != group.conditions:
+        raise BadRecord(
+            "roles",
+            f"example {example.record} of {example.task} has condition pictures of {found}, not of "
+            f"{group.conditions} (height, width); with config.data.mixed_batches the pictures of "
+            f"{', '.join(MAX_REFERENCES)} are references and those of other tasks sources",
+        )
 
 
 def collate(
@@ -128,7 +149,7 @@ class Pipeline:
 
     Attributes:
       groups: every shape that occurs, so every program that is compiled (tasks share shapes).
-      plan: step -> (index of a group, int [B] into its numbers), the same on all hosts.
+      plan: step -> int [B, 2], (index of a group, into its numbers), the same on all hosts.
       bad: how many records were bad so far, by (task, kind).
     """
 
@@ -163,6 +184,7 @@ class Pipeline:
         weights = {name: float(data["tasks"][name]) for name in TASKS if data["tasks"][name] > 0}
         if not weights:
             raise InputError("no task has a weight; set config.data.tasks.text_to_image to 1")
+        mixed = train and data.get("mixed_batches", False)
         dropouts = settings.dropouts(data)
         sources = make_sources(config, split, seed, list(weights))
         self.groups = tuple(
@@ -170,8 +192,7 @@ class Pipeline:
             for name in weights
             for group in groups_of(sources[name], batch, data["max_groups"])
         )
-        shapes = {(x.task in MAX_REFERENCES, *x[1:3], x.references) for x in self.groups}
-        log.info("%s: %d shapes of batches, each is compiled once", split, len(shapes))
+        self._log_shapes(split)
         prompts = prompts or PromptBuilder.from_config(config)
         load = Loader(
             groups=self.groups,
@@ -184,15 +205,28 @@ class Pipeline:
             slots=range(index * batch // count, (index + 1) * batch // count),
             seed=seed,
             targets=bool(config["alignment"]["weight"]),
+            mixed=mixed,
         )
         plans = [batches_of(name, self.groups, batch, seed) for name in weights]
-        self.plan = grain.MapDataset.mix(plans, weights=list(weights.values()))
+        self.plan = (
+            mixed_batches(self.groups, weights, batch, seed)
+            if mixed
+            else grain.MapDataset.mix(plans, weights=list(weights.values()))
+        )
         self._loaded = self.plan.map_with_index(load)
         self._of_task = [plan.map_with_index(load) for plan in plans]
         self.bad: Counter[tuple[str, str]] = Counter()
         self._read = 0
         self._examples: list[str] = []
         self._open: list[Any] = []
+
+    def _log_shapes(self, split: str) -> None:
+        shapes = by_shape(self.groups)
+        shared = sum(len({self.groups[i].task for i in x}) > 1 for x in shapes.values())
+        log.info(
+            "%s: %d shapes of batches, each is compiled once; %d are of several tasks",
+            split, len(shapes), shared,
+        )  # fmt: skip
 
     def batch(self, step: int) -> Batch:
         """This host's slots of the batch of a step, counted from 0.

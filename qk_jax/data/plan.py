@@ -1,10 +1,19 @@
 """The batch plan: which examples each step reads, as a pure function of the step.
 
 Every example's shape is known before it is read: each task's examples are grouped by (target size,
-number of condition pictures, sizes of references), shuffled and cut into global batches, the
-batches are shuffled over the groups and repeated in another order each epoch. Together with the
-mixture of the tasks (`pipeline`) the step number alone names task, shape and examples, for any
-number of hosts and workers.
+number of condition pictures, sizes of references). A batch is of one task, or of one shape:
+
+- Of one task (`batches_of`): a group's examples are shuffled and cut into global batches, the
+  batches are shuffled over the task's groups and repeated in another order each epoch, and the
+  mixture of the tasks (`pipeline`) says whose batch a step takes.
+- Of one shape (`mixed_batches`): groups of several tasks with the same target size and sizes of
+  condition pictures make one shape, and one compiled program. A group's share is its task's weight
+  times its part of the task's examples. A step takes a batch of a shape by the sum of the shares
+  of its groups, and the slots of that shape's batches, counted on from one to the next, take the
+  groups by their shares: over many steps every task has its weight. Each group's examples are
+  shuffled, and all come once in an epoch of the group.
+
+So the step number alone names tasks, shape and examples, for any number of hosts and workers.
 
 Seeds are hashed from names, because grain's shuffle adds the epoch to its seed: neighbouring seeds
 would repeat each other's orders one epoch later.
@@ -14,14 +23,15 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import grain
 import numpy as np
 
 from qk_jax.base.errors import InputError
-from qk_jax.data.example import Source, hashed
+from qk_jax.data.example import MAX_REFERENCES, Source, hashed
 from qk_jax.pictures.fitting import Size
 
 log = logging.getLogger(__name__)
@@ -35,6 +45,7 @@ class Group(NamedTuple):
       size: (H, W) of the targets.
       pictures: number of condition pictures.
       numbers: int [N], of the examples in the task's source.
+      conditions: (H, W) of the condition pictures; sources have the target's size.
       references: (H, W) of the references; () where all have one size.
     """
 
@@ -42,7 +53,13 @@ class Group(NamedTuple):
     size: Size
     pictures: int
     numbers: np.ndarray
+    conditions: tuple[Size, ...]
     references: tuple[Size, ...] = ()
+
+    @property
+    def shape(self) -> tuple[Size, ...]:
+        """What a program is compiled for: the sizes of the target and of the condition pictures."""
+        return (self.size, *self.conditions)
 
 
 def groups_of(source: Source, batch: int, limit: int) -> list[Group]:
@@ -71,7 +88,11 @@ def groups_of(source: Source, batch: int, limit: int) -> list[Group]:
         numbers = np.flatnonzero(key_of == key)
         if len(numbers) >= batch:
             fitted = tuple(shown[i] for i in references[:pictures])
-            groups.append(Group(source.task, sizes[size], pictures, numbers, fitted))
+            conditions = (sizes[size],) * pictures
+            if source.task in MAX_REFERENCES:
+                unknown = pictures - len(fitted)
+                conditions = (*fitted, *[shown[source.settings.squarest]] * unknown)
+            groups.append(Group(source.task, sizes[size], pictures, numbers, conditions, fitted))
         else:
             log.warning(
                 "%s: %d records with %d pictures are less than a batch of %d and are left out",
@@ -127,22 +148,57 @@ def _merged(
 
 
 def batches_of(task: str, groups: Sequence[Group], batch: int, seed: int) -> grain.MapDataset:
-    """The endless global batches of a task: (index of a group, int [batch] into its numbers).
+    """The endless global batches of a task: int [batch, 2], (index of a group, into its numbers).
 
     Each epoch's order leaves other examples out, so that every one is seen some time.
     """
     parts = []
     for index, group in enumerate(groups):
         if group.task == task:
-            count = len(group.numbers)
-            order = grain.MapDataset.range(count).shuffle(
-                seed=hashed(seed, task, group.size, group.pictures, *group.references)
-            )
-            cut = order[: count // batch * batch].batch(batch)
-            parts.append(cut.map(functools.partial(_tagged, index)))
-    whole = grain.MapDataset.concatenate(parts)
-    return whole.shuffle(seed=hashed(seed, task, "batches")).repeat()
+            whole = len(group.numbers) // batch * batch
+            parts.append(_shuffled(index, group, seed)[:whole].batch(batch))
+    together = grain.MapDataset.concatenate(parts)
+    return together.shuffle(seed=hashed(seed, task, "batches")).repeat()
 
 
-def _tagged(group: int, members: np.ndarray) -> tuple[int, np.ndarray]:
-    return group, members
+def mixed_batches(
+    groups: Sequence[Group], weights: Mapping[str, float], batch: int, seed: int
+) -> grain.MapDataset:
+    """The endless global batches of all tasks, of one shape each: int [batch, 2] as `batches_of`.
+
+    Args:
+      groups: of all tasks.
+      weights: of each task, above 0.
+      batch: examples in a batch.
+      seed: of the orders.
+    """
+    examples = Counter[str]()
+    for group in groups:
+        examples[group.task] += len(group.numbers)
+    share = [weights[x.task] * len(x.numbers) / examples[x.task] for x in groups]
+    parts, shares = [], []
+    for indices in by_shape(groups).values():
+        streams = [_shuffled(index, groups[index], seed).repeat() for index in indices]
+        own = [share[index] for index in indices]
+        parts.append(grain.MapDataset.mix(streams, own).batch(batch))
+        shares.append(sum(own))
+    return grain.MapDataset.mix(parts, shares)
+
+
+def by_shape(groups: Sequence[Group]) -> dict[tuple[Size, ...], list[int]]:
+    """Indices of the groups of each shape."""
+    found: dict[tuple[Size, ...], list[int]] = {}
+    for index, group in enumerate(groups):
+        found.setdefault(group.shape, []).append(index)
+    return found
+
+
+def _shuffled(index: int, group: Group, seed: int) -> grain.MapDataset:
+    """(index, into its numbers) of every example of a group, in another order each epoch."""
+    seed = hashed(seed, group.task, group.size, group.pictures, *group.references)
+    order = grain.MapDataset.range(len(group.numbers)).shuffle(seed=seed)
+    return order.map(functools.partial(_tagged, index))
+
+
+def _tagged(group: int, member: int) -> np.ndarray:
+    return np.array([group, member])

@@ -127,6 +127,7 @@ MEANINGS = {
     "data.dropout.text": "probability that an example loses its text",
     "data.dropout.pictures": "probability that an example loses its pictures",
     "data.dropout.both": "probability that an example loses both",
+    "data.mixed_batches": "a batch holds examples of several tasks, of one shape",
     "data.task_dropout.NAME": "(text, pictures, both) of one task; () is data.dropout",
     "data.max_groups": "shapes of one task, each of which is compiled; rarer ones are merged",
     "data.max_pixels": "a larger picture is a bad record; 0 for no bound",

@@ -145,7 +145,7 @@ def test_an_epoch_has_no_record_twice_and_the_next_has_another_order(builder, tm
 
 
 def test_tasks_come_by_their_weights(pipe):
-    names = [pipe.groups[pipe.plan[step][0]].task for step in range(400)]
+    names = [pipe.groups[pipe.plan[step][0, 0]].task for step in range(400)]
     shares = {name: count / 400 for name, count in Counter(names).items()}
     assert shares == pytest.approx(SMALL, abs=0.02)
     # and not in long runs of one task
@@ -183,7 +183,7 @@ def test_references_keep_their_aspect_ratio(builder, tmp_path):
         assert len(pipe.groups) == count
         whites = []
         for step in range(20):
-            group, batch = pipe.groups[pipe.plan[step][0]], pipe.batch(step)
+            group, batch = pipe.groups[pipe.plan[step][0, 0]], pipe.batch(step)
             assert tuple(x.shape[1:3] for x in batch["conditions"]) == group.references
             whites += [float((x > 127).mean()) for x in batch["conditions"]]
             patches = sum(h * w for h, w in builder.grids(group.references))

@@ -457,7 +457,7 @@ SHARES["highres"] = SHARES["stage3"]
 @pytest.mark.parametrize(("stage", "size"), EVERYWHERE)
 def test_tasks_come_by_the_shares_of_the_stage(stage, size, pipe):
     made = pipe(config_of(stage, size, data__batch=4))
-    found = Counter(made.groups[made.plan[step][0]].task for step in range(1000))
+    found = Counter(made.groups[made.plan[step][0, 0]].task for step in range(1000))
     assert {task: count / 1000 for task, count in found.items()} == pytest.approx(
         SHARES[stage], abs=0.01
     )
@@ -592,7 +592,7 @@ def test_every_field_has_its_test():
     elsewhere = """
         stage size model.vlm model.mmdit model.vae data.corpus data.records data.tfds_image
         data.tfds_text data.tokenizer slices compilation_cache compiler evals.loss.type evals.sheets
-        log.every log.t_bins wandb.project wandb.name prompt data.task_dropout
+        log.every log.t_bins wandb.project wandb.name prompt data.task_dropout data.mixed_batches
     """
     known = tuple((here + elsewhere).split())
     for stage, size in EVERYWHERE:
