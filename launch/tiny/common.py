@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from qk_jax.base import cli, files
+from qk_jax.base import cli, files, runtime
 from qk_jax.base.errors import InputError
 from qk_jax.base.types import Tree
 from qk_jax.data.synthesis.corpus import EMBEDDED
@@ -48,9 +48,10 @@ def parser(name: str, doc: str | None, *, minutes: float, batch: int) -> cli.Par
 
 
 def parse(options: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line. Raises InputError for numbers that are not positive; no minutes are fine,
-    they measure weights that are there."""
+    """The command line, before JAX starts. Raises InputError for numbers that are not positive; no
+    minutes are fine, they measure weights that are there."""
     args = options.parse_args()
+    runtime.skip_absent_tpu()
     for name in ("minutes", "steps", "batch", "limit"):
         value = getattr(args, name)
         if value is not None and (value < 0 or value == 0 and name != "minutes"):

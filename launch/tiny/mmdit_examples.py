@@ -25,7 +25,7 @@ import numpy as np
 from common import SIZES, TINY
 from PIL import Image
 
-from qk_jax.base import cli, files
+from qk_jax.base import cli, files, runtime
 from qk_jax.base.errors import InputError, exits
 from qk_jax.data import prompts
 from qk_jax.data.example import Example, TaskSettings
@@ -280,6 +280,7 @@ def main() -> None:
     options.add_argument("--limit", type=int, help="at most so many examples of each kind")
     options.add_argument("--processes", type=int, default=os.cpu_count(), help="that draw")
     args = options.parse_args()
+    runtime.skip_absent_tpu()
     make(args.out, args.limit, args.processes)
 
 

@@ -290,7 +290,7 @@ class Run:
     def save(self, progress: common.Progress, counts: dict[str, int]) -> None:
         """Writes weights, config and what is known of the training: its runs, and the `counts` of
         examples by task."""
-        if progress.steps:
+        if progress.steps or not self.before:  # a short time may be over before the first step
             run = {"steps": progress.steps, "batch": self.args.batch, "seconds": progress.seconds}
             tasks = [task for task, share in shares(self.args.shown).items() if share]
             self.metrics |= {

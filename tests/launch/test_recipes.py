@@ -22,6 +22,7 @@ import vae_scenes
 from PIL import Image
 from safetensors.numpy import load_file
 
+from qk_jax.base import runtime
 from qk_jax.base.errors import InputError
 from qk_jax.data import prompts
 from qk_jax.data.prompts import load_tokenizer
@@ -185,6 +186,17 @@ def test_mmdit_and_going_on(run, tmp_path, monkeypatch):
         mmdit_examples.load(tmp_path / "examples", 5)
 
 
+def test_a_time_that_is_over_before_the_first_step_leaves_whole_metrics(tmp_path):
+    options = common.parser("mmdit", None, minutes=0, batch=2)
+    args = options.parse_args(["--out", str(tmp_path)])
+    args.preset, args.start, args.shown = "tiny", None, 0.75
+    made = pretrain_mmdit.Run(args)
+    counts = dict.fromkeys(("text_to_image", *mmdit_examples.PICTURES), 4)
+    made.save(common.Progress(made.params, 0, 0, {}), counts)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["runs"][0]["steps"] == 0 and metrics["pictures"]["editing"] == 4
+
+
 def test_a_source_that_is_not_shown_changes_nothing():
     """Text-to-image slots carry zeros as their source; no token may attend them."""
     generator = pretrain_mmdit.Generator(mmdit.PRESETS["tiny"])
@@ -259,3 +271,17 @@ def test_a_wrong_number_is_refused_first(run, recipe, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(recipe, "--batch", 0)
     assert capsys.readouterr().err == "error: --batch is 0; give a positive number\n"
+
+
+@pytest.mark.parametrize("recipe", [mmdit_examples, pretrain_mmdit, pretrain_vae, pretrain_vlm])
+def test_no_recipe_looks_for_a_tpu_that_is_not_there(run, recipe, monkeypatch):
+    """It is told so before anything is computed; `--batch 0` ends those that train."""
+    events = []
+    monkeypatch.setattr(runtime, "skip_absent_tpu", lambda: events.append("skip"))
+    monkeypatch.setattr(mmdit_examples, "make", lambda *_: events.append("make"))
+    if recipe is mmdit_examples:
+        run(recipe)
+    else:
+        with pytest.raises(SystemExit):
+            run(recipe, "--batch", 0)
+    assert events[0] == "skip" and len(events) <= 2
