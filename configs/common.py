@@ -84,6 +84,9 @@ def base(stage: str, size: str) -> ConfigDict:
         "tail_tokens": 5,
         "vlm_pixels": 112 * 112 if tiny else 448 * 448,
         "query_std": 0.02,
+        "query_noise": 0.0,
+        "bidirectional_queries": False,
+        "vlm_layers": (),
         "law": dataclasses.asdict(law),
         "condition_latents": False,
         "remat": "" if tiny else "full",
@@ -127,6 +130,7 @@ def base(stage: str, size: str) -> ConfigDict:
         "rates": ((r".*", 1.0),),
     })  # fmt: skip
     config.time = ConfigDict(dataclasses.asdict(flow.TimeLaw()))
+    config.loss = ConfigDict({"region_weight": 0.0})
     config.alignment = ConfigDict({"weight": 0.0, "kind": "cosine", "temperature": 0.1})
 
     config.data = ConfigDict({

@@ -19,7 +19,8 @@ from qk_jax.models import mmdit, rotary, vae
 from qk_jax.pictures.roles import SOURCE
 from qk_jax.weights.read import import_model
 
-LAW = rotary.PositionLaw("shifted", source_mode="translate")  # as configs/common.py has it
+LAWS = {mode: rotary.PositionLaw("shifted", mode) for mode in rotary.SOURCE_MODES}
+LAWS["qwen_image"] = rotary.PositionLaw("qwen_image")
 TOKENS = 16  # of the largest size; the others are padded to it, so that one batch holds all
 
 
@@ -67,14 +68,14 @@ def grid_of(size: tuple[int, int]) -> tuple[int, int]:
 
 
 @functools.cache
-def token_positions() -> tuple[np.ndarray, np.ndarray]:
+def token_positions(law: rotary.PositionLaw) -> tuple[np.ndarray, np.ndarray]:
     """Positions of a target and of a source of its size, int32 [sizes, 2 TOKENS, 3], and which of
     a picture's tokens are real, bool [sizes, TOKENS]."""
     positions, real = [], []
     for size in SIZES:
         grid = grid_of(size)
         with jax.ensure_compile_time_eval():  # the first call may come while a step is traced
-            found = rotary.image_positions(LAW, grid, (grid,), jnp.full((1, 1), SOURCE))
+            found = rotary.image_positions(law, grid, (grid,), jnp.full((1, 1), SOURCE))
             at = np.split(np.asarray(found[0]), 2)
         rest = ((0, TOKENS - len(at[0])), (0, 0))
         positions.append(np.concatenate([np.pad(part, rest) for part in at]))

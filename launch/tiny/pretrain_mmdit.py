@@ -32,7 +32,7 @@ import mmdit_latents  # beside this file
 import numpy as np
 from common import SIZES, TINY
 from mmdit_examples import PICTURES
-from mmdit_latents import LAW, TOKENS, Autoencoder, Examples, token_positions
+from mmdit_latents import LAWS, TOKENS, Autoencoder, Examples, token_positions
 from PIL import Image
 
 from qk_jax.base import files
@@ -63,9 +63,11 @@ class Generator:
 
     Attributes:
       config: its architecture.
+      law: where the tokens of target and source lie.
     """
 
     config: mmdit.MMDiTConfig
+    law: rotary.PositionLaw = LAWS["translate"]  # as configs/common.py has it
 
     @property
     def model(self) -> mmdit.MMDiT:
@@ -73,12 +75,12 @@ class Generator:
 
     def velocity(self, params: Tree, x: jax.Array, t: jax.Array, batch: Arrays) -> jax.Array:
         """The velocity [B, TOKENS, 64]."""
-        positions, real = token_positions()
+        positions, real = token_positions(self.law)
         at, mask = jnp.asarray(positions)[batch["size"]], jnp.asarray(real)[batch["size"]]
         mask = jnp.concatenate([mask, mask & batch["shown"][:, None]], 1)
         x = jnp.concatenate([x, batch["source"].astype(jnp.float32)], 1)
         text = batch["text"].astype(jnp.float32)
-        words = rotary.text_positions(LAW, batch["mask"], mmdit_latents.grid_of(SIZES[0]), ())
+        words = rotary.text_positions(self.law, batch["mask"], mmdit_latents.grid_of(SIZES[0]), ())
         given = (text, batch["mask"], t, at, words, mask, TOKENS)
         return self.model.apply({"params": params}, x, *given)[:, :TOKENS]
 
@@ -87,7 +89,7 @@ class Generator:
         posterior, noise = jax.random.normal(key, (2, *batch["mean"].shape))
         x0 = batch["mean"] + batch["std"] * posterior
         predicted = self.velocity(params, flow.interpolate(x0, noise, t), t, batch)
-        real = jnp.asarray(token_positions()[1])[batch["size"]]
+        real = jnp.asarray(token_positions(self.law)[1])[batch["size"]]
         return flow.loss(predicted, flow.velocity_target(x0, noise), real)
 
     def loss_of(
@@ -304,7 +306,9 @@ class Run:
 
     def learn(self, examples: dict[str, Examples]) -> Tree:
         """Trains on encoded examples by task: the parameters as the files hold them."""
-        loss_of = functools.partial(Generator(self.config).loss_of, batch=self.args.batch)
+        loss_of = functools.partial(
+            Generator(self.config, LAWS[self.args.law]).loss_of, batch=self.args.batch
+        )
         run = common.program(loss_of, OPTIMIZER, EMA)
         state = common.State.of(self.params, OPTIMIZER)
         # Larger batches have less noise and bear a higher rate, wider models a lower one.
@@ -336,6 +340,7 @@ def main() -> None:
     options = common.parser("mmdit", __doc__, minutes=30, batch=32)
     options.add_argument("--preset", choices=("tiny", "small"), default="tiny", help="its size")
     options.add_argument("--shown", type=float, default=0.75, help="part that gives a source")
+    options.add_argument("--law", choices=LAWS, default="translate", help="positions of tokens")
     options.add_argument("--start", type=files.Path, help="folder of weights to go on from")
     options.add_argument("--vae", type=files.Path, default=TINY / "vae", help="folder of the VAE")
     options.add_argument(
@@ -352,7 +357,7 @@ def main() -> None:
     print(f"{sum(map(len, examples.values()))} examples encoded", flush=True)
     shipped = run.learn(examples)
     print("trained", flush=True)
-    generator, probes = Generator(run.config), probes_of(examples)
+    generator, probes = Generator(run.config, LAWS[args.law]), probes_of(examples)
     metrics = run.metrics | evaluate(generator, shipped, probes)
     words = card_words(run.config, metrics)
     common.write(args.out, "mmdit", shipped, run.config, metrics, **words)

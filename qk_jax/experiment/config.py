@@ -152,9 +152,15 @@ def to_json(config: ConfigDict) -> str:
 def from_dict(values: Mapping[str, Any]) -> ConfigDict:
     """A locked config from the JSON of a checkpoint; lists become tuples again.
 
-    One that names no prompt is of a time when there was one template.
+    One that names no prompt is of a time when there was one template. Fields of the model that a
+    checkpoint lacks came later, and their default is what it was made with.
     """
     values = {"prompt": dataclasses.asdict(templates.PRESETS["numbered"])} | dict(values)
+    defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    later = {
+        name: defaults[name] for name in ("query_noise", "bidirectional_queries", "vlm_layers")
+    }
+    values["model"] = later | dict(values["model"])
 
     def tuples(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -199,7 +205,12 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
         raise InputError(
             f"config field 'model.vae.kind' is {kind!r}; give one of {sorted(vae.KINDS)}"
         )
-    rank = config["lora"]["rank"]
+    rank, layers = config["lora"]["rank"], vlm["text"]["num_hidden_layers"]
+    if not all(type(layer) is int and 0 < layer < layers for layer in section["vlm_layers"]):
+        raise InputError(
+            f"config field 'model.vlm_layers' is {section['vlm_layers']}; give numbers of layers "
+            f"from 1 to {layers - 1} (the last states are read anyway)"
+        )
     return _build(
         ModelConfig,
         section,

@@ -25,6 +25,9 @@ MEANINGS = {
     "model.tail_tokens": "tokens between text and queries",
     "model.vlm_pixels": "area at which the VLM sees a picture",
     "model.query_std": "standard deviation of fresh queries",
+    "model.query_noise": "standard deviation of noise on the queries, drawn anew at every step",
+    "model.bidirectional_queries": "queries see each other, not only those before them",
+    "model.vlm_layers": "other VLM layers that the connector reads, such as 7,14,21",
     "model.law.kind": "position law: 'shifted' (the paper's) or 'qwen_image'",
     "model.law.source_mode": "where a source is: 'reflect', 'reflect_minus_one' or 'translate'",
     "model.law.index_base": "first row and column index of a picture, 0 or 1",
@@ -87,7 +90,7 @@ MEANINGS = {
     "init.checkpoint": "folder of the stage before; '' is WORKDIR/STAGE_BEFORE",
     "init.ema": "start from the moving average of the stage before",
     "init.unfinished": "start although the stage before has not taken its last step",
-    # ---- optimizer, time, alignment ------------------------------------------------------------
+    # ---- optimizer, time, loss, alignment ------------------------------------------------------
     "optimizer.lr": "peak learning rate",
     "optimizer.schedule": "'cosine' or 'constant', after the warm-up",
     "optimizer.lr_end": "last rate of the cosine, as a part of lr",
@@ -109,6 +112,7 @@ MEANINGS = {
     "time.max_shift": "resolution shift at max_tokens, linear between",
     "time.base_tokens": "packed target tokens of base_shift",
     "time.max_tokens": "packed target tokens of max_shift",
+    "loss.region_weight": "1 weighs the tokens that an edit changed as UniWorld-V1 does; 0 is off",
     "alignment.weight": "weight of aligning the kontext with the vision tower; 0 is off",
     "alignment.kind": "'cosine', or 'infonce' against the other targets of the batch",
     "alignment.temperature": "of infonce",

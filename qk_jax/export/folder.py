@@ -168,6 +168,8 @@ def _export_kontext(painter: Painter, folder: files.Path, dtype: Any) -> None:
         "num_queries": painter.config.num_queries,
         "width": painter.config.vlm.text.hidden_size,
         "features": painter.config.mmdit.joint_attention_dim,
+        "layers": list(painter.config.vlm_layers),
+        "bidirectional": painter.config.bidirectional_queries,
     }
     files.write_json(folder / "config.json", values)
 

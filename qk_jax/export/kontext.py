@@ -169,18 +169,75 @@ class Kontext(ModelMixin, ConfigMixin):
       num_queries: K, queries at the end of the text encoder's sequence.
       width: hidden size of the text encoder.
       features: `joint_attention_dim` of the transformer.
+      layers: numbers of layers of the text encoder, from 1, that the connector reads beside the
+        last states.
+      bidirectional: whether queries see each other, not only those before them.
     """
 
     @register_to_config
-    def __init__(self, num_queries: int, width: int, features: int):
+    def __init__(
+        self,
+        num_queries: int,
+        width: int,
+        features: int,
+        layers: Sequence[int] = (),
+        bidirectional: bool = False,
+    ):
         super().__init__()
         self.queries = nn.Parameter(torch.zeros(num_queries, width))
         self.fc1 = nn.Linear(width, 2 * width)
         self.fc2 = nn.Linear(2 * width, features)
+        if layers:
+            self.layers_norm = nn.ModuleList(nn.RMSNorm(width, eps=1e-6) for _ in layers)
+            self.layers_fc1 = nn.Linear(len(layers) * width, 2 * width)
+            self.layers_fc2 = nn.Linear(2 * width, features)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """States of words and queries [B, L, width] -> context [B, L, features]."""
-        return self.fc2(nn.functional.gelu(self.fc1(states), approximate="tanh"))
+        """`states` of words and queries [B, L, (1 + layers) width] -> context [B, L, features]."""
+        last, *others = states.split(self.config.width, dim=-1)
+        context = self.fc2(nn.functional.gelu(self.fc1(last), approximate="tanh"))
+        if not others:
+            return context
+        pairs = zip(self.layers_norm, others, strict=True)
+        hidden = self.layers_fc1(torch.cat([norm(x) for norm, x in pairs], dim=-1))
+        return context + self.layers_fc2(nn.functional.gelu(hidden, approximate="tanh"))
+
+    def states(
+        self, model: nn.Module, embeds: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """What the text encoder's language model makes of words, pictures and queries.
+
+        Args:
+          model: Qwen2_5_VLTextModel.
+          embeds: [1, S, width], the queries at the end.
+          positions: M-RoPE's, [3, 1, S].
+
+        Returns:
+          the last states and beside them those of `layers`, [1, S, (1 + layers) width].
+        """
+        mask, length = None, embeds.shape[1]
+        if self.config.bidirectional:
+            sees = torch.ones(length, length, dtype=torch.bool, device=embeds.device).tril()
+            sees[-len(self.queries) :] = True
+            mask = torch.zeros_like(sees, dtype=embeds.dtype)
+            mask = mask.masked_fill(~sees, torch.finfo(embeds.dtype).min)[None, None]
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(number: int, output: Any) -> None:
+            kept[number] = output[0] if isinstance(output, tuple) else output
+
+        hooks = [  # what `output_hidden_states` holds differs between versions of transformers
+            model.layers[number - 1].register_forward_hook(
+                lambda module, given, output, number=number: keep(number, output)
+            )
+            for number in self.config.layers
+        ]
+        last = model(
+            inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        for hook in hooks:
+            hook.remove()
+        return torch.cat([last, *(kept[number] for number in self.config.layers)], dim=-1)
 
     @staticmethod
     def picture(image: Image.Image) -> Image.Image:

@@ -286,8 +286,8 @@ class QueryKontextPipeline(DiffusionPipeline, QwenImageLoraLoaderMixin):
     def encode_states(
         self, prompt: str, pictures: Sequence[np.ndarray], roles: Sequence[int]
     ) -> torch.Tensor:
-        """The text encoder's last states of what the transformer reads, and of the queries, [1,
-        words + K, width].
+        """The text encoder's states of what the transformer reads, and of the queries, [1,
+        words + K, width] (`kontext.states`).
 
         Args:
           prompt: the words, at most `max_text` tokens.
@@ -309,11 +309,8 @@ class QueryKontextPipeline(DiffusionPipeline, QwenImageLoraLoaderMixin):
             features = model.model.visual(pixels, torch.tensor([[1, *g] for g in grids]).to(device))
             embeds[is_picture] = getattr(features, "pooler_output", features).to(embeds.dtype)
         embeds[-len(queries) :] = queries.to(embeds.dtype)
-        states = model.model.language_model(
-            inputs_embeds=embeds[None],
-            position_ids=mrope_positions(is_picture.cpu(), grids).to(device),
-            use_cache=False,
-        ).last_hidden_state
+        positions = mrope_positions(is_picture.cpu(), grids).to(device)
+        states = self.kontext.states(model.model.language_model, embeds[None], positions)
         return torch.cat([states[:, begin:end], states[:, -len(queries) :]], dim=1)
 
     def encode_context(

@@ -195,7 +195,7 @@ def scan_blocks(
     """`block` scanned over parameters [layers, ...], rematerialised by `policy`.
 
     Args:
-      block: a module whose __call__(carry, *inputs) returns (carry, None).
+      block: a module whose __call__(carry, *inputs) returns (carry, output); outputs are stacked.
       layers: length of the scan; parameters get a leading axis 'layers' of that size.
       policy: None keeps every activation; else see `remat_policy`.
       in_axes: per input after the carry: nn.broadcast, or 0 for a per-layer input [layers, ...].

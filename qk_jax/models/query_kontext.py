@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from qk_jax.base.types import Batch, Encoded, Prompt, Tree
 from qk_jax.models import layers, lora, mmdit, qwen_vl, rotary, vae
-from qk_jax.models.connector import Connector, Queries
+from qk_jax.models.connector import Connector, Queries, noisy
 from qk_jax.pictures.grids import Grids, grid_of, vision_size
 from qk_jax.sharding.rules import Activations
 
@@ -38,6 +38,10 @@ class ModelConfig:
       law: positions of target, sources and references in the generator.
       condition_latents: whether condition pictures also reach the generator as VAE tokens.
       query_std: standard deviation of fresh queries.
+      query_noise: standard deviation of the noise on queries (`connector.noisy`).
+      bidirectional_queries: whether queries see each other, not only those before them.
+      vlm_layers: other layers of the VLM, numbered as transformers' `hidden_states`, whose states
+        the connector reads beside the last ones.
       lora_scale: alpha / rank of the adapters in `lora`.
       remat: what the blocks keep for the backward pass (`layers.remat_policy`); None is all.
     """
@@ -54,6 +58,9 @@ class ModelConfig:
     law: rotary.PositionLaw = rotary.PositionLaw()
     condition_latents: bool = False
     query_std: float = 0.02
+    query_noise: float = 0.0
+    bidirectional_queries: bool = False
+    vlm_layers: tuple[int, ...] = ()
     lora_scale: float = 1.0
     remat: str | None = None
 
@@ -76,15 +83,21 @@ class QueryKontext:
         self.config = config
         self.dtype = dtype
         width, remat, of = config.vlm.text.hidden_size, config.remat, (activations or {}).get
-        self.vlm = qwen_vl.QwenVL(config.vlm, dtype, remat, of("vision"), of("text"))
+        self.vlm = qwen_vl.QwenVL(
+            config.vlm, dtype, remat, of("vision"), of("text"),
+            config.bidirectional_queries, config.vlm_layers,
+        )  # fmt: skip
         self.queries = Queries(config.num_queries, width, config.query_std)
-        self.connector = Connector(config.mmdit.joint_attention_dim, dtype=dtype)
+        layers_read = len(config.vlm_layers)
+        self.connector = Connector(config.mmdit.joint_attention_dim, layers_read, dtype)
         self.mmdit = mmdit.MMDiT(config.mmdit, dtype, remat, of("mmdit"))
         self.vae = vae.VAE(config.vae, dtype, of("vae"))
 
     def _modules(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         """Per tower: its module, and arguments of a call that makes all its parameters."""
-        states = jnp.zeros((1, 1, self.config.vlm.text.hidden_size))
+        config = self.config
+        width = (1 + len(config.vlm_layers)) * config.vlm.text.hidden_size
+        states = jnp.zeros((1, 1, width))
         return {
             "vlm": (self.vlm, self.vlm.example()),
             "queries": (self.queries, ()),
@@ -116,16 +129,20 @@ class QueryKontext:
         return getattr(self, tower).apply(variables, *args, **kwargs)
 
     def states(
-        self, params: Tree, batch: Prompt
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B K D"]]:
+        self, params: Tree, batch: Prompt, rng: Key[Array, ""] | None = None
+    ) -> tuple[Float[Array, "B T states"], Float[Array, "B K states"]]:
         """VLM states of the window (`data.prompts`) and of the queries, the kontext.
 
         Sequences are left-padded, so both are static slices: the window ends right before the
         queries or before the assistant header, and the queries end the sequence. Its length T is
-        the batch's own.
+        the batch's own. The last states come first, those of `vlm_layers` follow along the last
+        axis. `rng` draws the noise of the queries, where there is one.
         """
         cfg, words = self.config, batch["text_mask"].shape[1]
         grids = cfg.vision_grids([x.shape[1:3] for x in batch["conditions"]])
+        queries = params["queries"]["embedding"]
+        if cfg.query_noise:
+            queries = noisy(queries, cfg.query_noise, rng, len(batch["text_mask"]))
         hidden = self._apply(
             "vlm",
             params,
@@ -134,7 +151,7 @@ class QueryKontext:
             batch["attention_mask"],
             batch["pixel_values"],
             grids,
-            queries=params["queries"]["embedding"],
+            queries=queries,
         )
         end = hidden.shape[1] - cfg.num_queries - (0 if cfg.keep_tail else cfg.tail_tokens)
         return hidden[:, end - words : end], hidden[:, -cfg.num_queries :]
@@ -142,8 +159,8 @@ class QueryKontext:
     def connect(
         self,
         params: Tree,
-        text: Float[Array, "B T D"],
-        kontext: Float[Array, "B K D"],
+        text: Float[Array, "B T states"],
+        kontext: Float[Array, "B K states"],
         text_mask: Bool[Array, "B T"],
     ) -> tuple[Float[Array, "B T+K J"], Bool[Array, "B T+K"]]:
         """The generator's context and its mask from VLM states."""

@@ -48,11 +48,15 @@ Tables = tuple[tuple[Array, Array], ...]  # (cos, sin) of each segment
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention; q, k and v have biases, o has none."""
+    """Grouped-query attention; q, k and v have biases, o has none.
+
+    With `bidirectional` the second segment, that of the queries, is not causal.
+    """
 
     config: TextConfig
     dtype: Any = jnp.float32
     activations: Activations | None = None
+    bidirectional: bool = False
 
     @nn.compact
     def __call__(self, segments: Segments, tables: Tables, present: Int[Array, "B S"]) -> Segments:
@@ -85,52 +89,66 @@ class SelfAttention(nn.Module):
             key, value = jnp.concatenate(keys, 1), jnp.concatenate(values, 1)
             query, seen = mrope.rotate(q_proj(x), cos, sin), present[:, : key.shape[1]]
             ids = (seen[:, -x.shape[1] :], seen)
-            y = attention(query, key, value, ids, causal=True, activations=self.activations)
+            causal = not (self.bidirectional and len(keys) > 1)
+            y = attention(query, key, value, ids, causal=causal, activations=self.activations)
             out.append(checkpoint_name(o_proj(y), "out"))
         return tuple(out)
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and gated MLP."""
+    """Pre-norm attention and gated MLP; with `is_read` also returns its output beside the carry."""
 
     config: TextConfig
     dtype: Any = jnp.float32
     activations: Activations | None = None
+    bidirectional: bool = False
+    is_read: bool = False
 
     @nn.compact
     def __call__(
         self, segments: Segments, tables: Tables, present: Int[Array, "B S"]
-    ) -> tuple[Segments, None]:
+    ) -> tuple[Segments, Segments]:
         cfg, dtype, activations = self.config, self.dtype, self.activations
         segments = tuple(constrain(x, activations, "batch", "sequence", "embed") for x in segments)
         norm = RMSNorm(cfg.rms_norm_eps, dtype, name="input_layernorm")
-        attend = SelfAttention(cfg, dtype, activations, name="self_attn")
+        attend = SelfAttention(cfg, dtype, activations, self.bidirectional, name="self_attn")
         attended = attend(tuple(map(norm, segments)), tables, present)
         norm = RMSNorm(cfg.rms_norm_eps, dtype, name="post_attention_layernorm")
         mlp = GatedMLP(
             cfg.intermediate_size, False, dtype, activations, ("mlp_in", None), name="mlp"
         )
         mixed = [x + y for x, y in zip(segments, attended, strict=True)]
-        return tuple(x + mlp(norm(x)) for x in mixed), None
+        segments = tuple(x + mlp(norm(x)) for x in mixed)
+        return segments, segments if self.is_read else ()
 
 
 class TextModel(nn.Module):
     """Embeddings -> last hidden states after the final norm.
 
-    `remat` names the activations that are kept (`layers.remat_policy`), `activations` has their
-    sharding.
+    Attributes:
+      config: sizes.
+      dtype: of the computation.
+      remat: names the activations that are kept (`layers.remat_policy`).
+      activations: their sharding.
+      bidirectional: whether queries see each other, not only those before them.
+      read_layers: numbers of layers, from 1, whose output is returned as well, as it is in
+        transformers' `hidden_states`. The outputs of all layers are in memory then.
     """
 
     config: TextConfig
     dtype: Any = jnp.float32
     remat: str | None = None
     activations: Activations | None = None
+    bidirectional: bool = False
+    read_layers: tuple[int, ...] = ()
 
     def setup(self) -> None:
         cfg = self.config
         self.embed_tokens = Embed(cfg.vocab_size, cfg.hidden_size, self.dtype)
         stack = scan_blocks(DecoderLayer, cfg.num_hidden_layers, self.remat, (nn.broadcast,) * 2)
-        self.layers = stack(cfg, self.dtype, self.activations)
+        self.layers = stack(
+            cfg, self.dtype, self.activations, self.bidirectional, bool(self.read_layers)
+        )
         self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype)
 
     def embed(self, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
@@ -146,8 +164,10 @@ class TextModel(nn.Module):
         position_ids: Int[Array, "B 3 S"],
         attention_mask: Bool[Array, "B S"],
         queries: Float[Array, "B K D"] | None = None,
-    ) -> Float[Array, "B S D"]:
+    ) -> Float[Array, "B S states"]:
         """The last hidden states after the final norm; finite and meaningless on padding.
+
+        With `read_layers` the states of those follow along the last axis.
 
         Args:
           inputs_embeds: of all S positions; with queries, of the S - K before them.
@@ -163,5 +183,7 @@ class TextModel(nn.Module):
         )
         tables = ((cos[:, :cut], sin[:, :cut]), (cos[:, cut:], sin[:, cut:]))[: len(segments)]
         present = attention_mask.astype(jnp.int32)
-        segments, _ = self.layers(tuple(x.astype(self.dtype) for x in segments), tables, present)
-        return self.norm(jnp.concatenate(segments, axis=1))
+        segments, read = self.layers(tuple(x.astype(self.dtype) for x in segments), tables, present)
+        last = self.norm(jnp.concatenate(segments, axis=1))
+        states = [jnp.concatenate([x[i - 1] for x in read], axis=1) for i in self.read_layers]
+        return jnp.concatenate([last, *states], axis=-1)

@@ -78,7 +78,8 @@ class QwenVL(nn.Module):
     """The conditioner: last hidden states of words, pictures and queries.
 
     `remat` names the activations of both towers that are kept (`layers.remat_policy`),
-    `vision_activations` and `text_activations` have their sharding.
+    `vision_activations` and `text_activations` have their sharding; `bidirectional` and
+    `read_layers` are those of `TextModel`.
     """
 
     config: VLMConfig
@@ -86,11 +87,15 @@ class QwenVL(nn.Module):
     remat: str | None = None
     vision_activations: Activations | None = None
     text_activations: Activations | None = None
+    bidirectional: bool = False
+    read_layers: tuple[int, ...] = ()
 
     def setup(self) -> None:
         cfg, dtype, remat = self.config, self.dtype, self.remat
         self.visual = VisionTower(cfg.vision, dtype, remat, self.vision_activations)
-        self.language_model = TextModel(cfg.text, dtype, remat, self.text_activations)
+        self.language_model = TextModel(
+            cfg.text, dtype, remat, self.text_activations, self.bidirectional, self.read_layers
+        )
         if not cfg.tie_word_embeddings:
             axes = ("embed", "vocab")
             self.lm_head = Dense(cfg.text.vocab_size, axes, use_bias=False, dtype=dtype)
@@ -102,9 +107,9 @@ class QwenVL(nn.Module):
         attention_mask: Bool[Array, "B S"],
         pixel_values: Float[Array, "B P 1176"] | Float[Array, "P 1176"],
         grids: Grids,
-        queries: Float[Array, "K D"] | None = None,
-    ) -> Float[Array, "B S D"]:
-        """Last hidden states after the final norm.
+        queries: Float[Array, "K D"] | Float[Array, "B K D"] | None = None,
+    ) -> Float[Array, "B S states"]:
+        """Last hidden states after the final norm, and those of `read_layers` beside them.
 
         Args:
           input_ids: every picture has its `<|image_pad|>` tokens, which its features replace in
@@ -115,7 +120,8 @@ class QwenVL(nn.Module):
             P = 0 without pictures.
           grids: the pictures (rows, columns) in patches, static: those of every slot alike, or all
             of the batch one after another.
-          queries: replace the last K embeddings (sequences are left-padded).
+          queries: replace the last K embeddings (sequences are left-padded), of all slots alike
+            or of each.
         """
         embeds = self.language_model.embed(input_ids)
         if grids:
@@ -132,11 +138,11 @@ class QwenVL(nn.Module):
         elif self.is_initializing():  # so that a batch without pictures makes the whole tree
             self.visual(jnp.zeros((1, MERGE**2, PATCH_DIM), self.dtype), ((MERGE, MERGE),))
         if queries is not None:
-            embeds = embeds[:, : -len(queries)]
-            queries = jnp.broadcast_to(queries, (len(embeds), *queries.shape))
+            embeds = embeds[:, : -queries.shape[-2]]
+            queries = jnp.broadcast_to(queries, (len(embeds), *queries.shape[-2:]))
         hidden = self.language_model(embeds, position_ids, attention_mask, queries)
         if self.is_initializing():
-            self.logits(hidden)
+            self.logits(hidden[..., : self.config.text.hidden_size])
         return hidden
 
     def _features(self, pixel_values: Array, grids: Grids) -> Array:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qk_jax.pictures.roles import REFERENCE
 
+SOURCE_MODES = ("reflect", "reflect_minus_one", "translate")
 Grid = tuple[int, int]  # (rows, columns) of a picture in packed tokens (pixels / 16)
 
 
@@ -45,10 +46,10 @@ class PositionLaw:
     def __post_init__(self) -> None:
         if self.kind not in ("shifted", "qwen_image"):
             raise ValueError(f"position law kind {self.kind!r} is not 'shifted' or 'qwen_image'")
-        if self.source_mode not in ("reflect", "reflect_minus_one", "translate"):
+        if self.source_mode not in SOURCE_MODES:
             raise ValueError(
-                f"source_mode {self.source_mode!r} is not 'reflect', 'reflect_minus_one' or "
-                "'translate'"
+                f"source_mode {self.source_mode!r} is not {', '.join(SOURCE_MODES[:-1])} or "
+                f"{SOURCE_MODES[-1]}"
             )
         if self.index_base not in (0, 1):
             raise ValueError(f"index_base {self.index_base!r} is not 0 or 1")

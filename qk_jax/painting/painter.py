@@ -19,7 +19,7 @@ from qk_jax.data.prompts import PromptBuilder
 from qk_jax.diffusion import sampler
 from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
-from qk_jax.models import lora
+from qk_jax.models import connector, lora
 from qk_jax.models.query_kontext import PACKED, ModelConfig
 from qk_jax.painting.programs import Options, programs
 from qk_jax.painting.request import FULL, NO_PICTURES, NO_TEXT, Limits, Request, Settings
@@ -273,6 +273,9 @@ def of_params(plan: Plan, params: types.Tree, *, batch: int = 4, name: str = "")
         params[tower] = jax.jit(lora.merge, static_argnums=2)(
             params[tower], adapter, config.lora_scale
         )
+    if config.query_noise:
+        learned = jnp.asarray(params["queries"]["embedding"])
+        params["queries"] = {"embedding": connector.noisy(learned, config.query_noise)}
     limits = Limits(
         sizes=tuple(tuple(size) for size in data.sizes),
         reference_sizes=reference_sizes(data),
@@ -280,8 +283,8 @@ def of_params(plan: Plan, params: types.Tree, *, batch: int = 4, name: str = "")
         max_pixels=data.max_pixels,
     )
     options = runtime.compiler_options(plan.config.compiler, jax.default_backend())
-    # The adapters are merged and nothing is differentiated: painters of all stages share programs.
-    config = dataclasses.replace(config, lora_scale=1.0, remat=None)
+    # Adapters are merged, noise is added, nothing is differentiated: all stages share programs.
+    config = dataclasses.replace(config, lora_scale=1.0, remat=None, query_noise=0.0)
     return Painter(
         config, params, plan.prompts,
         limits=limits, batch=batch, dtype=plan.model.dtype, options=tuple(sorted(options.items())),

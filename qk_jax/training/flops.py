@@ -172,8 +172,8 @@ def _context(count: _Count, config: ModelConfig, batch: Batch) -> bool:
         _vision(teacher, config.vlm.vision, examples, (grid_of(*shown),))
         count.products("alignment/", examples, reached)
     states = examples * (batch["text_mask"].shape[1] + queries)
-    reached = count.products("connector/fc1/", states, reached)
-    return count.products("connector/fc2/", states, reached)
+    reached = count.products("connector/(layers_)?fc1/", states, reached)
+    return count.products("connector/(layers_)?fc2/", states, reached)
 
 
 def _vision(count: _Count, config: VisionConfig, examples: int, grids: Grids) -> bool:

@@ -308,8 +308,18 @@ def _check_same_architecture(part: str, before: Plan, plan: Plan) -> None:
         "vlm": (old.vlm, new.vlm),
         "vae": (old.vae, new.vae),
         "mmdit": (old.mmdit, new.mmdit),
-        "queries": (old.num_queries, new.num_queries),
-        "connector": (old.mmdit.joint_attention_dim, new.mmdit.joint_attention_dim),
+        "queries": tuple(
+            {
+                "num_queries": x.num_queries,
+                "query_noise": x.query_noise,
+                "bidirectional_queries": x.bidirectional_queries,
+            }
+            for x in (old, new)
+        ),
+        "connector": tuple(
+            {"joint_attention_dim": x.mmdit.joint_attention_dim, "vlm_layers": x.vlm_layers}
+            for x in (old, new)
+        ),
     }
     if part in pairs and pairs[part][0] != pairs[part][1]:
         raise InputError(

@@ -343,8 +343,9 @@ def autoencoder_kl_qwen_image() -> Table:
 def glue() -> Table:
     """Queries and connector, named as in `export.kontext.Kontext`."""
     rows = [Row("queries", "queries/embedding", SAME)]
-    for name in ("fc1", "fc2"):
+    for name in ("fc1", "fc2", "layers_fc1", "layers_fc2"):
         rows += _linear(name, f"connector/{name}")
+    rows.append(Row("layers_norm.{i}.weight", "connector/layers_norm_{i}/scale", SAME))
     return Table(tuple(rows))
 
 

@@ -108,3 +108,22 @@ def test_command_in_a_process_of_its_own(tmp_path):
     assert "did you mean 'optimizer.warmup'" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layers", [(0,), (4,), (1, 9), (1.5,), ("1",)])
+def test_layers_that_the_vlm_lacks_are_refused(layers):
+    config = config_lib.load("configs/stage1.py:tiny")
+    with config.unlocked():
+        config.model.vlm_layers = layers
+    with pytest.raises(InputError, match="give numbers of layers from 1 to 3"):
+        config_lib.model_config(config)
+
+
+def test_a_checkpoint_from_before_a_field_of_the_model_is_of_its_default():
+    now = config_lib.load("configs/stage1.py:tiny")
+    old = config_lib.to_dict(now)
+    for name in ("query_noise", "bidirectional_queries", "vlm_layers"):
+        del old["model"][name]
+    assert (
+        config_lib.to_dict(config_lib.from_dict(old))["model"] == config_lib.to_dict(now)["model"]
+    )

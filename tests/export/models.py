@@ -18,8 +18,13 @@ SHIFTED = rotary.PositionLaw()
 
 
 @functools.cache
-def loaded(law=SHIFTED, vae_kind="kl", latents=True, zero=True, prompt="query_kontext"):
-    """A random model of nano size with the tiny tokenizer, as if it had been read from a folder."""
+def loaded(
+    law=SHIFTED, vae_kind="kl", latents=True, zero=True, prompt="query_kontext", switches=()
+):
+    """A random model of nano size with the tiny tokenizer, as if it had been read from a folder.
+
+    switches: (name, value) of further fields of config.model.
+    """
     special = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     vlm = dataclasses.replace(
         nano.VLM,
@@ -35,6 +40,7 @@ def loaded(law=SHIFTED, vae_kind="kl", latents=True, zero=True, prompt="query_ko
         config.model.law = dataclasses.asdict(law)
         config.model.update(num_queries=3, max_text=20, vlm_pixels=56 * 56)
         config.model.condition_latents = latents
+        config.model.update(dict(switches))
         config.prompt = dataclasses.asdict(templates.preset(prompt))
         config.data.update(sizes=((64, 64), (48, 80), (80, 48)), reference_size=48)
         config.lora.update(rank=2, alpha=1.0)

@@ -219,6 +219,21 @@ def test_verify_passes_in_every_type_and_finds_one_changed_weight(exported, caps
     assert "transformer: " in capsys.readouterr().out.split("<- too large")[0]
 
 
+def test_layers_noise_and_bidirectional_queries_are_exported(exported, capsys):
+    switches = (
+        ("vlm_layers", (1,)), ("bidirectional_queries", True), ("query_noise", 0.5)
+    )  # fmt: skip
+    ours = loaded(switches=switches)
+    _, folder, pipe = exported(switches=switches)
+    assert verify.verify(ours, folder), capsys.readouterr().out
+    assert pipe.kontext.config.layers == [1]
+    drawn = pipe.kontext.queries.detach().numpy() - ours.params["queries"]["embedding"]
+    assert 0.3 < drawn.std() < 0.7  # the one draw that painters take
+    causal = dataclasses.replace(ours.plan.model.config, bidirectional_queries=False)
+    plan = dataclasses.replace(ours.plan, model=query_kontext.QueryKontext(causal))
+    assert not verify.verify(dataclasses.replace(ours, plan=plan), folder)
+
+
 def test_verify_reads_a_separate_adapter(tmp_path, capsys):
     found, merged = adapted()
     folder = tmp_path / "model"

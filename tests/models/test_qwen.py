@@ -209,6 +209,58 @@ def test_queries_take_the_last_places():
     close(np.asarray(ours)[mask], theirs[torch.from_numpy(mask)])
 
 
+def run_with(params, ids, positions, mask, pixels, queries=None, **switches):
+    model = QwenVL(CONFIG, **switches)
+    words = None if queries is None else jnp.asarray(queries)
+    apply = jax.jit(lambda p, *x: model.apply({"params": p}, *x, GRIDS, words))
+    return np.asarray(apply(params, ids, positions, mask, pixels))
+
+
+def test_states_of_other_layers_equal_transformers():
+    model, params = reference()
+    ids, mask, pixels = batch("left")
+    with torch.no_grad():
+        theirs = model(**torch_inputs(ids, mask, pixels), output_hidden_states=True).hidden_states
+    given = (params, ids, mrope_positions(ids, mask, GRIDS, IMAGE), mask, pixels)
+    count, width = CONFIG.text.num_hidden_layers, CONFIG.text.hidden_size
+    found = run_with(*given, read_layers=(2, 1))
+    assert found.shape[-1] == 3 * width and count > 2
+    for number, layer in enumerate((count, 2, 1)):
+        part = found[..., number * width : (number + 1) * width]
+        close(part[mask], theirs[layer][torch.from_numpy(mask)])
+
+
+def test_bidirectional_queries_see_each_other_and_words_do_not_see_them():
+    model, params = reference()
+    ids, mask, pixels = batch("left")
+    given = (params, ids, mrope_positions(ids, mask, GRIDS, IMAGE), mask, pixels)
+    queries = np.random.default_rng(2).standard_normal((3, 64)).astype(np.float32)
+    causal, both = (run_with(*given, queries, bidirectional=x) for x in (False, True))
+    np.testing.assert_array_equal(both[:, :-3], causal[:, :-3])
+    close(both[:, -1], causal[:, -1], 0.5)  # the last saw all before, too, but not what they saw
+    other = np.concatenate([queries[:2], queries[2:] + 1])
+    causal_moved, moved = (run_with(*given, other, bidirectional=x) for x in (False, True))
+    np.testing.assert_array_equal(causal_moved[:, -3], causal[:, -3])
+    assert np.abs(moved[:, -3] - both[:, -3]).max() > 1e-3
+    # A plain attention mask of transformers says the same.
+    inputs = torch_inputs(ids, mask, pixels)
+    length = ids.shape[1]
+    sees = np.tril(np.ones((length, length), bool))
+    sees[-3:] = True
+    sees = sees[None] & mask[:, None]
+    hidden = torch.zeros(2, 1, length, length).masked_fill(~torch.from_numpy(sees)[:, None], -1e9)
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        features = model.model.visual(inputs["pixel_values"], inputs["image_grid_thw"])
+        embeds[torch.from_numpy(ids == IMAGE)] = features.pooler_output
+        embeds[:, -3:] = torch.from_numpy(queries)
+        theirs = model.model.language_model(
+            inputs_embeds=embeds, attention_mask=hidden,
+            position_ids=torch.from_numpy(given[2].swapaxes(0, 1)).long(),
+        ).last_hidden_state  # fmt: skip
+    close(both[mask], theirs[torch.from_numpy(mask)])
+
+
 def test_rematerialisation_and_bfloat16_change_only_rounding():
     _, params = reference()
     ids, mask, pixels = batch("left")

@@ -23,8 +23,9 @@ SIZES = ((64, 64), (48, 80))  # of condition pictures
 
 
 @functools.cache
-def plan_of(spec, alignment=0.0, rules=None):
-    config = config_lib.load(spec, {"alignment.weight": str(alignment)})
+def plan_of(spec, alignment=0.0, rules=None, layers="()"):
+    changes = {"alignment.weight": str(alignment), "model.vlm_layers": layers}
+    config = config_lib.load(spec, changes)
     if rules:
         with config.unlocked():
             config.rules = rules
@@ -57,6 +58,16 @@ def test_a_step_costs_what_its_traced_gradient_does(spec, pictures, alignment):
     assert found == jaxpr_flops.by_tower_of_step(plan, batch)
     assert set(found) <= {tower for _, tower in sharding.TOWERS} | {flops.OTHER}
     assert flops.of_step(plan, batch) == found.total()
+
+
+def test_states_of_other_layers_cost_their_products():
+    plan, plain = plan_of(f"{NANO}:stage1", layers="(1,)"), plan_of(f"{NANO}:stage1")
+    batch = batch_of(plan, 1)
+    found = flops.by_tower_of_step(plan, batch)
+    assert found == jaxpr_flops.by_tower_of_step(plan, batch)
+    states = 8 * (batch["text_mask"].shape[1] + plan.config.model.num_queries)
+    more = found["connector"] - flops.by_tower_of_step(plain, batch)["connector"]
+    assert more == 3 * 2 * states * (32 * 64 + 64 * 32)
 
 
 TRAIN, FREEZE = trees.TRAIN, trees.FREEZE

@@ -17,27 +17,37 @@ from qk_jax.experiment.plan import Plan
 from qk_jax.models import mmdit, vae
 from qk_jax.models.query_kontext import PACKED, QueryKontext
 from qk_jax.pictures.grids import grid_of, vision_size
+from qk_jax.pictures.roles import SOURCE
 
 # (params, batch, rng) -> loss of each example [B], and values of each to log, `t` among them
 LossFn = Callable[[Tree, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+VISIBLE = 40  # of 255: a pixel that differs more in some channel has changed
 
 
 def loss_fn(plan: Plan) -> LossFn:
     """The loss of each example: flow matching, plus the weighted alignment term where it is on.
 
+    With loss.region_weight the tokens of an edit's target that changed count more (`region`); what
+    is logged as 'flow' is the plain mean all the same, so that runs compare.
+
     Raises:
-      InputError: alignment.kind is unknown.
+      InputError: alignment.kind is unknown, or loss.region_weight is negative.
     """
     law, section = config_lib.time_law(plan.config), plan.config.alignment
     weight, pixels = section.weight, plan.config.model.vlm_pixels
-    model = plan.model
+    model, regions = plan.model, plan.config.loss.region_weight
+    if regions < 0:
+        raise InputError(f"loss.region_weight is {regions}; give 0 for none, or 1")
     if section.kind not in ("cosine", "infonce"):
         raise InputError(f"alignment.kind is {section.kind!r}; give cosine or infonce")
     temperature = section.temperature if section.kind == "infonce" else None
 
     def loss(params: Tree, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        values, t, kontext = flow_matching(model, params, batch, rng, law)
+        prediction, target, t, kontext = flow_matching(model, params, batch, rng, law)
+        values = flow.loss(prediction, target)
         aux = {"t": t, "flow": values}
+        if regions and batch["conditions"]:
+            values = flow.loss(prediction, target, region(batch, regions))
         if weight:
             aux["alignment"] = alignment(model, params, batch, kontext, pixels, temperature)
             values = values + weight * aux["alignment"]
@@ -48,12 +58,18 @@ def loss_fn(plan: Plan) -> LossFn:
 
 def flow_matching(
     model: QueryKontext, params: Tree, batch: Batch, rng: jax.Array, law: flow.TimeLaw
-) -> tuple[Float[Array, " B"], Float[Array, " B"], Float[Array, "B K D"]]:
-    """(loss, t, kontext) of flow matching for each example.
+) -> tuple[
+    Float[Array, "B N packed"],
+    Float[Array, "B N packed"],
+    Float[Array, " B"],
+    Float[Array, "B K D"],
+]:
+    """(predicted velocity, true velocity, t, kontext) of flow matching for each example.
 
-    x_t = (1 - t) x0 + t eps with target eps - x0, on target tokens only. A batch that holds what
-    `QueryKontext.encode` returns is not encoded again; of its pictures only the sizes are read.
-    The kontext is the VLM's states of the queries.
+    x_t = (1 - t) x0 + t eps with velocity eps - x0, on target tokens only. A batch that holds what
+    `QueryKontext.encode` returns is not encoded again; here only the sizes of its pictures are
+    read.
+    The kontext is the VLM's last states of the queries.
     """
     encoded: Mapping[str, Any] = batch if "posterior" in batch else model.encode(params, batch)
     posterior_key, time_key, noise_key = jax.random.split(rng, 3)
@@ -65,13 +81,35 @@ def flow_matching(
     t = flow.sample_timesteps(time_key, (x0.shape[0],), law, x0.shape[1])
     noise = jax.random.normal(noise_key, x0.shape, jnp.float32)
     x_t = flow.interpolate(x0, noise, t)
-    text, kontext = model.states(params, batch)
+    # a key that does not move the three above
+    text, kontext = model.states(params, batch, jax.random.fold_in(rng, 3))
     context, mask = model.connect(params, text, kontext, batch["text_mask"])
     prediction = model.velocity(
         params, x_t, t, context, mask, grid, encoded["latents"], batch["roles"],
         batch["condition_mask"],
     )  # fmt: skip
-    return flow.loss(prediction, flow.velocity_target(x0, noise)), t, kontext
+    last = kontext[..., : model.config.vlm.text.hidden_size]
+    return prediction, flow.velocity_target(x0, noise), t, last
+
+
+def region(batch: Batch, strength: float) -> Float[Array, "B N"]:
+    """Weights of the target's tokens: larger where an edit changed its source.
+
+    A token of which a pixel changed weighs 1 + strength log2(N / changed tokens), as in UniWorld-V1
+    (arXiv 2506.03147, strength 1, there for every pixel of a dilated mask); others weigh 1, as do
+    all tokens of an example without a source, or whose first picture has another size.
+    """
+    target, source = batch["target"], batch["conditions"][0]
+    examples, height, width = target.shape[:3]
+    rows, columns = height // PACKED, width // PACKED
+    if source.shape != target.shape:
+        return jnp.ones((examples, rows * columns), jnp.float32)
+    difference = jnp.abs(jnp.asarray(target, jnp.int32) - jnp.asarray(source, jnp.int32))
+    pixels = jnp.max(difference, axis=-1).reshape(examples, rows, PACKED, columns, PACKED)
+    changed = (jnp.max(pixels, axis=(2, 4)) > VISIBLE).reshape(examples, -1)
+    changed &= jnp.asarray(batch["roles"])[:, :1] == SOURCE
+    share = jnp.maximum(jnp.mean(changed, axis=1, keepdims=True), 1 / changed.shape[1])
+    return jnp.where(changed, 1 - strength * jnp.log2(share), 1.0)
 
 
 def alignment(

@@ -1,4 +1,5 @@
-"""The alignment term: what it gains from, what it leaves out, and that a shard sees the batch."""
+"""The alignment term: what it gains from, what it leaves out, and that a shard sees the batch; and
+the weights of what an edit changed."""
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +116,7 @@ def test_kind_and_temperature_of_the_config_reach_the_term(kind, temperature, mo
         return jnp.ones(2)
 
     seen = []
-    monkeypatch.setattr(flow_matching, "flow_matching", lambda *_: (jnp.zeros(2),) * 3)
+    monkeypatch.setattr(flow_matching, "flow_matching", lambda *_: (jnp.zeros((2, 3, 4)),) * 4)
     monkeypatch.setattr(flow_matching, "alignment", term)
     changes = {"alignment.kind": kind, "alignment.temperature": "0.3", "alignment.weight": "0.5"}
     plan = Plan.build(config_lib.load(f"{NANO}:stage1", changes), check=False)
@@ -145,3 +146,52 @@ def test_a_constant_gains_nothing_of_the_tiny_vision_tower():
         print(f"{task}: {as_they_are:.2f} / {half:.2f} / {float(both.mean()):.2f}, {common:.2f}")
         assert as_they_are < 0.2 and common > 0.8 and half < 0.95
         assert float(both.mean()) == pytest.approx(1.0, abs=1e-3)
+
+
+def edits():
+    """Four examples of 64 x 48: a token changed, nothing changed, all changed, and a reference."""
+    rng = np.random.default_rng(0)
+    source = rng.integers(0, 150, (4, 64, 48, 3)).astype(np.uint8)
+    target = source.copy()
+    target[0, 20:30, 35:40, 1] += 100  # in the token of the second row and third column
+    target[1, ..., 2] += 40  # not visible
+    target[2] += 100
+    target[3] += 100
+    roles = np.array([[0, 1], [0, 1], [0, 1], [1, 1]], np.int32)
+    other = np.zeros((4, 32, 32, 3), np.uint8)
+    return {"target": target, "conditions": (source, other), "roles": roles}
+
+
+def test_changed_tokens_of_an_edit_weigh_more():
+    weights = np.asarray(flow_matching.region(edits(), 1.0)).reshape(4, 4, 3)
+    assert weights[0, 1, 2] == pytest.approx(1 + np.log2(12))
+    assert weights[0].sum() == pytest.approx(12 + np.log2(12))
+    assert (weights[1:] == 1).all()
+    half = flow_matching.region(edits(), 0.5)
+    assert half.max() == pytest.approx(1 + np.log2(12) / 2)
+    smaller = edits() | {"conditions": (np.zeros((4, 32, 32, 3), np.uint8),)}
+    assert (np.asarray(flow_matching.region(smaller, 1.0)) == 1).all()
+
+
+def test_the_region_weight_changes_what_is_trained_and_not_what_is_logged(monkeypatch):
+    rng = np.random.default_rng(1)
+    prediction, target = (
+        jnp.asarray(rng.normal(size=(4, 12, 8)), jnp.float32) for _ in range(2)
+    )  # fmt: skip
+    found = prediction, target, jnp.ones(4), None
+    monkeypatch.setattr(flow_matching, "flow_matching", lambda *_: found)
+    values = {}
+    for weight in ("0", "1"):
+        changes = {"loss.region_weight": weight}
+        plan = Plan.build(config_lib.load(f"{NANO}:stage3", changes), check=False)
+        values[weight], aux = loss_fn(plan)({}, edits(), jax.random.key(0))
+        plain = np.square(prediction - target).mean((1, 2))
+        np.testing.assert_allclose(aux["flow"], plain, rtol=1e-5)
+    np.testing.assert_allclose(values["0"], plain, rtol=1e-5)
+    np.testing.assert_allclose(values["1"][1:], plain[1:], rtol=1e-5)
+    tokens = np.square(prediction - target).mean(2)[0]
+    wanted = (tokens.sum() + np.log2(12) * tokens[5]) / (12 + np.log2(12))
+    assert float(values["1"][0]) == pytest.approx(float(wanted), rel=1e-5)
+    negative = config_lib.load(f"{NANO}:stage3", {"loss.region_weight": "-1"})
+    with pytest.raises(InputError, match="loss.region_weight is -1.0; give 0 for none, or 1"):
+        loss_fn(Plan.build(negative, check=False))
