@@ -143,7 +143,7 @@ def base(stage: str, size: str) -> ConfigDict:
             "text_to_image": 0.0, "reconstruction": 0.0, "transformation": 0.0,
             "editing": 0.0, "customization": 0.0, "composition": 0.0,
         },
-        "sizes": ((64, 64), (48, 80), (80, 48)) if tiny else buckets.table(512, 16),
+        "sizes": ("64x64", "80x48", "48x80") if tiny else buckets.names(512, 16),
         "reference_size": 64 if tiny else 512,
         "reference_ratios": () if tiny else ((1, 1), (2, 3)),
         "text_tokens": (24, 32, 40) if tiny else (),

@@ -19,7 +19,7 @@ def get_config(size: str = "tiny"):
     config.rules = common.STAGES["highres"].rules
     config.steps = common.pick(size, tiny=100, tiny_long=1000, smoke=20, full=3000)
     config.data.batch = 16 if tiny else 256
-    config.data.sizes = ((128, 128), (96, 160), (160, 96)) if tiny else buckets.table(1024, 16)
+    config.data.sizes = ("128x128", "160x96", "96x160") if tiny else buckets.names(1024, 16)
     config.data.reference_size = 128 if tiny else 1024
     config.optimizer.lr = 2e-4 if tiny else 1e-5
     config.optimizer.schedule = "constant"

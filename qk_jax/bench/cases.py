@@ -91,7 +91,7 @@ class Case:
       layout: MESH[/ROWS].
       remat: config.model.remat, or NO_REMAT.
       per_chip_batch: examples of a micro-batch per device.
-      size: (H, W) of the target picture.
+      size: of the target picture, width x height, such as '80x48'.
       pictures: condition pictures of every example.
       flags: compiler options of the train step, besides the config's.
       measure: steps to time on the devices at hand; 0 compiles only.
@@ -104,7 +104,7 @@ class Case:
     layout: str
     remat: str
     per_chip_batch: float
-    size: tuple[int, int]
+    size: str
     pictures: int
     flags: tuple[str, ...]
     measure: int

@@ -19,6 +19,7 @@ from qk_jax.bench.compile import compiled
 from qk_jax.bench.measure import measure
 from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
+from qk_jax.pictures.sizes import format_size, parse_sizes
 from qk_jax.training import flops
 
 
@@ -78,14 +79,13 @@ def command(args: argparse.Namespace, overrides: Mapping[str, str]) -> None:
         print(f"\n{'target':<10}{'pictures':>9}{'TFLOP each':>12}{'TFLOP/step':>12}", end="")
         print(f"{'s/step':>9}{'pictures/s':>12}{'TFLOP/s':>10}{'MFU':>7}" if args.measure else "")
         picture = (config.data.reference_size,) * 2
-        for size in config.data.sizes[: args.sizes]:
+        sizes = parse_sizes(config.data.sizes, "config.data.sizes")
+        for size in sizes[: args.sizes]:
             for count in range(args.pictures + 1):
-                shapes = batches.abstract(config, tuple(size), [picture] * count, examples)
+                shapes = batches.abstract(config, size, [picture] * count, examples)
                 work = flops.of_step(plan, shapes) / 1e12
-                name = f"{size[0]}x{size[1]}"
-                print(
-                    f"{name:<10}{count:>9}{work / examples:>12.4f}{work:>12.2f}", end="", flush=True
-                )
+                costs = f"{work / examples:>12.4f}{work:>12.2f}"
+                print(f"{format_size(size):<10}{count:>9}{costs}", end="", flush=True)
                 print(measured(plan, shapes, work, args.measure) if args.measure else "")
 
 

@@ -26,6 +26,7 @@ from qk_jax.bench.cases import NO_REMAT, Case, Target
 from qk_jax.bench.schedule import topologies
 from qk_jax.experiment import config as config_lib
 from qk_jax.models import layers
+from qk_jax.pictures.sizes import format_size, parse_size, parse_sizes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--per-chip-batch", **many, type=float, metavar="N",
         help="examples of a micro-batch per device (the config's)",
     )  # fmt: skip
-    add("--size", metavar="HxW", help="a target size of the config (the first)")
+    add("--size", metavar="WxH", help="a target size of the config, width x height (the first)")
     add("--pictures", type=int, help="condition pictures (2 where the generator sees them, else 1)")
     add("--flags", **many, default=[], metavar="NAME=VALUE", help="TPU options of the train step")
     add("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="table rows at once")
@@ -94,22 +95,24 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("layouts.png needs matplotlib; pip install 'qk_jax[bench]'")
 
 
-def shape(args: argparse.Namespace, config: ConfigDict) -> tuple[tuple[int, int], int]:
-    """((H, W), condition pictures) of the examples.
+def shape(args: argparse.Namespace, config: ConfigDict) -> tuple[str, int]:
+    """(target size, condition pictures) of the examples.
 
     Raises:
       InputError: no target size of the config, or a negative number of pictures.
     """
-    sizes = {f"{h}x{w}": (int(h), int(w)) for h, w in config.data.sizes}
-    name = args.size or next(iter(sizes))
-    if name not in sizes:
-        raise InputError(f"--size {name} is not of the config's: {', '.join(sizes)}")
+    known = parse_sizes(config.data.sizes, "config.data.sizes")
+    size = parse_size(args.size, "--size") if args.size else known[0]
+    if size not in known:
+        raise InputError(
+            f"--size {args.size} is not of the config's: {', '.join(map(format_size, known))}"
+        )
     pictures = args.pictures
     if pictures is None:
         pictures = 2 if config.model.condition_latents else 1
     if pictures < 0:
         raise InputError("--pictures must be at least 0")
-    return sizes[name], pictures
+    return format_size(size), pictures
 
 
 def find_targets(args: argparse.Namespace, flags: Sequence[str]) -> list[Target]:

@@ -159,7 +159,7 @@ def section(index: int, row: Row) -> Iterator[str]:
     yield (
         f"`{row['config']}` on {row['slice']}, `{row['layout']}`, remat `{row['remat']}`, "
         f"a batch of {row['rows'] or '?'} in {row['accumulation'] or '?'} micro-batches, target "
-        f"{row['size'][0]}x{row['size'][1]}, {row['pictures']} condition pictures."
+        f"{row['size']}, {row['pictures']} condition pictures."
     )
     overrides = [f"{name}={text}" for name, text in row["overrides"].items()]
     for name, words in (("Overrides", overrides), ("Flags", row["flags"])):

@@ -31,6 +31,7 @@ from qk_jax.bench.schedule import estimates, topologies, walk
 from qk_jax.bench.schedule.estimates import Estimate
 from qk_jax.bench.schedule.topologies import GIB
 from qk_jax.experiment.plan import Plan
+from qk_jax.pictures.sizes import parse_size
 from qk_jax.training import flops
 
 LISTED = 10  # the most expensive ops
@@ -57,7 +58,8 @@ def answers(case: Case, text: files.Path | None = None) -> Iterator[dict[str, An
     mesh = sharding.build_mesh(config.mesh, devices, config.slices)
     plan = Plan.build(config, mesh)
     pictures = [(config.data.reference_size,) * 2] * case.pictures
-    batch = batches.abstract(config, case.size, pictures, config.data.batch)
+    size = parse_size(case.size, "the size of a case")
+    batch = batches.abstract(config, size, pictures, config.data.batch)
     found = work(plan, batch)
     yield found
     start = time.perf_counter()
@@ -166,7 +168,7 @@ def main(argv: Sequence[str]) -> None:
         found: Iterable[dict[str, Any]] = [probe(**request["probe"])]
     else:
         fields, text = request["case"], request["hlo"]
-        case = Case(**fields | {name: tuple(fields[name]) for name in ("size", "flags")})
+        case = Case(**fields | {"flags": tuple(fields["flags"])})
         found = answers(case, files.Path(text) if text else None)
     for one in found:
         files.write_text(written, json.dumps(one))

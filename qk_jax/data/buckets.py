@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from qk_jax.base.errors import InputError
 from qk_jax.pictures.fitting import Size
+from qk_jax.pictures.sizes import format_size
 
 # The paper's seven aspect ratios (section 4), short side to long side; mirrors are added.
 RATIOS = ((1, 1), (1, 2), (2, 3), (3, 4), (3, 5), (4, 5), (9, 16))
@@ -37,6 +38,11 @@ def table(
         both = [portrait, landscape] if a <= b else [landscape, portrait]
         out += both if mirror else both[:1]
     return tuple(dict.fromkeys(out))
+
+
+def names(side: int, multiple: int) -> tuple[str, ...]:
+    """The sizes of `table` as configs write them: '512x512', width x height."""
+    return tuple(map(format_size, table(side, multiple)))
 
 
 def _nearest_sides(side: int, multiple: int, ratio: float) -> Size:

@@ -12,6 +12,7 @@ import numpy as np
 from qk_jax.base.errors import BadRecord, InputError
 from qk_jax.data import buckets
 from qk_jax.pictures.fitting import Size
+from qk_jax.pictures.sizes import parse_sizes
 
 TASKS = (
     "text_to_image",
@@ -65,8 +66,9 @@ class TaskSettings:
 
     @classmethod
     def from_config(cls, data: Mapping[str, Any], seed: int) -> TaskSettings:
-        """As config.data says."""
-        return cls(tuple(map(tuple, data["sizes"])), reference_sizes(data), seed)
+        """As config.data says. Raises InputError for sizes or ratios that are none."""
+        sizes = parse_sizes(data["sizes"], "config.data.sizes")
+        return cls(sizes, reference_sizes(data), seed)
 
     @property
     def squarest(self) -> int:

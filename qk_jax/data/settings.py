@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qk_jax.base.errors import InputError
-from qk_jax.data.example import TASKS
+from qk_jax.data.example import TASKS, TaskSettings
 
 
 class Dropout(NamedTuple):
@@ -50,4 +50,5 @@ def _probabilities(name: str, values: Sequence[float]) -> Dropout:
 
 def check(config: Mapping[str, Any]) -> None:
     """Raises InputError for sections of config.data that no run can use; reads no data."""
+    TaskSettings.from_config(config["data"], 0)
     dropouts(config["data"])

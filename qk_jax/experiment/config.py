@@ -22,6 +22,7 @@ from qk_jax.diffusion import flow
 from qk_jax.experiment import config_files, glossary
 from qk_jax.models import mmdit, qwen_text, qwen_vision, qwen_vl, rotary, vae
 from qk_jax.models.query_kontext import ModelConfig
+from qk_jax.pictures.sizes import format_size
 
 
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
@@ -126,6 +127,7 @@ _WRONG = object()
 
 def _parse(text: str, old: Any) -> Any:
     """`text` as a value of the type of `old`, or _WRONG."""
+    are_names = isinstance(old, tuple) and all(isinstance(o, str) for o in old)
     if isinstance(old, str):
         return text
     if isinstance(old, bool):
@@ -133,8 +135,9 @@ def _parse(text: str, old: Any) -> Any:
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        names = tuple(part for part in text.split(",") if part)
-        return names if isinstance(old, tuple) and all(isinstance(o, str) for o in old) else _WRONG
+        return tuple(part for part in text.split(",") if part) if are_names else _WRONG
+    if old and are_names and isinstance(value, int):  # '0x64' is a size, though a wrong one
+        return (text,)
     if old is None:
         return value
     if isinstance(old, float) and type(value) is int:
@@ -167,7 +170,11 @@ def from_dict(values: Mapping[str, Any]) -> ConfigDict:
             return {name: tuples(item) for name, item in value.items()}
         return tuple(map(tuples, value)) if isinstance(value, (list, tuple)) else value
 
-    return ConfigDict(tuples(values)).lock()
+    config = ConfigDict(tuples(values))
+    config.data.sizes = tuple(
+        size if isinstance(size, str) else format_size(size) for size in config.data.sizes
+    )
+    return config.lock()
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:

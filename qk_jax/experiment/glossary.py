@@ -124,7 +124,7 @@ MEANINGS = {
     "data.tokenizer": "folder or Hub id; '' is the VLM's, or that of the stage before",
     "data.batch": "targets of a step over all devices",
     "data.tasks.NAME": "weight of the task in the mixture",
-    "data.sizes": "target sizes (height, width); a picture goes to the nearest in aspect ratio",
+    "data.sizes": "target sizes, width x height; a picture goes to the nearest in aspect ratio",
     "data.reference_size": "a reference is shown whole at about the square of this side, in pixels",
     "data.reference_ratios": "aspect ratios of references, and mirrors; () is the square alone",
     "data.text_tokens": "text tokens by number of condition pictures; () is model.max_text for all",

@@ -10,6 +10,7 @@ from qk_jax.base import files
 from qk_jax.checkpoints.run_folder import Loaded
 from qk_jax.models import vae
 from qk_jax.painting import Painter
+from qk_jax.pictures.sizes import format_size
 from qk_jax.weights.write import LORA
 
 LORA_FILE = f"{LORA}.safetensors"
@@ -72,7 +73,7 @@ ones. `pipe.fuse_lora()` merges it for good.""",
 
 def _listed(sizes: Sequence[tuple[int, int]]) -> str:
     """(height, width) as '64x64 80x48', width x height."""
-    return " ".join(f"{width}x{height}" for height, width in sizes)
+    return " ".join(map(format_size, sizes))
 
 
 def settings(painter: Painter) -> dict[str, Any]:

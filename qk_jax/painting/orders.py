@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import json
 import pathlib
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from qk_jax.base import files
 from qk_jax.base.errors import InputError
 from qk_jax.painting.painter import Painter
 from qk_jax.painting.request import Request, Settings
+from qk_jax.pictures import sizes
 
 LINE_KEYS = ("prompt", "source", "references", "seed", "out")
 
@@ -153,17 +153,8 @@ def _order_of(where: str, value: dict[str, Any], folder: files.Path, out_dir: fi
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
-    """(height, width) of 'WIDTHxHEIGHT'.
-
-    Raises:
-      InputError: it is not of that form.
-    """
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})", text)
-    if not match:
-        raise InputError(f"--size is {text!r}; give width x height in pixels, such as 64x64")
-    return int(match[2]), int(match[1])
+    """(height, width) of --size, None where it is not given. Raises InputError for no size."""
+    return None if text is None else sizes.parse_size(text, "--size")
 
 
 def make_folders(paths: Sequence[files.Path], *, overwrite: bool) -> None:
@@ -215,9 +206,8 @@ def write_png(path: files.Path, pixels: np.ndarray, texts: dict[str, str]) -> No
 def texts_of(painter: Painter, job: Job, settings: Settings) -> dict[str, str]:
     """The text chunks of one picture."""
     order, request, _ = job
-    height, width = request.size
     shown = dataclasses.asdict(settings) | {
-        "size": f"{width}x{height}",
+        "size": sizes.format_size(request.size),
         "number": request.number,
         "source": str(order.source) if order.source else None,
         "references": [str(path) for path in order.references],

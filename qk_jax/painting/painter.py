@@ -26,6 +26,7 @@ from qk_jax.painting.request import FULL, NO_PICTURES, NO_TEXT, Limits, Request,
 from qk_jax.pictures.decoding import decode_picture
 from qk_jax.pictures.fitting import contain, cover
 from qk_jax.pictures.roles import REFERENCE, SOURCE
+from qk_jax.pictures.sizes import check_size, parse_sizes
 
 
 class Painter:
@@ -111,11 +112,7 @@ class Painter:
         request = Request(prompt, size=(height, width), seed=seed)
         roles = (SOURCE,) * (source is not None) + (REFERENCE,) * len(references)
         self.prompts.encode_text(self.prompts.template.instruction(prompt, roles), strict=True)
-        if height % PACKED or width % PACKED or min(height, width) < PACKED:
-            near = [max(1, round(side / PACKED)) * PACKED for side in (width, height)]
-            raise InputError(
-                f"the size {width}x{height} is no multiple of {PACKED}; {near[0]}x{near[1]} is near"
-            )
+        check_size(request.size, "the size")
         if height * width > limits.max_area:
             raise InputError(
                 f"the size {width}x{height} has more than {limits.max_area} pixels, sixteen times "
@@ -277,7 +274,7 @@ def of_params(plan: Plan, params: types.Tree, *, batch: int = 4, name: str = "")
         learned = jnp.asarray(params["queries"]["embedding"])
         params["queries"] = {"embedding": connector.noisy(learned, config.query_noise)}
     limits = Limits(
-        sizes=tuple(tuple(size) for size in data.sizes),
+        sizes=parse_sizes(data.sizes, "config.data.sizes"),
         reference_sizes=reference_sizes(data),
         max_references=max(MAX_REFERENCES.get(task, 0) for task, x in data.tasks.items() if x),
         max_pixels=data.max_pixels,

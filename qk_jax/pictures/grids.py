@@ -33,7 +33,7 @@ def vision_size(height: int, width: int, pixels: int, multiple: int = 0) -> tupl
     """
     if min(height, width) < 1 or max(height, width) > MAX_ASPECT * min(height, width):
         raise InputError(
-            f"a picture of {height}x{width} pixels cannot be shown to the VLM; "
+            f"a picture of {width}x{height} pixels cannot be shown to the VLM; "
             f"crop it to an aspect below {MAX_ASPECT}:1"
         )
     if multiple:
@@ -59,7 +59,7 @@ def grid_of(height: int, width: int) -> tuple[int, int]:
       InputError: a side is no multiple of 28.
     """
     if height % FACTOR or width % FACTOR:
-        raise InputError(f"{height}x{width} pixels is no multiple of {FACTOR}; use vision_size")
+        raise InputError(f"{width}x{height} pixels is no multiple of {FACTOR}; use vision_size")
     return height // PATCH, width // PATCH
 
 

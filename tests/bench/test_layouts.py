@@ -31,7 +31,7 @@ SLICES = ("2x v5e-1", "data=1")  # for a second case of stage 2
 
 
 def a_case(spec, slice_, layout, **changes):
-    given = Case(spec, {}, slice_, False, layout, "none", 1.0, (64, 64), 1, (), 0)
+    given = Case(spec, {}, slice_, False, layout, "none", 1.0, "64x64", 1, (), 0)
     return dataclasses.replace(given, **changes)
 
 
@@ -47,11 +47,11 @@ def jobs_of(given):
 def compiled(tmp_path_factory, libtpu):
     """{stage, or 'slices', or 'large': table row}: all that is compiled ahead of time here."""
     given = {
-        name: a_case(f"{NANO}:{name}", *case, size=(128, 128) if name == "highres" else (64, 64))
+        name: a_case(f"{NANO}:{name}", *case, size="128x128" if name == "highres" else "64x64")
         for name, case in CASES.items()
     }
     given["slices"] = a_case(f"{NANO}:stage2", *SLICES, remat="full", per_chip_batch=2.0)
-    given["large"] = a_case("configs/stage2.py:20b", "v5e-4", "fsdp=4", size=(512, 512))
+    given["large"] = a_case("configs/stage2.py:20b", "v5e-4", "fsdp=4", size="512x512")
     jobs = jobs_of(given.values())
     out = tmp_path_factory.mktemp("layouts")
     args, _ = bench.arguments(["layouts", "--config", "f.py", "--hlo", "--out", str(out)])
@@ -144,7 +144,9 @@ def refused(words, out, capsys):
         (["--layout", "fsdp=4", "--per-chip-batch", "0.5"], "does not divide"),
         (["--per-chip-batch", "0"], "must be positive"),
         (["--remat", "some"], "'some' unknown"),
-        (["--size", "64x65"], "64x64"),
+        (["--size", "64x65"], "--size 64x65 is no multiple of 16; 64x64 is near"),
+        (["--size", "80x64"], "--size 80x64 is not of the config's: 64x64, 80x48, 48x80"),
+        (["--config.data.sizes=64x60"], "config.data.sizes 64x60 is no multiple of 16"),
         (["--pictures", "-1"], "at least 0"),
         (["--config.model.remet=full"], "did you mean 'model.remat'"),
         (["--search", "--layout", "fsdp=4"], "leave --layout out"),

@@ -10,6 +10,7 @@ import pytest
 
 from qk_jax import train
 from qk_jax.base.errors import InputError
+from qk_jax.data.example import TaskSettings
 from qk_jax.experiment import config as config_lib
 
 TINY = "configs/stage1.py:tiny"
@@ -23,7 +24,8 @@ ROOT = pathlib.Path(train.__file__).parent.parent
         ("optimizer.lr", "1", 1.0),
         ("optimizer.schedule", "constant", "constant"),
         ("model.condition_latents", "true", True),
-        ("data.sizes", "((32, 32),)", ((32, 32),)),
+        ("data.sizes", "64x64,80x48", ("64x64", "80x48")),
+        ("data.sizes", "0x64", ("0x64",)),  # which Python would read as a number
         ("sharding.mmdit.params.embed", "fsdp,context", ("fsdp", "context")),
         ("sharding.mmdit.params.embed", "fsdp", ("fsdp",)),
         ("model.vae.shift_factor", "0.5", 0.5),
@@ -46,7 +48,7 @@ def test_override_keeps_the_type(name, text, value):
         ("steps", "many", "'many'"),
         ("optimizer.lr", "fast", "'optimizer.lr' is a float"),
         ("model.condition_latents", "maybe", "is a bool"),
-        ("data.sizes", "64", "is a tuple"),
+        ("data.text_tokens", "64", "is a tuple"),
     ],
 )
 def test_a_wrong_override_names_the_field(name, text, words):
@@ -72,6 +74,16 @@ def test_model_config_survives_json():
     again = config_lib.model_config(json.loads(config_lib.to_json(config)))
     assert again == config_lib.model_config(config)
     assert again.lora_scale == 1.0 and again.condition_latents and again.remat == "full"
+
+
+def test_sizes_of_a_checkpoint_from_before_are_turned_around():
+    """They were pairs of height and width."""
+    old = config_lib.to_dict(config_lib.load(TINY))
+    assert config_lib.from_dict(old).data.sizes == ("64x64", "80x48", "48x80")
+    old["data"]["sizes"] = [[64, 64], [48, 80], [80, 48]]
+    config = config_lib.from_dict(old)
+    assert config.data.sizes == ("64x64", "80x48", "48x80")
+    assert TaskSettings.from_config(config.data, 0).sizes == ((64, 64), (48, 80), (80, 48))
 
 
 def test_differences_are_listed():

@@ -378,12 +378,12 @@ def test_text_of_a_slot():
 def test_sizes_of_pictures(stage, size):
     data = config_of(stage, size).data
     side = {"tiny": 64, "20b": 512}[size] * (2 if stage == "highres" else 1)
-    assert data.reference_size == side and data.sizes[0] == (side, side)
-    shown = reference_sizes(data)
+    sizes, shown = TaskSettings.from_config(data, 0).sizes, reference_sizes(data)
+    assert data.reference_size == side and sizes[0] == (side, side)
     assert shown[0] == (side, side) and len(shown) == (1 if size == "tiny" else 3)
-    assert len(data.sizes) == (3 if size == "tiny" else 13)
-    for height, width in (*data.sizes, *shown):
-        assert height % 16 == width % 16 == 0 and (width, height) in (*data.sizes, *shown)
+    assert len(sizes) == (3 if size == "tiny" else 13)
+    for height, width in (*sizes, *shown):
+        assert height % 16 == width % 16 == 0 and (width, height) in (*sizes, *shown)
         assert height * width == pytest.approx(side**2, rel=0.1)
 
 
@@ -423,7 +423,7 @@ def pipe(monkeypatch):
     text and which pictures were dropped."""
 
     def sources(config, split, seed, names):
-        settings = TaskSettings(sizes=tuple(config["data"]["sizes"]), seed=seed)
+        settings = TaskSettings.from_config(config["data"], seed)
         return {name: Source(name, settings) for name in names}
 
     def collate(examples, dropped, builder, targets=False):

@@ -42,7 +42,7 @@ def loaded(
         config.model.condition_latents = latents
         config.model.update(dict(switches))
         config.prompt = dataclasses.asdict(templates.preset(prompt))
-        config.data.update(sizes=((64, 64), (48, 80), (80, 48)), reference_size=48)
+        config.data.update(sizes=("64x64", "80x48", "48x80"), reference_size=48)
         config.lora.update(rank=2, alpha=1.0)
     plan = Plan.build(config, sharding.build_mesh({}, jax.devices()[:1]), check=False)
     params = nano.random_tree(shapes_of(plan.model.abstract()))

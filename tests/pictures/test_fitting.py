@@ -7,10 +7,11 @@ from PIL import Image
 from configs import highres, stage3
 from qk_jax.data import buckets
 from qk_jax.pictures.fitting import contain, cover, cover_box
+from qk_jax.pictures.sizes import parse_sizes
 
 # The sizes of targets of all configs.
 TABLES = [
-    get(size).data.sizes
+    parse_sizes(get(size).data.sizes, "sizes")
     for get in (stage3.get_config, highres.get_config)
     for size in ("tiny", "20b")
 ]
