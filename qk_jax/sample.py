@@ -7,8 +7,8 @@
 One picture is written to --out; with --num N they are numbered: out-0.png, out-1.png, ... A line
 of --prompts is {"prompt": ..., "source": path, "references": [paths], "seed": n, "out": name},
 where all but the prompt may be left out and paths are relative to the file. The same arguments
-give the same bits, however many pictures are painted together. Every PNG carries its prompt, seed
-and settings.
+give the same bits; with the same --batch a picture has them whatever else is painted. Every PNG
+carries its prompt, seed and settings. Compiled programs are kept in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         help="weigh the pictures against the text alone as well: a fourth evaluation a step",
     )
     add("--overwrite", action="store_true", help="replace pictures that exist")
-    add("--batch", type=int, default=4, help="pictures painted at once (default 4)")
+    add("--batch", type=int, help="pictures painted at once (default: all of a shape, at most 8)")
     return out
 
 
@@ -73,6 +73,7 @@ def main(argv: Sequence[str]) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what we ask for
     args = parser().parse_args(argv)
     runtime.skip_absent_tpu()
+    runtime.keep_programs()
     asked = orders(args)
     size = parse_size(args.size)
     names = [field.name for field in dataclasses.fields(painting.Settings)]
@@ -80,8 +81,9 @@ def main(argv: Sequence[str]) -> None:
     painter = painting.load(args.checkpoint, ema=not args.no_ema, step=args.step, batch=args.batch)
     jobs = [job for order in asked for job in jobs_of(painter, order, size, args.num)]
     make_folders([job.path for job in jobs], overwrite=args.overwrite)
-    with tqdm.tqdm(total=len(jobs), desc="painting", unit="picture") as bar:
-        for index, picture in painter.stream([job.request for job in jobs], settings):
+    requests = [job.request for job in jobs]
+    with tqdm.tqdm(total=len(jobs), desc="compiling", unit="picture") as bar:
+        for index, picture in painter.stream(requests, settings, phase=bar.set_description):
             write_png(jobs[index].path, picture, texts_of(painter, jobs[index], settings))
             bar.update()
     for job in jobs:

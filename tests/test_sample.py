@@ -172,6 +172,18 @@ def test_a_file_without_prompts(tmp_path, capsys):
         assert words in refused(capsys, *common, "--prompts", tmp_path / f"{name}.jsonl")
 
 
+def test_programs_are_kept_and_the_bar_says_what_it_waits_for(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    kept = []
+    monkeypatch.setattr(sample.runtime, "keep_programs", lambda: kept.append(True))
+    one = ("--checkpoint", checkpoint, "--steps", 2, "--size", "32x32", "--prompt", "a 🪁")
+    sample.main([str(word) for word in (*one, "--num", 2, "--out", tmp_path / "kite.png")])
+    said = capsys.readouterr().err
+    assert kept and said.index("compiling:") < said.index("painting:") < said.rindex("2/2")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize(("words", "ema"), [((), True), (("--no-ema",), False)])
 def test_the_average_is_painted_with_unless_refused(words, ema, monkeypatch):
     asked = {}

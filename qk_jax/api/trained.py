@@ -135,18 +135,23 @@ def load(
     *,
     ema: bool = True,
     step: int | None = None,
-    batch: int = 4,
+    batch: int | None = None,
     mesh: Mesh | None = None,
 ) -> TrainedModel:
-    """A model that the trainer wrote; arguments and errors as `painting.load`.
+    """A model that the trainer wrote; arguments and errors as `painting.load`. Its programs are
+    kept in the user's cache folder (`runtime.keep_programs`).
 
     Args:
       checkpoint: the folder of a stage, W/stage3.
       ema: take the moving average of the weights where there is one.
       step: default the newest that is whole.
-      batch: pictures painted at once; a picture has the same bits only with the same `batch`.
+      batch: pictures painted at once, with which a picture has the same bits whatever `num` is;
+        None for the `num` of each call, at most 8.
       mesh: to shard the parameters over, by the tables of the training; None for one device.
     """
+    if batch is not None and batch < 1:
+        raise InputError(f"batch is {batch}; give at least 1")
     runtime.skip_absent_tpu()
+    runtime.keep_programs()
     painter = painting.load(checkpoint, ema=ema, step=step, batch=batch, mesh=mesh)
     return TrainedModel(painter)

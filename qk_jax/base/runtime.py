@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import json
 import logging
+import os
 import pathlib
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 import absl.logging
 import jax
 
+from qk_jax.base import files
 from qk_jax.base.errors import InputError
 
 log = logging.getLogger("qk_jax")
@@ -46,6 +48,32 @@ def skip_absent_tpu() -> None:
         map(importlib.util.find_spec, plugins)
     )
     jax.config.update("jax_platforms", "cuda,cpu" if has_gpu else "cpu")
+
+
+def keep_programs(folder: files.PathLike | None = None) -> None:
+    """Keeps compiled programs between processes, the small ones too: JAX's persistent cache.
+
+    A folder that JAX was already given (JAX_COMPILATION_CACHE_DIR) stays, with its own settings.
+    One that cannot be written is no error: programs are then compiled anew.
+
+    Args:
+      folder: None for qk_jax/compilation_cache in the user's cache folder, which is XDG_CACHE_HOME
+        or ~/.cache.
+    """
+    if jax.config.values["jax_compilation_cache_dir"]:
+        return
+    if folder is None:
+        known = os.environ.get("XDG_CACHE_HOME", "")
+        home = known if os.path.isabs(known) else os.path.expanduser("~/.cache")
+        if not os.path.isabs(home):  # a user without a home
+            return
+        folder = files.Path(home) / "qk_jax" / "compilation_cache"
+    try:
+        files.writable_folder(folder, "the folder of compiled programs")
+    except InputError:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -236,6 +237,29 @@ class PromptBuilder:
                 f"shorten {text[:40]!r}..."
             )
         return ids[: self.max_text]
+
+    def unknown(self, text: str) -> str:
+        """The characters of a text that the tokenizer does not know, each once.
+
+        Byte-level BPE reads everything, at the worst a byte at a time. Unknown is a character of
+        several bytes each of which is a token of its own: none was merged with a neighbour, so the
+        texts that the tokenizer was trained on had no use for it. Those are emoji and letters of
+        other scripts, and with a small vocabulary accented ones too.
+
+        Args:
+          text: valid Unicode.
+        """
+        plain = self._plain
+        read = plain.normalizer.normalize_str(text) if plain.normalizer else text
+        # A token is written with one letter for each of its bytes.
+        ends = {0, *itertools.accumulate(map(len, plain.encode(text).tokens))}
+        found, start = [], 0
+        for character in read:
+            end = start + len(character.encode())
+            if end - start > 1 and ends.issuperset(range(start, end + 1)):
+                found.append(character)
+            start = end
+        return "".join(dict.fromkeys(found))
 
     def build(
         self,

@@ -72,7 +72,7 @@ def orders(args: argparse.Namespace) -> list[Order]:
     Raises:
       InputError: arguments that do not go together, or a bad line, with its number.
     """
-    if args.num < 1 or args.batch < 1:
+    if args.num < 1 or (args.batch is not None and args.batch < 1):
         raise InputError("--num and --batch must be at least 1")
     if args.prompts:
         for name in ("prompt", "source", "reference", "out"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,13 +29,18 @@ from qk_jax.pictures.fitting import contain, cover
 from qk_jax.pictures.roles import REFERENCE, SOURCE
 from qk_jax.pictures.sizes import check_size, parse_sizes
 
+log = logging.getLogger(__name__)
+MOST_AT_ONCE = 8  # pictures, where nobody chose how many
+
 
 class Painter:
     """A model, its parameters and its tokenizer, ready to paint.
 
-    Every call of a program has exactly `batch` slots, the last ones filled up with copies, and the
+    A call of a program has exactly `batch` slots, the last ones filled up with copies, and the
     noise of a slot depends on its own seed and number only: a picture has the same bits whatever
-    else is painted with it, as long as `batch`, the program and the machine are the same.
+    else is painted with it, as long as `batch`, the program and the machine are the same. Without
+    a `batch` there are as many slots as pictures of one shape are asked for at once, at most
+    MOST_AT_ONCE; the bits then depend on that number too.
     """
 
     def __init__(
@@ -44,7 +50,7 @@ class Painter:
         prompts: PromptBuilder,
         *,
         limits: Limits,
-        batch: int = 4,
+        batch: int | None = None,
         dtype: Any = jnp.float32,
         options: Options = (),
         name: str = "",
@@ -57,7 +63,7 @@ class Painter:
           params: all parameters, adapters already merged.
           prompts: builds what the VLM reads.
           limits: sizes and counts of the training.
-          batch: slots of every program.
+          batch: slots of every program; None for as many as are needed.
           dtype: compute dtype.
           options: of the compiler, see `programs`.
           name: what PNGs call the model.
@@ -67,6 +73,7 @@ class Painter:
         self.limits, self.batch, self.name = limits, batch, name
         self.schedule = schedule or sampler.ScheduleConfig()
         self.programs = programs(config, dtype, options)
+        self._warned: set[str] = set()
 
     def read(self, path: files.PathLike) -> np.ndarray:
         """A picture file as uint8 RGB [h, w, 3], on white where it is transparent.
@@ -91,7 +98,8 @@ class Painter:
         """A request that this model can follow, its pictures fitted as in training.
 
         The source covers the target's size. A reference is shown whole, on white, at the size of
-        references that is nearest to its shape.
+        references that is nearest to its shape. Characters that the tokenizer does not know
+        (`PromptBuilder.unknown`) are named in a log line, once for each prompt.
 
         Args:
           prompt: the instruction.
@@ -123,6 +131,7 @@ class Painter:
                 f"{len(references)} references are given, the model was trained with at most "
                 f"{limits.max_references}; leave some out"
             )
+        self._warn_of_unknown(prompt)
         known = limits.reference_sizes
         sizes = [known[buckets.nearest(x.shape[0], x.shape[1], known)] for x in references]
         return dataclasses.replace(
@@ -130,6 +139,16 @@ class Painter:
             source=None if source is None else cover(source, request.size),
             references=tuple(map(contain, references, sizes)),
         )
+
+    def _warn_of_unknown(self, prompt: str) -> None:
+        unknown = self.prompts.unknown(prompt)
+        if unknown and prompt not in self._warned:
+            self._warned.add(prompt)
+            log.warning(
+                "the tokenizer does not know %s in the prompt %r; say it in other words",
+                " ".join(unknown),
+                prompt,
+            )
 
     def noise(self, request: Request) -> np.ndarray:
         """Latents of pure noise, float32 [H/8, W/8, C], from the request's seed and number."""
@@ -173,6 +192,7 @@ class Painter:
         requests: Sequence[Request],
         settings: Settings,
         noise: Sequence[np.ndarray] | None = None,
+        phase: Callable[[str], None] = lambda name: None,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """(index of the request, its picture) as soon as it is painted, shape by shape.
 
@@ -180,26 +200,31 @@ class Painter:
           requests: of any sizes and pictures, as `fit` or `request_of` gives them.
           settings: for all of them.
           noise: float32 [H/8, W/8, C] of each request; None for `self.noise` of it.
+          phase: called with 'compiling' before the first pictures of a shape, whose programs may
+            have to be compiled, and with 'painting' once they are.
         """
         groups: dict[tuple[Any, ...], list[int]] = {}
         for index, request in enumerate(requests):
             shapes = tuple(picture.shape for picture in request.pictures)
             groups.setdefault((request.size, shapes), []).append(index)
-        chunks = [
-            members[start : start + self.batch]
-            for members in groups.values()
-            for start in range(0, len(members), self.batch)
-        ]
-        for chunk in chunks:
-            filled = chunk + chunk[-1:] * (self.batch - len(chunk))
-            given = [self.noise(requests[i]) if noise is None else noise[i] for i in filled]
-            painted = self._paint_batch([requests[i] for i in filled], np.stack(given), settings)
-            yield from zip(chunk, painted[: len(chunk)], strict=True)
+        for members in groups.values():
+            phase("compiling")
+            slots = self.batch or min(len(members), MOST_AT_ONCE)
+            for start in range(0, len(members), slots):
+                chunk = members[start : start + slots]
+                filled = chunk + chunk[-1:] * (slots - len(chunk))
+                given = [self.noise(requests[i]) if noise is None else noise[i] for i in filled]
+                pictures = self._start([requests[i] for i in filled], np.stack(given), settings)
+                phase("painting")
+                yield from zip(chunk, np.asarray(pictures)[: len(chunk)], strict=True)
 
-    def _paint_batch(
+    def _start(
         self, requests: Sequence[Request], noise: np.ndarray, settings: Settings
-    ) -> np.ndarray:
-        """Requests of one shape, exactly `batch` of them: uint8 [B, H, W, 3]."""
+    ) -> jax.Array:
+        """Requests of one shape, one for each slot: uint8 [B, H, W, 3] still to be painted.
+
+        Returns when the programs are compiled and asked for; reading the pictures waits for them.
+        """
         height, width = requests[0].size
         grid = (height // PACKED, width // PACKED)
         variants = settings.variants(bool(requests[0].pictures))
@@ -225,7 +250,7 @@ class Painter:
             solver=settings.solver,
             renormalize=renormalize,
         )
-        return np.asarray(self.programs.decode(self.params, latents))
+        return self.programs.decode(self.params, latents)
 
 
 def load(
@@ -233,7 +258,7 @@ def load(
     *,
     ema: bool = True,
     step: int | None = None,
-    batch: int = 4,
+    batch: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Painter:
     """The painter of a stage folder (W/stage3) that the trainer wrote.
@@ -242,7 +267,7 @@ def load(
       folder: with `checkpoints/` and `frozen/` inside.
       ema: take the moving average of the weights where there is one.
       step: default the newest that is whole.
-      batch: slots of every program.
+      batch: slots of every program, see `Painter`.
       mesh: to shard the parameters over; None for one device.
 
     Raises:
@@ -251,18 +276,20 @@ def load(
     return of_loaded(run_folder.load(folder, step=step, ema=ema, mesh=mesh), batch=batch)
 
 
-def of_loaded(loaded: run_folder.Loaded, *, batch: int = 4) -> Painter:
-    """The painter of a model that was read from its folder; `batch` slots in every program."""
+def of_loaded(loaded: run_folder.Loaded, *, batch: int | None = None) -> Painter:
+    """The painter of a model that was read from its folder; `batch` as in `load`."""
     return of_params(loaded.plan, loaded.params, batch=batch, name=loaded.name)
 
 
-def of_params(plan: Plan, params: types.Tree, *, batch: int = 4, name: str = "") -> Painter:
+def of_params(
+    plan: Plan, params: types.Tree, *, batch: int | None = None, name: str = ""
+) -> Painter:
     """The painter of parameters in memory.
 
     Args:
       plan: of their run.
       params: all of them; adapters are merged here, which changes no picture but saves time.
-      batch: slots of every program.
+      batch: slots of every program, see `Painter`.
       name: what PNGs call the model.
     """
     config, data, params = plan.model.config, plan.config.data, dict(params)

@@ -15,7 +15,7 @@ import tqdm
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from qk_jax.base import files
+from qk_jax.base import files, runtime
 from qk_jax.base.errors import InputError
 from qk_jax.checkpoints import run_folder
 from qk_jax.checkpoints.store import Store
@@ -42,11 +42,8 @@ def train(config: ConfigDict, workdir: files.PathLike) -> None:
     """
     start.check(config, workdir)
     folder = run_folder.create(workdir, config.stage)
-    known = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # set at run time
-    if config.compilation_cache and not known:
-        cache = files.Path(workdir).resolve() / "compilation_cache"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-
+    if config.compilation_cache:
+        runtime.keep_programs(files.Path(workdir).resolve() / "compilation_cache")
     start.inherit(config, workdir)
     plan = Plan.build(config)
     evals.check(plan)

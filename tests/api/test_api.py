@@ -320,6 +320,22 @@ def test_generate_gives_the_bits_of_the_command(checkpoint, model, tmp_path):
     assert natural[0].size == model.painter.limits.sizes[0][::-1]
 
 
+def test_loading_keeps_programs_and_paints_what_is_asked_for_at_once(checkpoint, monkeypatch):
+    kept, slots = [], []
+    monkeypatch.setattr(trained.runtime, "keep_programs", lambda: kept.append(True))
+    free = qk_jax.load(checkpoint)
+    denoise = free.painter.programs.denoise
+    monkeypatch.setattr(
+        free.painter.programs,
+        "denoise",
+        lambda *a, **k: (slots.append(len(a[1])), denoise(*a, **k))[1],
+    )
+    assert len(free.generate("a kite", height=32, width=32, steps=1, num=3)) == 3
+    assert kept == [True] and slots == [3]
+    with pytest.raises(InputError, match="batch is 0; give at least 1"):
+        qk_jax.load(checkpoint, batch=0)
+
+
 def test_import_is_light():
     heavy = "jax numpy transformers flax torch diffusers".split()
     code = f"import sys, qk_jax; print([m for m in {heavy} if m in sys.modules], dir(qk_jax))"

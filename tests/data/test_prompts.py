@@ -6,6 +6,9 @@ import pickle
 
 import numpy as np
 import pytest
+import tokenizers
+import transformers
+from tokenizers import models, pre_tokenizers, trainers
 from transformers import Qwen2VLImageProcessorPil
 
 from qk_jax.base.errors import InputError
@@ -104,6 +107,41 @@ def test_any_text_comes_back(builder):
     text = "l'été 雪 🦊 ﬁn"
     plain = prompts.PromptBuilder(builder.tokenizer, 100, 4, 112 * 112)
     assert builder.tokenizer.decode(plain.encode_text(text)) == text
+
+
+def learnt(*texts):
+    """A builder with a small byte-level tokenizer that has read `texts`."""
+    shipped = prompts.load_tokenizer(FOLDER).backend_tokenizer
+    small = tokenizers.Tokenizer(models.BPE())
+    small.normalizer, small.pre_tokenizer = shipped.normalizer, shipped.pre_tokenizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    small.train_from_iterator(texts * 4, trainer)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=small)
+    return prompts.PromptBuilder(fast, max_text=12, queries=4, vlm_pixels=112 * 112)
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown"),
+    [
+        ("A red kite, on a blue background; 2 cups!", ""),
+        ("the “hat” of the dog’s", ""),  # quotation marks were in the texts
+        ("a red kite 🪁 and 🪁", "🪁"),
+        ("日本語 text", "日本語"),
+        ("Straße", "ß"),
+        ("", ""),
+    ],
+)
+def test_characters_that_the_tiny_tokenizer_does_not_know(builder, text, unknown):
+    assert builder.unknown(text) == unknown
+
+
+def test_what_was_merged_in_training_is_known():
+    """By its words, whatever a letter alone is: merges may run across the letters of a word."""
+    builder = learnt("红色的 café", "a 红色的 kite über café")
+    assert builder.unknown("a 红色的 café, über") == ""
+    assert builder.unknown("cafe\u0301") == ""  # composed before it is read
+    assert builder.unknown("a 蓝 kite 🪁") == "蓝🪁"
 
 
 def test_a_long_prompt_is_cut_in_training_and_refused_in_painting(builder):

@@ -39,6 +39,59 @@ def test_a_picture_does_not_depend_on_its_company(painter):
     assert all((other != alone).any() for other in mixed[:3])
 
 
+def test_without_a_batch_no_slot_is_wasted(painter):
+    """As many slots as pictures of one shape; the same call gives the same bits."""
+    free, slots = painters.painter(batch=None), []
+    original = free.programs.denoise
+
+    def denoise(params, noise, *args, **kwargs):
+        slots.append(len(noise))
+        return original(params, noise, *args, **kwargs)
+
+    free.programs.denoise = denoise
+    try:
+        plain = free.fit("a red kite", size=(32, 48))
+        two = [edit(free), plain, edit(free, 1)]
+        painted = free.paint(two, SETTINGS)
+        assert slots == [2, 1]
+        slots.clear()
+        free.paint([dataclasses.replace(plain, number=n) for n in range(10)], SETTINGS)
+        assert slots == [8, 8]
+    finally:
+        free.programs.denoise = original
+    for one, again in zip(painted, free.paint(two, SETTINGS), strict=True):
+        np.testing.assert_array_equal(one, again)
+
+
+def test_the_phases_of_every_shape_are_told(painter):
+    told = []
+    requests = [edit(painter, n) for n in range(3)] + [painter.fit("a kite", size=(32, 48))]
+    for index, _ in painter.stream(requests, SETTINGS, phase=told.append):
+        told.append(index)
+    assert told == [
+        "compiling", "painting", 0, 1, "painting", 2, "compiling", "painting", 3,
+    ]  # fmt: skip
+
+
+def test_a_phase_of_painting_begins_when_everything_is_compiled(painter, monkeypatch):
+    """So that a first picture says what it waits for."""
+    events = []
+    original = painter.programs.decode
+    monkeypatch.setattr(
+        painter.programs, "decode", lambda *a: (original(*a), events.append("compiled"))[0]
+    )
+    painter.paint([edit(painter)], SETTINGS)
+    list(painter.stream([edit(painter)], SETTINGS, phase=events.append))
+    assert events == ["compiled", "compiling", "compiled", "painting"]
+
+
+def test_what_the_tokenizer_does_not_know_is_told_once_for_each_prompt(painter, caplog):
+    for prompt in ("a red kite", "a 🪁 and a 猫", "a 🪁 and a 猫", "a 🐈"):
+        painter.fit(prompt)
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "does not know 🪁 猫 in the prompt 'a 🪁 and a 猫'" in first and "🐈" in second
+
+
 def test_noise_comes_from_seed_and_number_alone(painter):
     request = edit(painter)
     same = dataclasses.replace(request, prompt="something else", source=None)
