@@ -23,7 +23,15 @@ from qk_jax.base.types import Batch
 from qk_jax.data import settings
 from qk_jax.data.example import MAX_REFERENCES, TASKS, Example, Source, hashed
 from qk_jax.data.importers.registry import make_sources
-from qk_jax.data.plan import Group, batches_of, by_shape, groups_of, mixed_batches
+from qk_jax.data.plan import (
+    Group,
+    Groups,
+    batches_of,
+    by_shape,
+    groups_of,
+    in_turn,
+    mixed_batches,
+)
 from qk_jax.data.prompts import PromptBuilder, pixel_values, text_tokens
 
 log = logging.getLogger(__name__)
@@ -44,7 +52,8 @@ class Loader:
     """An element of the batch plan -> this host's slots as arrays. Pickles to worker processes.
 
     Attributes:
-      groups, sources: of the plan.
+      groups: of the plan.
+      sources: of each group.
       prompts: by the number of condition pictures.
       dropout: of each task.
       slots: of the global batch that are this host's.
@@ -54,7 +63,7 @@ class Loader:
     """
 
     groups: tuple[Group, ...]
-    sources: Mapping[str, Source]
+    sources: tuple[Source, ...]
     prompts: Mapping[int, PromptBuilder]
     dropout: Mapping[str, settings.Dropout]
     slots: range
@@ -64,24 +73,25 @@ class Loader:
 
     def __call__(self, step: int, element: np.ndarray) -> tuple[Batch, list[Bad]]:
         bad: list[Bad] = []
-        chosen = [(self.groups[group], int(member)) for group, member in element[self.slots]]
-        examples = [self._read(group, member, bad) for group, member in chosen]
+        chosen = element[self.slots].tolist()
+        examples = [self._read(index, member, bad) for index, member in chosen]
         dropped = [
-            self._dropped(step, slot, group.task)
-            for slot, (group, _) in zip(self.slots, chosen, strict=True)
+            self._dropped(step, slot, self.groups[index].task)
+            for slot, (index, _) in zip(self.slots, chosen, strict=True)
         ]
-        prompts = self.prompts[chosen[0][0].pictures]
+        prompts = self.prompts[self.groups[chosen[0][0]].pictures]
         return collate(examples, dropped, prompts, self.targets), bad
 
-    def _read(self, group: Group, member: int, bad: list[Bad]) -> Example:
+    def _read(self, index: int, member: int, bad: list[Bad]) -> Example:
         """An example of a group, or the next good one.
 
         Raises: InputError when many in a row are bad.
         """
+        group = self.groups[index]
         for attempt in range(min(_ATTEMPTS, len(group.numbers))):
             number = group.numbers[(member + attempt) % len(group.numbers)]
             try:
-                example = self.sources[group.task][int(number)]
+                example = self.sources[index][int(number)]
                 if self.mixed:
                     _check_shape(example, group)
                 return example
@@ -144,6 +154,63 @@ def collate(
     return batch
 
 
+class _Planned(NamedTuple):
+    """The plan of a split.
+
+    Attributes:
+      groups: of all phases.
+      sources: of each group.
+      plan: of the pipeline.
+      of_task: batches of each task, in the last phase.
+    """
+
+    groups: tuple[Group, ...]
+    sources: tuple[Source, ...]
+    plan: grain.MapDataset
+    of_task: list[grain.MapDataset]
+
+
+def _planned(
+    config: Mapping[str, Any], split: str, batch: int, seed: int, weights: Mapping[str, float]
+) -> _Planned:
+    """The plan of a split; `weights` of each task. Raises InputError as `Pipeline`."""
+    train = split == "train"
+    phases = settings.phases(config)[0 if train else -1 :]
+    groups: list[Group] = []
+    sources: list[Source] = []
+    plans = []
+    for phase in phases:
+        read = make_sources({**config, "data": phase.data}, split, seed, list(weights))
+        begin = len(groups)
+        for name in weights:
+            found = groups_of(read[name], batch, phase.data["max_groups"])
+            groups += found
+            sources += [read[name]] * len(found)
+        own = dict(list(enumerate(groups))[begin:])
+        # The last phase is what a run without the others would be.
+        order = seed if phase is phases[-1] else hashed(seed, "phase", phase.first)
+        of_task = [batches_of(name, own, batch, order) for name in weights]
+        plans.append(
+            mixed_batches(own, weights, batch, order)
+            if train and phase.data.get("mixed_batches", False)
+            else grain.MapDataset.mix(of_task, weights=list(weights.values()))
+        )
+        if len(phases) > 1:
+            _log_shapes(f"{split}, from step {phase.first}", own)
+    _log_shapes(split, dict(enumerate(groups)))
+    plan = in_turn(plans, [phase.first for phase in phases])
+    return _Planned(tuple(groups), tuple(sources), plan, of_task)
+
+
+def _log_shapes(when: str, groups: Groups) -> None:
+    shapes = by_shape(groups)
+    shared = sum(len({groups[i].task for i in x}) > 1 for x in shapes.values())
+    log.info(
+        "%s: %d shapes of batches, each is compiled once; %d are of several tasks",
+        when, len(shapes), shared,
+    )  # fmt: skip
+
+
 class Pipeline:
     """All batches of one split of one experiment.
 
@@ -164,8 +231,8 @@ class Pipeline:
         """Reads the side indexes of the data, and makes the plan.
 
         Args:
-          config: a whole experiment config; reads `data`, `model`, `seed`, `validation` and
-            `alignment`.
+          config: a whole experiment config; reads `data`, `model`, `seed`, `steps`, `validation`
+            and `alignment`.
           split: 'train', or 'validation': without dropout and with a seed of its own.
           process_index: of this host; JAX's by default.
           process_count: of all hosts; JAX's by default.
@@ -184,19 +251,13 @@ class Pipeline:
         weights = {name: float(data["tasks"][name]) for name in TASKS if data["tasks"][name] > 0}
         if not weights:
             raise InputError("no task has a weight; set config.data.tasks.text_to_image to 1")
-        mixed = train and data.get("mixed_batches", False)
         dropouts = settings.dropouts(data)
-        sources = make_sources(config, split, seed, list(weights))
-        self.groups = tuple(
-            group
-            for name in weights
-            for group in groups_of(sources[name], batch, data["max_groups"])
-        )
-        self._log_shapes(split)
+        planned = _planned(config, split, batch, seed, weights)
+        self.groups, self.plan = planned.groups, planned.plan
         prompts = prompts or PromptBuilder.from_config(config)
         load = Loader(
             groups=self.groups,
-            sources=sources,
+            sources=planned.sources,
             prompts={
                 pictures: dataclasses.replace(prompts, max_text=text_tokens(config, pictures))
                 for pictures in {group.pictures for group in self.groups}
@@ -205,28 +266,14 @@ class Pipeline:
             slots=range(index * batch // count, (index + 1) * batch // count),
             seed=seed,
             targets=bool(config["alignment"]["weight"]),
-            mixed=mixed,
-        )
-        plans = [batches_of(name, self.groups, batch, seed) for name in weights]
-        self.plan = (
-            mixed_batches(self.groups, weights, batch, seed)
-            if mixed
-            else grain.MapDataset.mix(plans, weights=list(weights.values()))
+            mixed=train and data.get("mixed_batches", False),
         )
         self._loaded = self.plan.map_with_index(load)
-        self._of_task = [plan.map_with_index(load) for plan in plans]
+        self._of_task = [plan.map_with_index(load) for plan in planned.of_task]
         self.bad: Counter[tuple[str, str]] = Counter()
         self._read = 0
         self._examples: list[str] = []
         self._open: list[Any] = []
-
-    def _log_shapes(self, split: str) -> None:
-        shapes = by_shape(self.groups)
-        shared = sum(len({self.groups[i].task for i in x}) > 1 for x in shapes.values())
-        log.info(
-            "%s: %d shapes of batches, each is compiled once; %d are of several tasks",
-            split, len(shapes), shared,
-        )  # fmt: skip
 
     def batch(self, step: int) -> Batch:
         """This host's slots of the batch of a step, counted from 0.

@@ -13,6 +13,9 @@ number of condition pictures, sizes of references). A batch is of one task, or o
   groups by their shares: over many steps every task has its weight. Each group's examples are
   shuffled, and all come once in an epoch of the group.
 
+A run may have phases with sizes of their own (`in_turn`): the step names the phase, and the step
+within the phase the batch, by a plan of that phase's groups.
+
 So the step number alone names tasks, shape and examples, for any number of hosts and workers.
 
 Seeds are hashed from names, because grain's shuffle adds the epoch to its seed: neighbouring seeds
@@ -35,6 +38,7 @@ from qk_jax.data.example import MAX_REFERENCES, Source, hashed
 from qk_jax.pictures.fitting import Size
 
 log = logging.getLogger(__name__)
+_FOREVER = 2**40  # steps; grain joins plans that have an end
 
 
 class Group(NamedTuple):
@@ -147,13 +151,16 @@ def _merged(
         counts[rarest] = 0
 
 
-def batches_of(task: str, groups: Sequence[Group], batch: int, seed: int) -> grain.MapDataset:
+Groups = Mapping[int, Group]  # by the index that the plan names them with
+
+
+def batches_of(task: str, groups: Groups, batch: int, seed: int) -> grain.MapDataset:
     """The endless global batches of a task: int [batch, 2], (index of a group, into its numbers).
 
     Each epoch's order leaves other examples out, so that every one is seen some time.
     """
     parts = []
-    for index, group in enumerate(groups):
+    for index, group in groups.items():
         if group.task == task:
             whole = len(group.numbers) // batch * batch
             parts.append(_shuffled(index, group, seed)[:whole].batch(batch))
@@ -162,7 +169,7 @@ def batches_of(task: str, groups: Sequence[Group], batch: int, seed: int) -> gra
 
 
 def mixed_batches(
-    groups: Sequence[Group], weights: Mapping[str, float], batch: int, seed: int
+    groups: Groups, weights: Mapping[str, float], batch: int, seed: int
 ) -> grain.MapDataset:
     """The endless global batches of all tasks, of one shape each: int [batch, 2] as `batches_of`.
 
@@ -173,9 +180,9 @@ def mixed_batches(
       seed: of the orders.
     """
     examples = Counter[str]()
-    for group in groups:
+    for group in groups.values():
         examples[group.task] += len(group.numbers)
-    share = [weights[x.task] * len(x.numbers) / examples[x.task] for x in groups]
+    share = {i: weights[x.task] * len(x.numbers) / examples[x.task] for i, x in groups.items()}
     parts, shares = [], []
     for indices in by_shape(groups).values():
         streams = [_shuffled(index, groups[index], seed).repeat() for index in indices]
@@ -185,10 +192,17 @@ def mixed_batches(
     return grain.MapDataset.mix(parts, shares)
 
 
-def by_shape(groups: Sequence[Group]) -> dict[tuple[Size, ...], list[int]]:
+def in_turn(plans: Sequence[grain.MapDataset], firsts: Sequence[int]) -> grain.MapDataset:
+    """Endless plans one after another, each from its first step on, where it begins with its 0."""
+    ends = [*firsts[1:], _FOREVER]
+    lengths = [end - first for first, end in zip(firsts, ends, strict=True)]
+    return grain.MapDataset.concatenate([x[:n] for x, n in zip(plans, lengths, strict=True)])
+
+
+def by_shape(groups: Groups) -> dict[tuple[Size, ...], list[int]]:
     """Indices of the groups of each shape."""
     found: dict[tuple[Size, ...], list[int]] = {}
-    for index, group in enumerate(groups):
+    for index, group in groups.items():
         found.setdefault(group.shape, []).append(index)
     return found
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from qk_jax.base.errors import InputError
 from qk_jax.data.example import TASKS, TaskSettings
+from qk_jax.pictures.sizes import parse_sizes
 
 
 class Dropout(NamedTuple):
@@ -48,7 +49,56 @@ def _probabilities(name: str, values: Sequence[float]) -> Dropout:
     return Dropout(*values)
 
 
+class Phase(NamedTuple):
+    """A part of a run with sizes of its own.
+
+    Attributes:
+      first: its first step, counted from 0.
+      data: config.data as it is from there on.
+    """
+
+    first: int
+    data: dict[str, Any]
+
+
+def phases(config: Mapping[str, Any]) -> list[Phase]:
+    """The phases of config.data.curriculum; the last has the sizes of config.data itself.
+
+    Checkpoints from before there were curricula have none.
+
+    Raises:
+      InputError: an entry is none, steps do not rise, the last phase would never come, or a size is
+        none.
+    """
+    data = config["data"]
+    found, first = [], 0
+    for entry in data.get("curriculum", ()):
+        until, sizes = _checked(entry, first)
+        parse_sizes(sizes, "config.data.curriculum")
+        found.append(Phase(first, {**data, "sizes": sizes}))
+        first = until
+    if first and first >= config["steps"]:
+        raise InputError(
+            f"config.data.curriculum ends at step {first} of {config['steps']}: config.data.sizes, "
+            "which validation and painting have, would never be trained; end it sooner"
+        )
+    return [*found, Phase(first, {**data})]
+
+
+def _checked(entry: Any, first: int) -> tuple[int, tuple[str, ...]]:
+    """(step, sizes) of an entry of the curriculum that holds from step `first` on."""
+    if isinstance(entry, tuple | list) and len(entry) == 2:
+        until, sizes = entry
+        if type(until) is int and until > first and isinstance(sizes, tuple | list):
+            return until, tuple(sizes)
+    raise InputError(
+        f"config.data.curriculum has {entry!r}; give (step, sizes) by rising steps, such as "
+        "((1000, ('32x32', '48x32')),): these sizes before that step, config.data.sizes after"
+    )
+
+
 def check(config: Mapping[str, Any]) -> None:
     """Raises InputError for sections of config.data that no run can use; reads no data."""
-    TaskSettings.from_config(config["data"], 0)
+    for phase in phases(config):
+        TaskSettings.from_config(phase.data, 0)
     dropouts(config["data"])

@@ -125,6 +125,7 @@ MEANINGS = {
     "data.batch": "targets of a step over all devices",
     "data.tasks.NAME": "weight of the task in the mixture",
     "data.sizes": "target sizes, width x height; a picture goes to the nearest in aspect ratio",
+    "data.curriculum": "(step, sizes): before that step these sizes; after the last data.sizes",
     "data.reference_size": "a reference is shown whole at about the square of this side, in pixels",
     "data.reference_ratios": "aspect ratios of references, and mirrors; () is the square alone",
     "data.text_tokens": "text tokens by number of condition pictures; () is model.max_text for all",

@@ -58,7 +58,7 @@ def assert_same(a, b):
 
 
 def test_tasks_have_their_weights_and_a_batch_one_shape():
-    made, steps = plan.mixed_batches(GROUPS, WEIGHTS, 8, 0), 4000
+    made, steps = plan.mixed_batches(dict(enumerate(GROUPS)), WEIGHTS, 8, 0), 4000
     found, together = Counter(), Counter()
     for step in range(steps):
         groups = [GROUPS[index] for index in made[step][:, 0]]
@@ -86,7 +86,7 @@ def test_tasks_have_their_weights_and_a_batch_one_shape():
 
 
 def test_an_epoch_of_a_task_and_shape_has_every_example_once():
-    made = plan.mixed_batches(GROUPS, WEIGHTS, 8, 0)
+    made = plan.mixed_batches(dict(enumerate(GROUPS)), WEIGHTS, 8, 0)
     seen = defaultdict(list)
     for step in range(400):
         for group, member in made[step]:
@@ -142,7 +142,7 @@ def test_what_is_dropped_follows_the_task_of_the_slot(builder):
 def test_shapes_of_several_tasks_are_told(builder, caplog):
     with caplog.at_level(logging.INFO):
         made = pipeline.Pipeline(config(), "train", 0, 1, builder)
-    shapes = len(plan.by_shape(made.groups))
+    shapes = len(plan.by_shape(dict(enumerate(made.groups))))
     assert f"train: {shapes} shapes of batches, each is compiled once; 1 are of" in caplog.text
     assert shapes < len(made.groups)
 
