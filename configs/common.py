@@ -146,6 +146,7 @@ def base(stage: str, size: str) -> ConfigDict:
         "sizes": ("64x64", "80x48", "48x80") if tiny else buckets.names(512, 16),
         "curriculum": (),
         "reference_size": 64 if tiny else 512,
+        "reference_sizes_by_number": (),
         "reference_ratios": () if tiny else ((1, 1), (2, 3)),
         "text_tokens": (24, 32, 40) if tiny else (),
         # A dropped picture leaves a row without an answer: short runs can afford few of them.

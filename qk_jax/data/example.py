@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from qk_jax.base.errors import BadRecord, InputError
 from qk_jax.data import buckets
 from qk_jax.pictures.fitting import Size
-from qk_jax.pictures.sizes import parse_sizes
+from qk_jax.pictures.sizes import MULTIPLE, parse_sizes
 
 TASKS = (
     "text_to_image",
@@ -56,12 +59,13 @@ class TaskSettings:
 
     Attributes:
       sizes: target sizes (H, W).
-      reference_sizes: sizes (H, W) of references.
+      reference_sizes: of references, by their number in an example: for one, two, ..., the last
+        for more, each a table of sizes (H, W).
       seed: of everything that is drawn.
     """
 
     sizes: tuple[Size, ...] = ((64, 64), (48, 80), (80, 48))
-    reference_sizes: tuple[Size, ...] = ((64, 64),)
+    reference_sizes: tuple[tuple[Size, ...], ...] = (((64, 64),),)
     seed: int = 0
 
     @classmethod
@@ -70,31 +74,59 @@ class TaskSettings:
         sizes = parse_sizes(data["sizes"], "config.data.sizes")
         return cls(sizes, reference_sizes(data), seed)
 
-    @property
-    def squarest(self) -> int:
-        """Index of the reference size that is nearest to a square."""
-        return int(buckets.nearest(1, 1, self.reference_sizes))
+    @functools.cached_property
+    def reference_shapes(self) -> tuple[Size, ...]:
+        """Every (H, W) of `reference_sizes` once."""
+        return tuple(dict.fromkeys(itertools.chain(*self.reference_sizes)))
 
-    def reference_size(self, row: np.ndarray, place: int) -> Size:
-        """(H, W) of the reference at `place` of an example, by its row of `references_of`."""
-        return self.reference_sizes[row[place] if place < len(row) else self.squarest]
+    def nearest_reference(
+        self, height: ArrayLike, width: ArrayLike, number: ArrayLike
+    ) -> np.ndarray:
+        """Index [...] into `reference_shapes` of the size that is nearest in aspect ratio to a
+        picture of `height` and `width` among those for `number` references; arrays broadcast."""
+        found = [
+            np.array([self.reference_shapes.index(size) for size in table])[
+                buckets.nearest(height, width, table)
+            ]
+            for table in self.reference_sizes
+        ]
+        return np.choose(np.clip(number, 1, len(found)) - 1, found)
+
+    def squarest(self, number: int) -> int:
+        """Index of the most nearly square size for `number` references."""
+        return int(self.nearest_reference(1, 1, number))
+
+    def reference_size(self, row: np.ndarray, place: int, number: int) -> Size:
+        """(H, W) of the reference at `place` of an example with `number` of them, by its row of
+        `references_of`."""
+        return self.reference_shapes[row[place] if place < len(row) else self.squarest(number)]
 
 
-def reference_sizes(data: Mapping[str, Any]) -> tuple[Size, ...]:
-    """Sizes (H, W) of references by config.data: its reference_ratios at about reference_size^2.
+def reference_sizes(data: Mapping[str, Any]) -> tuple[tuple[Size, ...], ...]:
+    """Tables of sizes (H, W) for one, two, ... references, the last for more, by config.data: its
+    reference_ratios at about the square of the side for that number.
 
-    One square without ratios, as in checkpoints from before they were a field.
+    One square without ratios and one side for any number, as in checkpoints from before these were
+    fields.
 
-    Raises: InputError when the ratios are none.
+    Raises: InputError when sides or ratios are none.
     """
-    side, ratios = data["reference_size"], data.get("reference_ratios", ())
+    most, ratios = max(MAX_REFERENCES.values()), data.get("reference_ratios", ())
+    sides = data.get("reference_sizes_by_number", ())
+    if len(sides) > most or not all(type(x) is int and x > 0 == x % MULTIPLE for x in sides):
+        raise InputError(
+            f"config.data.reference_sizes_by_number is {sides}; give the sides for 1 to at most "
+            f"{most} references, multiples of {MULTIPLE}, such as (512, 384, 256)"
+        )
     if not all(isinstance(x, tuple | list) and len(x) == 2 and min(x) > 0 for x in ratios):
         raise InputError(
             f"config.data.reference_ratios is {ratios}; give pairs such as ((1, 1), (2, 3))"
         )
-    if all(short == long for short, long in ratios):
-        return ((side, side),)
-    return buckets.table(side, 16, ratios)
+    square = all(short == long for short, long in ratios)
+    return tuple(
+        ((side, side),) if square else buckets.table(side, MULTIPLE, ratios)
+        for side in sides or (data["reference_size"],)
+    )
 
 
 class Source(Protocol):
@@ -105,7 +137,7 @@ class Source(Protocol):
       settings: with the target sizes.
       size_of: int [N], index into `settings.sizes` of each target. The batch plan may change it.
       pictures_of: int [N], number of condition pictures of each.
-      references_of: int [N, R], index into `settings.reference_sizes` of the first R references of
+      references_of: int [N, R], index into `settings.reference_shapes` of the first R references of
         each, the squarest where there is none. R is 0 where all references have one size. The batch
         plan may change it.
     """

@@ -77,7 +77,7 @@ def groups_of(source: Source, batch: int, limit: int) -> list[Group]:
 
     Raises: InputError when no group has a batch of examples.
     """
-    sizes, shown = source.settings.sizes, source.settings.reference_sizes
+    sizes, shown = source.settings.sizes, source.settings.reference_shapes
     columns = [source.pictures_of, source.size_of, *source.references_of.T]
     most = [int(source.pictures_of.max()) + 1, len(sizes), *[len(shown)] * (len(columns) - 2)]
     codes, key_of, counts = np.unique(
@@ -95,7 +95,7 @@ def groups_of(source: Source, batch: int, limit: int) -> list[Group]:
             conditions = (sizes[size],) * pictures
             if source.task in MAX_REFERENCES:
                 unknown = pictures - len(fitted)
-                conditions = (*fitted, *[shown[source.settings.squarest]] * unknown)
+                conditions = (*fitted, *[shown[source.settings.squarest(pictures)]] * unknown)
             groups.append(Group(source.task, sizes[size], pictures, numbers, conditions, fitted))
         else:
             log.warning(

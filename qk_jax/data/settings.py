@@ -73,9 +73,9 @@ def phases(config: Mapping[str, Any]) -> list[Phase]:
     data = config["data"]
     found, first = [], 0
     for entry in data.get("curriculum", ()):
-        until, sizes = _checked(entry, first)
-        parse_sizes(sizes, "config.data.curriculum")
-        found.append(Phase(first, {**data, "sizes": sizes}))
+        until, own = _checked(entry, first)
+        parse_sizes(own["sizes"], "config.data.curriculum")
+        found.append(Phase(first, {**data, **own}))
         first = until
     if first and first >= config["steps"]:
         raise InputError(
@@ -85,15 +85,18 @@ def phases(config: Mapping[str, Any]) -> list[Phase]:
     return [*found, Phase(first, {**data})]
 
 
-def _checked(entry: Any, first: int) -> tuple[int, tuple[str, ...]]:
-    """(step, sizes) of an entry of the curriculum that holds from step `first` on."""
-    if isinstance(entry, tuple | list) and len(entry) == 2:
-        until, sizes = entry
-        if type(until) is int and until > first and isinstance(sizes, tuple | list):
-            return until, tuple(sizes)
+def _checked(entry: Any, first: int) -> tuple[int, dict[str, Any]]:
+    """The step before which an entry of the curriculum holds, and its fields of config.data."""
+    if isinstance(entry, tuple | list) and len(entry) in (2, 3):
+        until, *tables = entry
+        are_tables = all(isinstance(table, tuple | list) for table in tables)
+        if type(until) is int and until > first and are_tables:
+            fields = ("sizes", "reference_sizes_by_number")
+            return until, dict(zip(fields, map(tuple, tables), strict=False))
     raise InputError(
-        f"config.data.curriculum has {entry!r}; give (step, sizes) by rising steps, such as "
-        "((1000, ('32x32', '48x32')),): these sizes before that step, config.data.sizes after"
+        f"config.data.curriculum has {entry!r}; give (step, sizes) or (step, sizes, sides of "
+        "references by their number) by rising steps, such as ((1000, ('32x32', '48x32')),): "
+        "these sizes before that step, config.data.sizes after"
     )
 
 

@@ -250,7 +250,7 @@ def held_out_cases(run: ConfigDict, count: int) -> dict[str, list[Case]]:
         found = tasks.examples(
             "validation", task, count, settings=settings, corpus=corpus,
             size=widest if composed else settings.sizes[0], pictures=2 if composed else None,
-            reference=settings.reference_sizes[settings.squarest],
+            reference=settings.reference_shapes[settings.squarest(2 if composed else 1)],
         )  # fmt: skip
         out[task] = [Case(request_of(x, number=n), x.target) for n, x in enumerate(found)]
     return out

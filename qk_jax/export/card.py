@@ -84,7 +84,7 @@ def settings(painter: Painter) -> dict[str, Any]:
         "vlm_pixels": config.vlm_pixels,
         "prompt": dataclasses.asdict(painter.prompts.template),
         "sizes": _listed(limits.sizes),
-        "reference_sizes": _listed(limits.reference_sizes),
+        "reference_sizes": "; ".join(map(_listed, limits.reference_sizes)),
         "max_references": limits.max_references,
         "condition_latents": config.condition_latents,
         "law": config.law.kind,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -140,7 +141,7 @@ def _export_processor(painter: Painter, folder: files.Path) -> None:
     """
     limits, pixels = painter.limits, painter.config.vlm_pixels
     multiple = painter.config.picture_multiple
-    sizes = (*limits.sizes, *limits.reference_sizes)
+    sizes = (*limits.sizes, *itertools.chain(*limits.reference_sizes))
     shown = [vision_size(*size, pixels, multiple) for size in sizes]
     areas = [height * width for height, width in shown]
     values = {

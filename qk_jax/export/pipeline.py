@@ -185,7 +185,8 @@ class QueryKontextPipeline(DiffusionPipeline, QwenImageLoraLoaderMixin):
       max_text: most tokens of a prompt.
       vlm_pixels: area at which the text encoder sees a picture.
       sizes: trained sizes, '64x64 80x48' (width x height).
-      reference_sizes: sizes of references; each is shown whole at the nearest in aspect.
+      reference_sizes: sizes of references, for one, two, ... and more of them: '512x512; 384x384'.
+        Each is shown whole at the nearest in aspect.
       max_references: most references.
       condition_latents: whether the transformer sees the pictures as latents.
       law, source_mode, index_base: where tokens of pictures lie (see `kontext.places`).
@@ -469,7 +470,9 @@ class QueryKontextPipeline(DiffusionPipeline, QwenImageLoraLoaderMixin):
         if output_type not in OUTPUTS:
             raise ValueError(f"output_type is {output_type!r}; give one of {', '.join(OUTPUTS)}")
         pictures = [fit_source(source, height, width)] if source is not None else []
-        shown, known = map(self.kontext.picture, references), sizes_of(self.config.reference_sizes)
+        tables = self.config.reference_sizes.split(";")
+        known = sizes_of(tables[min(len(references), len(tables)) - 1])
+        shown = map(self.kontext.picture, references)
         pictures += [fit_reference(x, *nearest(x, known)) for x in shown]
         roles = [SOURCE] * (source is not None) + [REFERENCE] * len(references)
         shape = (1, self.transformer.config.in_channels // 4, height // 8, width // 8)

@@ -27,7 +27,7 @@ from qk_jax.painting.request import FULL, NO_PICTURES, NO_TEXT, Limits, Request,
 from qk_jax.pictures.decoding import decode_picture
 from qk_jax.pictures.fitting import contain, cover
 from qk_jax.pictures.roles import REFERENCE, SOURCE
-from qk_jax.pictures.sizes import check_size, parse_sizes
+from qk_jax.pictures.sizes import check_size, for_number, parse_sizes
 
 log = logging.getLogger(__name__)
 MOST_AT_ONCE = 8  # pictures, where nobody chose how many
@@ -98,7 +98,7 @@ class Painter:
         """A request that this model can follow, its pictures fitted as in training.
 
         The source covers the target's size. A reference is shown whole, on white, at the size of
-        references that is nearest to its shape. Characters that the tokenizer does not know
+        so many references that is nearest to its shape. Characters that the tokenizer does not know
         (`PromptBuilder.unknown`) are named in a log line, once for each prompt.
 
         Args:
@@ -132,7 +132,7 @@ class Painter:
                 f"{limits.max_references}; leave some out"
             )
         self._warn_of_unknown(prompt)
-        known = limits.reference_sizes
+        known = for_number(limits.reference_sizes, len(references))
         sizes = [known[buckets.nearest(x.shape[0], x.shape[1], known)] for x in references]
         return dataclasses.replace(
             request,

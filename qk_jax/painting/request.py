@@ -139,13 +139,14 @@ class Limits:
 
     Attributes:
       sizes: target sizes (height, width) of the training.
-      reference_sizes: sizes (height, width) at which references are shown.
+      reference_sizes: tables of sizes (height, width) at which references are shown, for one, two,
+        ... of them; the last is for more.
       max_references: most references of a training example.
       max_pixels: the largest picture that is read, in pixels.
     """
 
     sizes: tuple[tuple[int, int], ...]
-    reference_sizes: tuple[tuple[int, int], ...]
+    reference_sizes: tuple[tuple[tuple[int, int], ...], ...]
     max_references: int
     max_pixels: int
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TypeVar
 
 from qk_jax.base.errors import InputError
 from qk_jax.pictures.fitting import Size
 
+_Entry = TypeVar("_Entry")
 MULTIPLE = 16  # pixels of a token of the generator along a side: 8x autoencoder, 2x2 packing
 
 
@@ -38,6 +40,11 @@ def parse_sizes(texts: Sequence[object], name: str) -> tuple[Size, ...]:
     if not texts:
         raise InputError(f"{name} is empty; give sizes such as 64x64,80x48")
     return tuple(parse_size(text, name) for text in texts)
+
+
+def for_number(entries: Sequence[_Entry], number: int) -> _Entry:
+    """Of entries for 1, 2, ... things the one for `number` of them; the last is for more."""
+    return entries[min(number, len(entries)) - 1]
 
 
 def check_size(size: Size, name: str) -> None:

@@ -134,11 +134,22 @@ def test_validation_and_painting_have_the_last_sizes(builder):
     assert painter.limits.sizes == ((64, 64), (48, 80), (80, 48))
 
 
+def test_a_phase_may_have_smaller_references(builder):
+    tasks = {name: float(name in ("customization", "composition")) for name in TASKS}
+    made = config(tasks=tasks, curriculum=((2, SMALL, (48, 32)),))
+    made = pipeline.Pipeline(made, "train", 0, 1, builder)
+    for step in range(6):
+        batch = made.batch(step)
+        side = 64 if step >= 2 else 48 if len(batch["conditions"]) == 1 else 32
+        assert {x.shape[1:3] for x in batch["conditions"]} == {(side, side)}
+
+
 @pytest.mark.parametrize(
     ("curriculum", "words"),
     [
-        (("32x32",), r"has '32x32'; give \(step, sizes\) by rising steps"),
+        (("32x32",), r"has '32x32'; give \(step, sizes\) or"),
         (((0, SMALL),), r"has \(0, "),
+        (((5, SMALL, 32),), r"has .*, 32\)"),
         (((5, SMALL), (5, MIDDLE)), r"has \(5, \('48x48'"),
         (((5, "32x32"),), r"has \(5, '32x32'\)"),
         (((5, ("32x30",)),), "32x30 is no multiple of 16; 32x32 is near"),
@@ -149,6 +160,11 @@ def test_validation_and_painting_have_the_last_sizes(builder):
 def test_what_is_no_curriculum_is_named(curriculum, words):
     with pytest.raises(InputError, match=f"config.data.curriculum {words}"):
         settings.check(config(curriculum=curriculum))
+
+
+def test_sides_of_a_phase_that_are_none_are_named():
+    with pytest.raises(InputError, match="reference_sizes_by_number is .*60"):
+        settings.check(config(curriculum=((5, SMALL, (60,)),)))
 
 
 def test_a_curriculum_is_given_on_the_command_line_and_kept_in_a_checkpoint():

@@ -16,7 +16,7 @@ def source(size_of, pictures_of, references_of, shapes=SHAPES):
     """What the plan reads of a source."""
     return SimpleNamespace(
         task="composition",
-        settings=TaskSettings(SIZES, shapes),
+        settings=TaskSettings(SIZES, (shapes,)),
         size_of=np.array(size_of),
         pictures_of=np.array(pictures_of),
         references_of=np.array(references_of, np.int32),

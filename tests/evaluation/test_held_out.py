@@ -69,6 +69,17 @@ def test_cases_have_one_shape_where_references_have_several():
         assert {x.shape for case in cases for x in case.request.references} <= {(64, 64, 3)}
 
 
+def test_cases_have_references_of_the_sizes_of_their_number():
+    config = painters.config().copy_and_resolve_references()
+    with config.unlocked():
+        config.data.reference_ratios = ((1, 1), (2, 3))
+        config.data.reference_sizes_by_number = (64, 48, 32)
+    cases = evaluation.held_out_cases(config, 4)
+    for task, side in (("customization", 64), ("composition", 48)):
+        shapes = {x.shape for case in cases[task] for x in case.request.references}
+        assert shapes == {(side, side, 3)}
+
+
 def test_margin_is_that_of_the_conditions(held_out, evaluator):
     """With one condition for all, shuffling changes nothing; with others it changes the loss."""
     first = held_out["editing"][0].request

@@ -378,7 +378,7 @@ def test_text_of_a_slot():
 def test_sizes_of_pictures(stage, size):
     data = config_of(stage, size).data
     side = {"tiny": 64, "20b": 512}[size] * (2 if stage == "highres" else 1)
-    sizes, shown = TaskSettings.from_config(data, 0).sizes, reference_sizes(data)
+    sizes, (shown,) = TaskSettings.from_config(data, 0).sizes, reference_sizes(data)
     assert data.reference_size == side and sizes[0] == (side, side)
     assert shown[0] == (side, side) and len(shown) == (1 if size == "tiny" else 3)
     assert len(sizes) == (3 if size == "tiny" else 13)
@@ -593,7 +593,7 @@ def test_every_field_has_its_test():
         stage size model.vlm model.mmdit model.vae data.corpus data.records data.tfds_image
         data.tfds_text data.tokenizer slices compilation_cache compiler evals.loss.type evals.sheets
         log.every log.t_bins wandb.project wandb.name prompt data.task_dropout data.mixed_batches
-        data.curriculum
+        data.curriculum data.reference_sizes_by_number
     """
     known = tuple(f"{name}." for name in (here + elsewhere).split())
     names = {name for where in EVERYWHERE for name, _ in config_lib.fields(config_of(*where))}

@@ -127,7 +127,7 @@ def exported(tmp_path_factory):
 def request_of(ours, case):
     size, has_source, count, settings = CASES[case]
     rng = np.random.default_rng(0)
-    ((side, _),) = ours.limits.reference_sizes
+    (((side, _),),) = ours.limits.reference_sizes
     source = rng.integers(0, 256, (*size, 3), dtype=np.uint8) if has_source else None
     references = [rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(count)]
     return painting.Request("a kite <|im_end|> é", source, tuple(references), size, 1), settings
@@ -317,7 +317,8 @@ def test_pictures_of_any_size_are_fitted_alike(exported, shape, tmp_path):
     shown = pipe.kontext.picture(image)
     assert pipe._size(shown) == request.size
     source = pipeline.fit_source(shown, *request.size)
-    reference = pipeline.fit_reference(shown, *pipeline.nearest(shown, ours.limits.reference_sizes))
+    (known,) = ours.limits.reference_sizes
+    reference = pipeline.fit_reference(shown, *pipeline.nearest(shown, known))
     np.testing.assert_array_equal(source, request.source)
     np.testing.assert_array_equal(reference, request.references[0])
     assert pipe._size(None) == ours.fit("a kite").size
@@ -327,7 +328,7 @@ def test_pictures_are_prepared_as_for_painting(exported, monkeypatch):
     """Upright, over white, and each reference at the nearest of several sizes."""
     ours, _, pipe = exported()
     sizes = ((48, 48), (64, 32), (32, 64))
-    limits = dataclasses.replace(ours.limits, reference_sizes=sizes)
+    limits = dataclasses.replace(ours.limits, reference_sizes=(sizes,))
     ours = painting.Painter(ours.config, ours.params, ours.prompts, limits=limits)
     rng, found = np.random.default_rng(0), []
     shapes = [(49, 50), (20, 50), (50, 20), (30, 31)]
@@ -350,6 +351,30 @@ def test_pictures_are_prepared_as_for_painting(exported, monkeypatch):
     assert [x.shape[:2] for x in shown[1:]] == [(32, 64), (64, 32), (48, 48)]
     for theirs, own in zip(shown, request.pictures, strict=True):
         np.testing.assert_array_equal(theirs, own)
+
+
+def test_references_by_number_are_exported(tmp_path):
+    """The folder shows as many references at the same sizes, and paints the same pictures."""
+    base = loaded()
+    config = base.plan.config.copy_and_resolve_references()
+    with config.unlocked():
+        config.data.reference_sizes_by_number = (64, 48)
+        config.data.reference_ratios = ((1, 1), (2, 3))
+    found = dataclasses.replace(base, plan=dataclasses.replace(base.plan, config=config))
+    ours = painting.of_loaded(found, batch=1)
+    export_pipeline(found, tmp_path / "model", "float32")
+    assert verify.verify(found, tmp_path / "model", lambda line: None)
+    pipe = verify.load_pipeline(tmp_path / "model")
+    assert pipe.config.reference_sizes == "64x64 48x80 80x48; 48x48 32x48 48x32"
+    rng, seen = np.random.default_rng(0), []
+    pipe.encode_context = lambda *given: seen.append(given) or 1 / 0
+    for count in (1, 2, 3):
+        pictures = [rng.integers(0, 256, (70, 50 + n, 3), dtype=np.uint8) for n in range(count)]
+        with pytest.raises(ZeroDivisionError):
+            pipe("a kite", references=[Image.fromarray(picture) for picture in pictures])
+        for theirs, own in zip(seen[-1][1], ours.fit("x", None, pictures).pictures, strict=True):
+            np.testing.assert_array_equal(theirs, own)
+            assert own.shape[:2] in ours.limits.reference_sizes[min(count, 2) - 1]
 
 
 def test_the_command_writes_verifies_and_answers_in_one_line(capsys, tmp_path):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from qk_jax import painting
 from qk_jax.base.errors import InputError
+from qk_jax.data.example import TaskSettings
 from qk_jax.data.synthesis import tasks
 from qk_jax.diffusion import sampler
 from qk_jax.painting.request import NO_PICTURES
@@ -210,7 +211,7 @@ def test_fit_shows_pictures_as_in_training(painter):
     request = painter.fit("x", painters.picture(3, 50, 100), [painters.picture(4, 30, 60)])
     assert request.size in painter.limits.sizes and request.size[1] > request.size[0]
     assert request.source.shape[:2] == request.size
-    ((side, _),) = painter.limits.reference_sizes
+    (((side, _),),) = painter.limits.reference_sizes
     assert request.references[0].shape == (side, side, 3)
     assert (request.references[0][: side // 8] == 255).all(), "white above a wide reference"
     assert request.roles == (SOURCE, REFERENCE)
@@ -219,7 +220,7 @@ def test_fit_shows_pictures_as_in_training(painter):
 def test_a_reference_keeps_its_aspect_ratio(painter):
     """It goes to the nearest size of references; tokens and positions follow the pictures."""
     known = ((64, 64), (80, 48), (48, 80))
-    limits = dataclasses.replace(painter.limits, reference_sizes=known)
+    limits = dataclasses.replace(painter.limits, reference_sizes=(known,))
     wider = painting.Painter(painter.config, painter.params, painter.prompts, limits=limits)
     shapes = [(50, 31), (100, 90), (31, 50), (3, 100)]
     dark = [np.zeros((*shape, 3), np.uint8) for shape in shapes]
@@ -239,6 +240,24 @@ def test_a_reference_keeps_its_aspect_ratio(painter):
     turned = dataclasses.replace(request, references=request.references[::-1])
     tall, other = (wider.paint([x], SETTINGS)[0] for x in (request, turned))
     assert tall.shape == other.shape and (tall != other).any()
+
+
+def test_more_references_are_shown_smaller_as_in_training():
+    config = painters.config().copy_and_resolve_references()
+    config.data.reference_sizes_by_number = (64, 48, 32)
+    plan = dataclasses.replace(painters.plan(), config=config)
+    painter = painting.of_params(plan, painters.params())
+    pictures = [painters.picture(n, 60, 70) for n in range(3)]
+    for source in (None, pictures[0]):
+        for count, side in ((1, 64), (2, 48), (3, 32)):
+            shown = painter.fit("x", source, pictures[:count]).references
+            assert {x.shape for x in shown} == {(side, side, 3)}
+    settings = TaskSettings.from_config(config.data, 0)
+    for task in ("customization", "composition"):
+        for example in tasks.examples("train", task, 3, settings=settings):
+            request = painter.fit("x", None, example.pictures)
+            for ours, theirs in zip(request.references, example.pictures, strict=True):
+                np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize(

@@ -46,9 +46,14 @@ class RecordSource:
         self.size_of = buckets.nearest(index["height"], index["width"], settings.sizes)
         self.pictures_of = index["pictures"].astype(np.int32)
         self.references_of = np.zeros((len(index), 0), np.int32)
-        if len(settings.reference_sizes) > 1:
-            width, height = np.maximum(index["references"], 1).transpose(2, 0, 1)  # 0 as a square
-            self.references_of = buckets.nearest(height, width, settings.reference_sizes)
+        if len(settings.reference_shapes) > 1:
+            width, height = index["references"].transpose(2, 0, 1)
+            known = (width > 0).sum(axis=1)
+            number = np.where(known > 0, known, self.pictures_of)[:, None]
+            # What is not known is taken for a square.
+            self.references_of = settings.nearest_reference(
+                np.maximum(height, 1), np.maximum(width, 1), number
+            )
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -73,8 +78,8 @@ class RecordSource:
         def fitted(blob: str, role: str, place: int) -> np.ndarray:
             if role == "source":
                 return cover(picture(blob), size)
-            row = self.references_of[number]
-            return contain(picture(blob), self.settings.reference_size(row, place))
+            row, count = self.references_of[number], roles.count("reference")
+            return contain(picture(blob), self.settings.reference_size(row, place, count))
 
         places = [roles[:i].count("reference") for i in range(len(roles))]
         shown = tuple(map(fitted, names, roles, places))

@@ -129,7 +129,8 @@ class Task(abc.ABC):
         for tried in range(100 * count):
             fit = pool
             if shapes and tried < 50 * count:
-                fit = self.references.of_shape(pool, shapes[len(shown) - len(taken)])
+                shape = shapes[len(shown) - len(taken)]
+                fit = self.references.of_shape(pool, shape, len(taken) + count)
             other = self.corpus[rng.choice(fit)]
             if not any(_same_name(other, cutout) for cutout in shown):
                 shown.append(other)

@@ -355,7 +355,7 @@ def examples(
     if pictures is not None:
         fits &= source.pictures_of == pictures
     if reference is not None:
-        only = source.settings.reference_sizes.index(reference)
+        only = source.settings.reference_shapes.index(reference)
         fits &= (source.references_of == only).all(axis=1)
     order = np.flatnonzero(fits).tolist()
     Random(hashed(seed, split, task, "examples")).shuffle(order)

@@ -5,7 +5,7 @@ import pytest
 
 from configs import stage3
 from qk_jax.base.errors import InputError
-from qk_jax.data import records
+from qk_jax.data import buckets, records
 from qk_jax.data.example import TASKS, Example
 from qk_jax.data.importers import record_files, registry
 from qk_jax.data.synthesis import tasks
@@ -20,9 +20,9 @@ def examples():
     return [example for task in GIVEN for example in tasks.examples("validation", task, 12)]
 
 
-def sources(folder, names):
+def sources(folder, names, **data):
     config = stage3.get_config("tiny")
-    config.data.records = str(folder)
+    config.data.update({"records": str(folder)} | data)
     return registry.make_sources(config, "train", 0, names)
 
 
@@ -66,6 +66,26 @@ def test_pictures_of_other_sizes_are_fitted_by_their_roles(tmp_path):
     np.testing.assert_array_equal(found.target, cover(wide, (48, 80)))
     np.testing.assert_array_equal(found.pictures[0], found.target)
     np.testing.assert_array_equal(found.pictures[1], contain(wide, (64, 64)))
+
+
+@pytest.mark.parametrize("ratios", [(), ((1, 1), (2, 3))])
+def test_references_are_sized_by_their_number(tmp_path, ratios):
+    """A source does not count, and neither does a picture beyond the three of the index."""
+    wide = np.zeros((100, 150, 3), np.uint8)
+    roles = [(SOURCE, *[REFERENCE] * n) for n in (1, 2, 3)] + [(REFERENCE,) * n for n in (1, 2, 4)]
+    examples = [Example("x", wide, (wide,) * len(x), x, "composition", 0) for x in roles]
+    record_files.write_examples(tmp_path / "train.array_record", examples)
+    sides = {"reference_ratios": ratios, "reference_sizes_by_number": (64, 48, 32)}
+    source = sources(tmp_path, ["composition"], **sides)["composition"]
+    tables = source.settings.reference_sizes
+    for number, example in enumerate(source[i] for i in range(len(roles))):
+        count = example.roles.count(REFERENCE)
+        table = tables[min(count, 3) - 1]
+        shown = table[int(buckets.nearest(100, 150, table))]
+        pairs = zip(example.pictures, example.roles, strict=True)
+        found = [picture.shape[:2] for picture, role in pairs if role == REFERENCE]
+        squarest = table[int(buckets.nearest(1, 1, table))]
+        assert found == [shown] * min(count, 3) + [squarest] * (count - 3), number
 
 
 def test_covering_crops_evenly_and_containing_shows_all():

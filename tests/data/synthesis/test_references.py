@@ -13,7 +13,7 @@ from qk_jax.data.synthesis.corpus import Corpus
 from qk_jax.pictures.roles import REFERENCE
 
 SHAPES = buckets.table(64, 16, ((1, 1), (2, 3)))
-SETTINGS = TaskSettings(reference_sizes=SHAPES)
+SETTINGS = TaskSettings(reference_sizes=(SHAPES,))
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +72,45 @@ def test_examples_may_be_asked_for_by_the_size_of_their_references():
 
 def test_without_ratios_a_reference_has_a_square():
     """As before ratios were a field."""
-    assert reference_sizes({"reference_size": 96}) == ((96, 96),)
-    assert reference_sizes({"reference_size": 100, "reference_ratios": ()}) == ((100, 100),)
-    wide = reference_sizes({"reference_size": 512, "reference_ratios": ((1, 1), (2, 3))})
+    assert reference_sizes({"reference_size": 96}) == (((96, 96),),)
+    assert reference_sizes({"reference_size": 100, "reference_ratios": ()}) == (((100, 100),),)
+    (wide,) = reference_sizes({"reference_size": 512, "reference_ratios": ((1, 1), (2, 3))})
     assert wide == ((512, 512), (624, 416), (416, 624))
     for ratios in ((1, 1), ((1, 2, 3),), ((0, 1),)):
         with pytest.raises(InputError, match="reference_ratios is"):
             reference_sizes({"reference_size": 512, "reference_ratios": ratios})
+
+
+def test_more_references_are_shown_smaller(corpus):
+    """Each number has a table of its own, to which shapes of pictures and groups belong."""
+    ratios = ((1, 1), (2, 3))
+    data = {"reference_size": 64, "reference_ratios": ratios}
+    tables = reference_sizes(data | {"reference_sizes_by_number": (96, 64)})
+    assert tables == tuple(buckets.table(side, 16, ratios) for side in (96, 64))
+    settings = TaskSettings(reference_sizes=tables)
+    for task, numbers in (("customization", {1}), ("composition", {2, 3})):
+        source = tasks.SOURCES[task](corpus, settings)
+        groups = plan.groups_of(source, 8, 100)
+        assert {group.pictures for group in groups} == numbers
+        for group in groups:
+            assert set(group.references) <= set(tables[min(group.pictures, 2) - 1])
+            assert group.conditions == group.references
+            example = source[int(group.numbers[0])]
+            assert tuple(x.shape[:2] for x in example.pictures) == group.references
+    found = tasks.examples("train", "composition", 4, settings=settings, reference=(64, 64))
+    assert {x.shape[:2] for example in found for x in example.pictures} == {(64, 64)}
+
+
+def test_squares_by_number_need_no_more_groups(corpus):
+    settings = TaskSettings(reference_sizes=(((64, 64),), ((48, 48),), ((32, 32),)))
+    alone = plan.groups_of(tasks.Composition(corpus, TaskSettings()), 8, 100)
+    groups = plan.groups_of(tasks.Composition(corpus, settings), 8, 100)
+    assert [x.numbers.tolist() for x in groups] == [x.numbers.tolist() for x in alone]
+    sides = {group.pictures: group.conditions for group in groups}
+    assert sides == {2: ((48, 48),) * 2, 3: ((32, 32),) * 3}
+
+
+@pytest.mark.parametrize("sides", [(60,), (0,), (512, 384, 256, 128), ("64",), (64.0,)])
+def test_sides_by_number_that_are_none_are_named(sides):
+    with pytest.raises(InputError, match="reference_sizes_by_number is .*at most 3 references"):
+        reference_sizes({"reference_size": 64, "reference_sizes_by_number": sides})

@@ -216,7 +216,7 @@ def test_examples_are_a_fixed_choice_of_different_subjects():
 
 
 def test_other_sizes_are_drawn_at_other_sizes():
-    settings = TaskSettings(sizes=((128, 128), (96, 160)), reference_sizes=((96, 96),))
+    settings = TaskSettings(sizes=((128, 128), (96, 160)), reference_sizes=(((96, 96),),))
     source = tasks.Composition(corpus_lib.Corpus("validation"), settings)
     example = source[int(np.flatnonzero(source.size_of == 1)[0])]
     assert example.target.shape == (96, 160, 3)
