@@ -14,8 +14,11 @@ from ml_collections import ConfigDict
 
 from qk_jax.base.types import Batch
 from qk_jax.data import prompts, templates
+from qk_jax.data.example import MAX_REFERENCES, reference_sizes
 from qk_jax.experiment import config as config_lib
+from qk_jax.pictures.fitting import Size
 from qk_jax.pictures.grids import PATCH_DIM, grid_of, vision_size
+from qk_jax.pictures.sizes import MULTIPLE, for_number, parse_sizes
 
 # Tokens of known system prompts with Qwen's tokenizer, and the characters of a token in an estimate
 # of others.
@@ -41,8 +44,43 @@ def picture_words(config: ConfigDict) -> int:
     return 2 + len(re.findall(r"{number}|\w+|[^\w\s]+| (?!\()", words))
 
 
+def condition_sizes(config: ConfigDict, size: Size, pictures: int) -> list[Size]:
+    """(H, W) of so many condition pictures beside a target of `size`, as the config trains them.
+
+    Of the sizes of so many references the one with the most tokens; one picture may be a source,
+    which has the target's size.
+    """
+    if not pictures:
+        return []
+    tasks = [task for task, weight in config.data.tasks.items() if weight]
+    known = list(for_number(reference_sizes(config.data), pictures))
+    if pictures == 1 and set(tasks) - MAX_REFERENCES.keys() - {"text_to_image"}:
+        known = [size, *known] if set(tasks) & MAX_REFERENCES.keys() else [size]
+    return [max(known, key=lambda one: tokens(config, [one]))] * pictures
+
+
+def tokens(config: ConfigDict, pictures: Sequence[Size]) -> tuple[int, int]:
+    """Tokens of pictures of these (H, W) in the generator, and patches in the vision tower."""
+    grids = config_lib.model_config(config).vision_grids(pictures)
+    return sum(map(math.prod, pictures)) // MULTIPLE**2, sum(map(math.prod, grids))
+
+
+def largest(config: ConfigDict) -> tuple[Size, int]:
+    """(target size, condition pictures) of the shape with the most tokens that a config trains."""
+    tasks = [task for task, weight in config.data.tasks.items() if weight]
+    most = max(MAX_REFERENCES.get(task, int(task != "text_to_image")) for task in tasks)
+    shapes = [
+        (size, count)
+        for size in parse_sizes(config.data.sizes, "config.data.sizes")
+        for count in range(most + 1)
+    ]
+    return max(
+        shapes, key=lambda shape: tokens(config, [shape[0], *condition_sizes(config, *shape)])
+    )
+
+
 def abstract(
-    config: ConfigDict, size: tuple[int, int], pictures: Sequence[tuple[int, int]], examples: int
+    config: ConfigDict, size: Size, pictures: Sequence[Size], examples: int
 ) -> Batch:
     """Abstract batch of targets of `size` with condition pictures of these (H, W)."""
     model = config.model

@@ -78,11 +78,11 @@ def command(args: argparse.Namespace, overrides: Mapping[str, str]) -> None:
         print_parts(plan)
         print(f"\n{'target':<10}{'pictures':>9}{'TFLOP each':>12}{'TFLOP/step':>12}", end="")
         print(f"{'s/step':>9}{'pictures/s':>12}{'TFLOP/s':>10}{'MFU':>7}" if args.measure else "")
-        picture = (config.data.reference_size,) * 2
         sizes = parse_sizes(config.data.sizes, "config.data.sizes")
         for size in sizes[: args.sizes]:
             for count in range(args.pictures + 1):
-                shapes = batches.abstract(config, size, [picture] * count, examples)
+                pictures = batches.condition_sizes(config, size, count)
+                shapes = batches.abstract(config, size, pictures, examples)
                 work = flops.of_step(plan, shapes) / 1e12
                 costs = f"{work / examples:>12.4f}{work:>12.2f}"
                 print(f"{format_size(size):<10}{count:>9}{costs}", end="", flush=True)

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from qk_jax.base import files
 from qk_jax.base.errors import InputError
-from qk_jax.bench import processes, search, table
+from qk_jax.bench import batches, processes, search, table
 from qk_jax.bench.cases import NO_REMAT, Case, Target
 from qk_jax.bench.schedule import topologies
 from qk_jax.experiment import config as config_lib
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--size", metavar="WxH", help="a target size of the config, width x height (the first)")
     add("--pictures", type=int, help="condition pictures (2 where the generator sees them, else 1)")
+    add("--largest", action="store_true", help="the trained shape with the most tokens instead")
     add("--flags", **many, default=[], metavar="NAME=VALUE", help="TPU options of the train step")
     add("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="table rows at once")
     add("--timeout", type=float, default=60, metavar="MINUTES", help="for one table row (60)")
@@ -99,8 +100,14 @@ def shape(args: argparse.Namespace, config: ConfigDict) -> tuple[str, int]:
     """(target size, condition pictures) of the examples.
 
     Raises:
-      InputError: no target size of the config, or a negative number of pictures.
+      InputError: no target size of the config, a negative number of pictures, or --largest beside
+        one of the two.
     """
+    if args.largest and (args.size or args.pictures is not None):
+        raise InputError("--largest finds the shape itself; leave --size and --pictures out")
+    if args.largest:
+        size, pictures = batches.largest(config)
+        return format_size(size), pictures
     known = parse_sizes(config.data.sizes, "config.data.sizes")
     size = parse_size(args.size, "--size") if args.size else known[0]
     if size not in known:

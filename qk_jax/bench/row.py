@@ -57,8 +57,8 @@ def answers(case: Case, text: files.Path | None = None) -> Iterator[dict[str, An
     config = config_of(case, target)
     mesh = sharding.build_mesh(config.mesh, devices, config.slices)
     plan = Plan.build(config, mesh)
-    pictures = [(config.data.reference_size,) * 2] * case.pictures
     size = parse_size(case.size, "the size of a case")
+    pictures = batches.condition_sizes(config, size, case.pictures)
     batch = batches.abstract(config, size, pictures, config.data.batch)
     found = work(plan, batch)
     yield found

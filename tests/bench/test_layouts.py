@@ -148,6 +148,7 @@ def refused(words, out, capsys):
         (["--size", "80x64"], "--size 80x64 is not of the config's: 64x64, 80x48, 48x80"),
         (["--config.data.sizes=64x60"], "config.data.sizes 64x60 is no multiple of 16"),
         (["--pictures", "-1"], "at least 0"),
+        (["--largest", "--pictures", "1"], "--largest finds the shape itself"),
         (["--config.model.remet=full"], "did you mean 'model.remat'"),
         (["--search", "--layout", "fsdp=4"], "leave --layout out"),
         (["--speed", "4"], "'--speed' is unknown"),
@@ -273,6 +274,14 @@ def test_whatever_defines_a_case_makes_it_another(tmp_path, stand_in, monkeypatc
     assert len(lines_of(tmp_path)) == 21 and len(stand_in.asked) == 3
     # the report is of the newer version of these three table rows
     assert len(table.latest(table.read(tmp_path / table.TABLE))) == 18
+
+
+def test_the_largest_shape_of_the_training_may_be_asked_for(tmp_path, stand_in):
+    sides = "--config.data.reference_sizes_by_number=64,48,32"
+    for words, shape in (((), ("64x64", 3)), ((sides,), ("64x64", 2))):
+        lines_of(tmp_path, "--largest", *words)
+        newest = table.read(tmp_path / table.TABLE)[-1]
+        assert (newest["size"], newest["pictures"]) == shape
 
 
 def test_layouts_of_one_slice_may_be_none_of_another(tmp_path, capsys, stand_in):

@@ -379,9 +379,8 @@ def test_sizes_of_pictures(stage, size):
     data = config_of(stage, size).data
     side = {"tiny": 64, "20b": 512}[size] * (2 if stage == "highres" else 1)
     sizes, (shown,) = TaskSettings.from_config(data, 0).sizes, reference_sizes(data)
-    assert data.reference_size == side and sizes[0] == (side, side)
-    assert shown[0] == (side, side) and len(shown) == (1 if size == "tiny" else 3)
-    assert len(sizes) == (3 if size == "tiny" else 13)
+    assert data.reference_size == side and sizes[0] == shown[0] == (side, side)
+    assert (len(sizes), len(shown)) == ((3, 1) if size == "tiny" else (13, 3))
     for height, width in (*sizes, *shown):
         assert height % 16 == width % 16 == 0 and (width, height) in (*sizes, *shown)
         assert height * width == pytest.approx(side**2, rel=0.1)
@@ -593,7 +592,8 @@ def test_every_field_has_its_test():
         stage size model.vlm model.mmdit model.vae data.corpus data.records data.tfds_image
         data.tfds_text data.tokenizer slices compilation_cache compiler evals.loss.type evals.sheets
         log.every log.t_bins wandb.project wandb.name prompt data.task_dropout data.mixed_batches
-        data.curriculum data.reference_sizes_by_number
+        data.curriculum data.reference_sizes_by_number loss model.query_noise model.vlm_layers
+        model.bidirectional_queries
     """
     known = tuple(f"{name}." for name in (here + elsewhere).split())
     names = {name for where in EVERYWHERE for name, _ in config_lib.fields(config_of(*where))}
