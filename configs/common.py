@@ -180,6 +180,8 @@ def base(stage: str, size: str) -> ConfigDict:
         for _, tower in sharding.TOWERS
     })  # fmt: skip
     config.sharding_limit = 0.02
+    # Hosts of a large slice may start half an hour apart.
+    config.distributed = ConfigDict({"timeout_s": 1800})
 
     config.compilation_cache = True
     # On a CPU the older emitter at level 1 makes programs that are as fast in a quarter of the

@@ -14,10 +14,11 @@ leaves with status 42, Ctrl-C with 130; wrong input ends with one line and statu
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 
-from qk_jax.base import cli, errors, runtime
+from qk_jax.base import cli, distributed, errors, runtime
 from qk_jax.experiment import config as config_lib
 from qk_jax.training import loop
 
@@ -28,7 +29,13 @@ def main(argv: Sequence[str]) -> None:
     runtime.start_logging()
     runtime.skip_absent_tpu()
     args, overrides = arguments(argv)
-    loop.train(config_lib.load(args.config, overrides), args.workdir)
+    config = config_lib.load(args.config, overrides)
+    distributed.start(
+        distributed.Given.of(args),
+        timeout_s=config.distributed.timeout_s,
+        slices=math.prod(config.slices.values()),
+    )
+    loop.train(config, args.workdir)
 
 
 def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -39,6 +46,7 @@ def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     about = "the experiment: a shipped config, or FILE.py:SIZE"
     parser.add_argument("--config", required=True, metavar="NAME:SIZE", help=about)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="for the stage's folder")
+    distributed.add_options(parser)
     return cli.parse_with_overrides(parser, argv)
 
 

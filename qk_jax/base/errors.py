@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,6 +24,19 @@ class BadRecord(InputError):
         return type(self), (self.kind, str(self))
 
 
+_endings: list[Callable[[int, str | None], None]] = []
+
+
+def on_exit(ending: Callable[[int, str | None], None]) -> None:
+    """Calls `ending(status, cause)` when a command ends; the cause is None where nothing failed."""
+    _endings.append(ending)
+
+
+def _end(status: int, cause: str | None) -> None:
+    for ending in _endings:
+        ending(status, cause)
+
+
 def exits(main: Callable[..., None]) -> Callable[..., None]:
     """Wraps a command: an InputError becomes one line on stderr and exit status 2.
 
@@ -34,8 +48,19 @@ def exits(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(*args, **kwargs)
         except InputError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            line = " ".join(str(error).split())
+            print(f"error: {line}", file=sys.stderr)
+            _end(2, line)
             raise SystemExit(2) from None
+        except SystemExit as leaving:
+            _end(leaving.code if isinstance(leaving.code, int) else 1, None)
+            raise
+        except BaseException as error:
+            if _endings:  # they may end the process before Python prints this
+                traceback.print_exc()
+            _end(1, f"{type(error).__name__}: {error}")
+            raise
+        _end(0, None)
 
     return wrapped
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import logging
 import os
 import pathlib
+import platform
 import subprocess
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -87,6 +90,16 @@ def revision() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return out.stdout.strip() or "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that make a program what it is."""
+    names = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    found = {"the version of python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[f"the version of {name}"] = importlib.metadata.version(name)
+    return found
 
 
 def parse_option(text: str) -> tuple[str, Any]:

@@ -18,6 +18,7 @@ MEANINGS = {
     "steps": "updates of the whole stage",
     "rules": "(regex, 'train' or 'freeze') over parameter names; the first that matches decides",
     "compilation_cache": "keep compiled programs in WORKDIR/compilation_cache",
+    "distributed.timeout_s": "seconds that the hosts may take to find each other",
     "sharding_limit": "largest share of shardable parameter bytes that may stay replicated",
     # ---- model ---------------------------------------------------------------------------------
     "model.num_queries": "K, kontext tokens",

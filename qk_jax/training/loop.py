@@ -15,7 +15,7 @@ import tqdm
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from qk_jax.base import files, runtime
+from qk_jax.base import distributed, files, runtime
 from qk_jax.base.errors import InputError
 from qk_jax.checkpoints import run_folder
 from qk_jax.checkpoints.store import Store
@@ -40,6 +40,7 @@ def train(config: ConfigDict, workdir: files.PathLike) -> None:
       InputError: anything wrong with config, folders, checkpoints or data, or a loss of NaN.
       SystemExit: 42 after SIGTERM, 130 after Ctrl-C; the state is saved.
     """
+    distributed.agree("run", facts(config))
     start.check(config, workdir)
     folder = run_folder.create(workdir, config.stage)
     if config.compilation_cache:
@@ -64,6 +65,12 @@ def train(config: ConfigDict, workdir: files.PathLike) -> None:
             trainer.run()
 
 
+def facts(config: ConfigDict) -> dict[str, str]:
+    """What must be the same on all hosts: every field of the config, program and libraries."""
+    fields = {f"config.{name}": str(value) for name, value in config_lib.fields(config)}
+    return fields | {"the revision of qk_jax": runtime.revision(), **runtime.versions()}
+
+
 class Trainer:
     """One process's training loop and what belongs to it."""
 
@@ -74,6 +81,7 @@ class Trainer:
         self.train_step = step_lib.Compiled(plan)
         run_folder.keep_tokenizer(folder, plan.prompts)
         self.data = pipeline.Pipeline(plan.config, "train", prompts=plan.prompts)
+        distributed.agree("data", {"the digest of the data's plan": self.data.digest()})
         self.window, self.clock = metrics.Window(), metrics.Clock()
         self.peak = flops.peak(jax.devices()[0])
         self.signal = 0
@@ -171,8 +179,13 @@ class Trainer:
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """Within the block, SIGTERM and Ctrl-C only leave a note."""
-        status: dict[int, int] = {signal.SIGTERM: PREEMPTED, signal.SIGINT: INTERRUPTED}
+        """Within the block, SIGTERM and Ctrl-C only leave a note.
+
+        With several processes SIGTERM stays JAX's, which tells all of them.
+        """
+        status: dict[int, int] = {signal.SIGINT: INTERRUPTED}
+        if not distributed.several():
+            status[signal.SIGTERM] = PREEMPTED
 
         def note(number: int, frame: Any) -> None:
             self.signal = status[number]
@@ -186,7 +199,7 @@ class Trainer:
 
     def asked_to_leave(self, step: int) -> int:
         """The exit status to leave with after `step`, or 0; the same on every host."""
-        if jax.process_count() > 1:
+        if distributed.several():
             return PREEMPTED if multihost_utils.reached_preemption_sync_point(step) else 0
         return self.signal
 

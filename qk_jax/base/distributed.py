@@ -1,0 +1,306 @@
+"""The processes of a run on several hosts: how they find each other, agree, and end together.
+
+All of it goes through the coordination service of `jax.distributed`, which process 0 hosts. JAX
+itself aborts every process when one is lost; here that is off (`jax_enable_recoverability`), and a
+thread of each process waits for the first error of any other, so that all leave soon, with its
+cause as their last line, instead of hanging in a collective.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+from jax._src import distributed as _service  # the client has no public name
+
+from qk_jax.base import errors
+from qk_jax.base.errors import InputError
+
+log = logging.getLogger("qk_jax")
+
+PORT, MEGASCALE_PORT = 8476, 8482  # that JAX and libtpu choose for the coordinator on TPU VMs
+LOST = 42  # status when a process is gone: a restart can help
+HEARTBEAT_S = 20  # a process that is silent for so long is lost
+POLL_S = 2.0
+LEAVE_S = 5.0  # that a failing process 0 waits for the others to hear of it
+# Variables of a run on several TPU slices.
+MEGASCALE = ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
+
+
+class Given(NamedTuple):
+    """What the command line says of the processes; nothing where JAX finds them itself.
+
+    Attributes:
+      coordinator: HOST:PORT of process 0.
+      processes: how many there are.
+      process: number of this one.
+    """
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Given:
+        """As the options say, and where they are silent as the environment does.
+
+        Raises:
+          InputError: only some of the three are given, or they do not fit together.
+        """
+        number = {name: os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
+        for name, text in number.items():
+            if text is not None and not text.isdecimal():
+                raise InputError(f"{name} is {text!r}, expected a number")
+        count, index = (None if text is None else int(text) for text in number.values())
+        given = cls(
+            args.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+            count if args.processes is None else args.processes,
+            index if args.process is None else args.process,
+        )
+        if given == cls():
+            return given
+        if None in given:
+            raise InputError(
+                "--coordinator, --processes and --process go together; give all three, or none "
+                "where JAX finds the hosts itself (TPU VMs, GKE, SLURM, Open MPI)"
+            )
+        host, _, port = str(given.coordinator).rpartition(":")
+        if not host or not port.isdecimal():
+            raise InputError(
+                f"--coordinator is {given.coordinator!r}; give HOST:PORT, such as 10.0.0.1:{PORT}"
+            )
+        if not 0 <= (given.process or 0) < (given.processes or 0):
+            raise InputError(f"--process is {given.process} of {given.processes}; count from 0")
+        return given
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --coordinator, --processes and --process."""
+    group = parser.add_argument_group(
+        "several hosts", "JAX finds them itself on TPU VMs, GKE, SLURM and Open MPI; elsewhere:"
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process", type=int, metavar="I", help="number of this one, from 0")
+
+
+class Peers:
+    """The other processes, once JAX knows them.
+
+    Attributes:
+      me: number of this process.
+      hosts: names of the hosts by process.
+    """
+
+    def __init__(self, client: Any, me: int, count: int):
+        self.client, self.me = client, me
+        client.key_value_set(f"qk_jax/host/{me}", socket.gethostname())
+        client.wait_at_barrier("qk_jax/start", 600_000)
+        self.hosts = [
+            client.blocking_key_value_get(f"qk_jax/host/{i}", 60_000) for i in range(count)
+        ]
+        self.ending = threading.Event()
+        for work in (self._listen, self._count):
+            threading.Thread(target=work, daemon=True, name=f"qk_jax{work.__name__}").start()
+
+    def name(self, process: int) -> str:
+        """'process 3 (its host)'."""
+        return f"process {process} ({self.hosts[process]})"
+
+    def _listen(self) -> None:
+        """Waits for the first error of any process, and ends this one with its cause."""
+        try:
+            found = json.loads(self.client.blocking_key_value_get("qk_jax/error", 10**9))
+        except jax.errors.JaxRuntimeError:
+            self._stop(LOST, f"{self.name(0)}, the coordinator, is gone")
+        if found["process"] == self.me:
+            return
+        self.client.key_value_set(f"qk_jax/heard/{self.me}", "")
+        self._stop(found["status"], f"{self.name(found['process'])} stopped: {found['cause']}")
+
+    def _count(self) -> None:
+        """Ends this process when another is lost. All processes ask together, again and again."""
+        everyone = list(range(len(self.hosts)))
+        while not self.ending.wait(POLL_S):
+            try:
+                live = self.client.get_live_nodes(everyone)
+            except jax.errors.JaxRuntimeError:
+                self._stop(LOST, f"{self.name(0)}, the coordinator, is gone")
+            gone = sorted(set(everyone) - set(live))
+            if gone:
+                self._stop(LOST, f"{self.name(gone[0])} is gone")
+
+    def _stop(self, status: int, line: str) -> None:
+        """Leaves at once, even out of a collective that never ends, unless all are leaving."""
+        if self.ending.is_set():
+            time.sleep(3600)  # a daemon: the process ends without it
+        self.ending.set()
+        if status == LOST:
+            line += "; start again to go on from the last checkpoint"
+        _exit(status, f"error: {line}")
+
+    def fail(self, status: int, cause: str) -> NoReturn:
+        """Tells all of an error here, and leaves."""
+        self.ending.set()
+        found = {"process": self.me, "status": 1, "cause": cause}
+        try:
+            self.client.key_value_set("qk_jax/error", json.dumps(found))
+            if self.me == 0:  # the service ends with this process, so the others hear first
+                self._wait_until_heard()
+        except jax.errors.JaxRuntimeError:
+            pass  # another was first, or the coordinator is gone
+        _exit(status)
+
+    def leave(self) -> None:
+        """Ends together with all others, the coordinator last."""
+        try:
+            self.client.wait_at_barrier("qk_jax/leave", 600_000)
+            self.ending.set()
+            if self.me == 0:  # answered when all others have gone
+                self.client.get_live_nodes(list(range(len(self.hosts))))
+        except jax.errors.JaxRuntimeError as error:
+            log.warning("the processes do not end together: %s", error)
+        jax.distributed.shutdown()
+
+    def _wait_until_heard(self) -> None:
+        """Until every other process knows of the error, or for LEAVE_S."""
+        end = time.monotonic() + LEAVE_S
+        for process in range(1, len(self.hosts)):
+            left = max(1, int(1000 * (end - time.monotonic())))
+            self.client.blocking_key_value_get(f"qk_jax/heard/{process}", left)
+
+
+_peers: Peers | None = None
+
+
+def start(given: Given, *, timeout_s: int = 1800, slices: int = 1) -> None:
+    """Makes this process one of several where there are several; call it before anything of JAX.
+
+    Args:
+      given: of the command line.
+      timeout_s: how long the hosts may take to find each other.
+      slices: TPU slices of the config.
+
+    Raises:
+      InputError: variables of another run on several slices are set, or the coordinator cannot be
+        reached.
+    """
+    global _peers
+    _check_slices(slices)
+    jax.config.update("jax_enable_recoverability", True)
+    try:
+        jax.distributed.initialize(
+            given.coordinator,
+            given.processes,
+            given.process,
+            initialization_timeout=timeout_s,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
+            shutdown_timeout_seconds=HEARTBEAT_S,
+        )
+    except ValueError:
+        return  # no cluster around: one process
+    except (RuntimeError, jax.errors.JaxRuntimeError) as error:
+        where = given.coordinator or "the coordinator that JAX found"
+        raise InputError(
+            f"{where} cannot be reached within {timeout_s} s ({str(error).splitlines()[0]}); start "
+            "the same command on every host, and let the hosts reach each other on its port (JAX "
+            f"chooses {PORT}, Megascale {MEGASCALE_PORT}): a firewall rule for it may be missing"
+        ) from None
+    count = jax.process_count()
+    if count == 1:
+        return
+    # Programs of one process run in the order of their dispatch, as on a TPU: two that wait for
+    # collectives at once would answer each other's.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    _peers = Peers(_service.global_state.client, jax.process_index(), count)
+    errors.on_exit(_end)
+    log.info("%s of %d: %s", _peers.name(_peers.me), count, devices())
+
+
+def _check_slices(slices: int) -> None:
+    """Raises InputError for variables of a run on more slices than the config has."""
+    stale = [name for name in MEGASCALE if name in os.environ]
+    if stale and slices == 1:
+        raise InputError(
+            f"{stale[0]} is set, of a run on several slices, and config.slices has one; unset "
+            f"{', '.join(stale)}, or give --config.slices.data=N"
+        )
+
+
+def devices() -> str:
+    """What this process sees, in words."""
+    local, slices = jax.local_devices(), {getattr(x, "slice_index", 0) for x in jax.devices()}
+    where = f", slice {getattr(local[0], 'slice_index', 0)} of {len(slices)}"
+    return (
+        f"{len(local)} of {jax.device_count()} devices ({local[0].device_kind})"
+        f"{where if len(slices) > 1 else ''}"
+    )
+
+
+def several() -> bool:
+    """Whether there is more than one process."""
+    return _peers is not None
+
+
+def agree(what: str, facts: Mapping[str, str]) -> None:
+    """Raises InputError on all processes when a fact differs between two of them.
+
+    Args:
+      what: a name of its own for each call.
+      facts: by name.
+    """
+    if _peers is None:
+        return
+    client, folder = _peers.client, f"qk_jax/{what}/"
+    client.key_value_set(f"{folder}{_peers.me}", json.dumps(dict(facts)))
+    client.wait_at_barrier(f"qk_jax/{what}", 600_000)
+    said = {
+        int(key.rpartition("/")[2]): json.loads(text)
+        for key, text in client.key_value_dir_get(folder)
+    }
+    if line := _difference(said, _peers.hosts):
+        raise InputError(line)
+
+
+def _difference(said: Mapping[int, Mapping[str, str]], hosts: Sequence[str]) -> str:
+    """The first fact in which a process differs from process 0, in words; '' where all agree."""
+    first, absent = said[0], "absent"
+    for process, facts in sorted(said.items()):
+        for name in sorted(first.keys() | facts.keys()):
+            ours, theirs = first.get(name, absent), facts.get(name, absent)
+            if ours != theirs:
+                return (
+                    f"{name} is {ours!r:.80} on process 0 ({hosts[0]}) and {theirs!r:.80} on "
+                    f"process {process} ({hosts[process]}); all hosts need the same"
+                )
+    return ""
+
+
+def _end(status: int, cause: str | None) -> None:
+    """Called when the command ends: `cause` is None where all processes end alike."""
+    if _peers is None:
+        return
+    if cause is None:
+        _peers.leave()
+    else:
+        _peers.fail(status, cause)
+
+
+def _exit(status: int, line: str = "") -> NoReturn:
+    """Ends the process now, whatever its threads wait for."""
+    for handler in log.handlers:
+        handler.flush()
+    if line:
+        print(line, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
