@@ -182,6 +182,7 @@ def base(stage: str, size: str) -> ConfigDict:
     config.sharding_limit = 0.02
     # Hosts of a large slice may start half an hour apart.
     config.distributed = ConfigDict({"timeout_s": 1800})
+    config.watchdog = ConfigDict({"floor_s": 600.0, "factor": 20.0, "first_s": 7200.0})
 
     config.compilation_cache = True
     # On a CPU the older emitter at level 1 makes programs that are as fast in a quarter of the

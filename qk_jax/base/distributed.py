@@ -9,6 +9,7 @@ cause as their last line, instead of hanging in a collective.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -121,11 +122,10 @@ class Peers:
         try:
             found = json.loads(self.client.blocking_key_value_get("qk_jax/error", 10**9))
         except jax.errors.JaxRuntimeError:
-            self._stop(LOST, f"{self.name(0)}, the coordinator, is gone")
-        if found["process"] == self.me:
-            return
-        self.client.key_value_set(f"qk_jax/heard/{self.me}", "")
-        self._stop(found["status"], f"{self.name(found['process'])} stopped: {found['cause']}")
+            self._stop(LOST, 0, f"{self.name(0)}, the coordinator, is gone")
+        process, cause = found["process"], found["cause"]
+        if process != self.me:
+            self._stop(found["status"], process, f"{self.name(process)} stopped: {cause}")
 
     def _count(self) -> None:
         """Ends this process when another is lost. All processes ask together, again and again."""
@@ -134,16 +134,17 @@ class Peers:
             try:
                 live = self.client.get_live_nodes(everyone)
             except jax.errors.JaxRuntimeError:
-                self._stop(LOST, f"{self.name(0)}, the coordinator, is gone")
+                self._stop(LOST, 0, f"{self.name(0)}, the coordinator, is gone")
             gone = sorted(set(everyone) - set(live))
             if gone:
-                self._stop(LOST, f"{self.name(gone[0])} is gone")
+                self._stop(LOST, gone[0], f"{self.name(gone[0])} is gone")
 
-    def _stop(self, status: int, line: str) -> None:
-        """Leaves at once, even out of a collective that never ends, unless all are leaving."""
+    def _stop(self, status: int, process: int, line: str) -> None:
+        """Leaves because of another process, even out of a collective that never ends."""
         if self.ending.is_set():
             time.sleep(3600)  # a daemon: the process ends without it
         self.ending.set()
+        self._let_all_hear(process)
         if status == LOST:
             line += "; start again to go on from the last checkpoint"
         _exit(status, f"error: {line}")
@@ -152,15 +153,12 @@ class Peers:
         """Tells all of an error here, and leaves."""
         self.ending.set()
         found = {"process": self.me, "status": 1, "cause": cause}
-        try:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first
             self.client.key_value_set("qk_jax/error", json.dumps(found))
-            if self.me == 0:  # the service ends with this process, so the others hear first
-                self._wait_until_heard()
-        except jax.errors.JaxRuntimeError:
-            pass  # another was first, or the coordinator is gone
+        self._let_all_hear(self.me)
         _exit(status)
 
-    def leave(self) -> None:
+    def leave(self, status: int) -> NoReturn:
         """Ends together with all others, the coordinator last."""
         try:
             self.client.wait_at_barrier("qk_jax/leave", 600_000)
@@ -170,13 +168,17 @@ class Peers:
         except jax.errors.JaxRuntimeError as error:
             log.warning("the processes do not end together: %s", error)
         jax.distributed.shutdown()
+        _exit(status)  # Python itself aborts when it ends while its threads are in a call of JAX
 
-    def _wait_until_heard(self) -> None:
-        """Until every other process knows of the error, or for LEAVE_S."""
+    def _let_all_hear(self, cause: int) -> None:
+        """Says that this process knows why it ends. Process 0, with which the service ends, waits
+        until all do but the one that is the cause, at most LEAVE_S."""
         end = time.monotonic() + LEAVE_S
-        for process in range(1, len(self.hosts)):
-            left = max(1, int(1000 * (end - time.monotonic())))
-            self.client.blocking_key_value_get(f"qk_jax/heard/{process}", left)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self.client.key_value_set(f"qk_jax/heard/{self.me}", "")
+            for process in set(range(1, len(self.hosts))) - {cause} if self.me == 0 else ():
+                left = max(1, int(1000 * (end - time.monotonic())))
+                self.client.blocking_key_value_get(f"qk_jax/heard/{process}", left)
 
 
 _peers: Peers | None = None
@@ -196,6 +198,8 @@ def start(given: Given, *, timeout_s: int = 1800, slices: int = 1) -> None:
     """
     global _peers
     _check_slices(slices)
+    if given.process:
+        _reach(str(given.coordinator), timeout_s)
     jax.config.update("jax_enable_recoverability", True)
     try:
         jax.distributed.initialize(
@@ -208,13 +212,6 @@ def start(given: Given, *, timeout_s: int = 1800, slices: int = 1) -> None:
         )
     except ValueError:
         return  # no cluster around: one process
-    except (RuntimeError, jax.errors.JaxRuntimeError) as error:
-        where = given.coordinator or "the coordinator that JAX found"
-        raise InputError(
-            f"{where} cannot be reached within {timeout_s} s ({str(error).splitlines()[0]}); start "
-            "the same command on every host, and let the hosts reach each other on its port (JAX "
-            f"chooses {PORT}, Megascale {MEGASCALE_PORT}): a firewall rule for it may be missing"
-        ) from None
     count = jax.process_count()
     if count == 1:
         return
@@ -224,6 +221,28 @@ def start(given: Given, *, timeout_s: int = 1800, slices: int = 1) -> None:
     _peers = Peers(_service.global_state.client, jax.process_index(), count)
     errors.on_exit(_end)
     log.info("%s of %d: %s", _peers.name(_peers.me), count, devices())
+
+
+def _reach(coordinator: str, timeout_s: int) -> None:
+    """Waits for the coordinator, without which JAX would abort.
+
+    Raises:
+      InputError: nothing listens there within `timeout_s`.
+    """
+    host, _, port = coordinator.rpartition(":")
+    end, reason = time.monotonic() + timeout_s, ""
+    while time.monotonic() < end:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            reason = error.strerror or str(error)
+            time.sleep(0.2)
+    raise InputError(
+        f"the coordinator {coordinator} cannot be reached within {timeout_s} s ({reason}); start "
+        "the same command on every host, and let them reach each other on its port (JAX chooses "
+        f"{PORT} on TPU VMs, Megascale {MEGASCALE_PORT}): a firewall rule for it may be missing"
+    )
 
 
 def _check_slices(slices: int) -> None:
@@ -285,12 +304,20 @@ def _difference(said: Mapping[int, Mapping[str, str]], hosts: Sequence[str]) -> 
     return ""
 
 
+def stop(status: int, cause: str) -> NoReturn:
+    """Ends this process now, from any of its threads, and tells all others why."""
+    print(f"error: {cause}", file=sys.stderr)
+    if _peers is not None:
+        _peers.fail(status, cause)
+    _exit(status)
+
+
 def _end(status: int, cause: str | None) -> None:
     """Called when the command ends: `cause` is None where all processes end alike."""
     if _peers is None:
         return
     if cause is None:
-        _peers.leave()
+        _peers.leave(status)
     else:
         _peers.fail(status, cause)
 

@@ -92,6 +92,16 @@ def revision() -> str:
     return out.stdout.strip() or "unknown"
 
 
+def process_state(pid: int | None) -> str:
+    """'running', 'sleeping', 'stopped' ... as /proc says of a process, or 'gone'."""
+    try:
+        lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return "gone"
+    found = next((line for line in lines if line.startswith("State:")), "(unknown)")
+    return found.partition("(")[2].rstrip(")")
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that make a program what it is."""
     names = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

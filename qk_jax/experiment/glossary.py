@@ -19,6 +19,9 @@ MEANINGS = {
     "rules": "(regex, 'train' or 'freeze') over parameter names; the first that matches decides",
     "compilation_cache": "keep compiled programs in WORKDIR/compilation_cache",
     "distributed.timeout_s": "seconds that the hosts may take to find each other",
+    "watchdog.floor_s": "no phase of a run is a hang before so many seconds; 0 watches nothing",
+    "watchdog.factor": "times the median of its earlier durations that a phase may take",
+    "watchdog.first_s": "seconds that the first phase of a kind may take",
     "sharding_limit": "largest share of shardable parameter bytes that may stay replicated",
     # ---- model ---------------------------------------------------------------------------------
     "model.num_queries": "K, kontext tokens",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import multiprocessing
 import signal
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import tqdm
@@ -24,6 +25,7 @@ from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
 from qk_jax.training import evals, flops, metrics, start
 from qk_jax.training import step as step_lib
+from qk_jax.training.phases import Limits, Phases
 
 log = logging.getLogger(__name__)
 PREEMPTED, INTERRUPTED = 42, 130  # exit statuses after SIGTERM and Ctrl-C
@@ -45,24 +47,36 @@ def train(config: ConfigDict, workdir: files.PathLike) -> None:
     folder = run_folder.create(workdir, config.stage)
     if config.compilation_cache:
         runtime.keep_programs(files.Path(workdir).resolve() / "compilation_cache")
-    start.inherit(config, workdir)
-    plan = Plan.build(config)
-    evals.check(plan)
-    store = Store(
-        folder / run_folder.CHECKPOINTS,
-        keep=config.checkpoint.keep,
-        keep_every=config.checkpoint.keep_every,
-    )
-    with contextlib.closing(store), jax.set_mesh(plan.mesh):
-        for line in plan.describe():
-            log.info("%s", line)
-        begun = start.restore_or_start(plan, folder, store)
-        files.write_text(folder / run_folder.CONFIG, config_lib.to_json(config))
-        if int(begun.state.step) >= config.steps:
-            log.info("%s is done: %d of %d steps", folder, begun.state.step, config.steps)
-            return
-        with contextlib.closing(Trainer(plan, folder, store, begun)) as trainer:
-            trainer.run()
+    phases = Phases(Limits(**config.watchdog), folder / "stacks.txt", hung)
+    with contextlib.closing(phases), phases.doing("start"):
+        start.inherit(config, workdir)
+        plan = Plan.build(config)
+        evals.check(plan)
+        store = Store(
+            folder / run_folder.CHECKPOINTS,
+            keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
+        )
+        with contextlib.closing(store), jax.set_mesh(plan.mesh):
+            for line in plan.describe():
+                log.info("%s", line)
+            with phases.doing("restore" if store.steps() else "start"):
+                begun = start.restore_or_start(plan, folder, store)
+            files.write_text(folder / run_folder.CONFIG, config_lib.to_json(config))
+            if int(begun.state.step) >= config.steps:
+                log.info("%s is done: %d of %d steps", folder, begun.state.step, config.steps)
+                return
+            with contextlib.closing(Trainer(plan, folder, store, begun, phases)) as trainer:
+                trainer.run()
+
+
+def hung(line: str) -> NoReturn:
+    """Ends the process, and all others, because a phase does not end; in the watchdog's thread."""
+    workers = [
+        f"data worker {worker.pid} is {runtime.process_state(worker.pid)}"
+        for worker in multiprocessing.active_children()
+    ]
+    distributed.stop(1, "; ".join([line, *workers, "the stacks of all threads are above"]))
 
 
 def facts(config: ConfigDict) -> dict[str, str]:
@@ -74,7 +88,9 @@ def facts(config: ConfigDict) -> dict[str, str]:
 class Trainer:
     """One process's training loop and what belongs to it."""
 
-    def __init__(self, plan: Plan, folder: files.Path, store: Store, begun: start.Start):
+    def __init__(
+        self, plan: Plan, folder: files.Path, store: Store, begun: start.Start, phases: Phases
+    ):
         """Compiles nothing yet; `begun` is consumed."""
         self.plan, self.folder, self.store = plan, folder, store
         self.state, self.frozen, self.fingerprint = begun.state, begun.frozen, begun.fingerprint
@@ -83,6 +99,7 @@ class Trainer:
         self.data = pipeline.Pipeline(plan.config, "train", prompts=plan.prompts)
         distributed.agree("data", {"the digest of the data's plan": self.data.digest()})
         self.window, self.clock = metrics.Window(), metrics.Clock()
+        self.phases = phases
         self.peak = flops.peak(jax.devices()[0])
         self.signal = 0
         self.writers = metrics.Writers(folder, int(begun.state.step), plan.config)
@@ -102,19 +119,23 @@ class Trainer:
             batches = self.data.batches(first)
             for step in range(first + 1, config.steps + 1):
                 self.clock.begin()
-                batch = evals.global_batch(self.plan, next(batches))
+                with self.phases.doing("data", f"step {step}"):
+                    batch = evals.global_batch(self.plan, next(batches))
                 self.clock.data_ready()
-                self.state, values, work, compiled = self.train_step(self.state, self.frozen, batch)
-                if pending:  # one step behind, so that the devices never wait for the log
-                    self.record(*pending, bar, counts=not compiled)
+                new = self.train_step.is_new(batch)
+                with self.phases.doing("compile" if new else "step", f"step {step}"):
+                    self.state, values, work = self.train_step(self.state, self.frozen, batch)
+                    if pending:  # one step behind, so that the devices never wait for the log
+                        self.record(*pending, bar, counts=not new)
                 pending = (step, values, batch["task"].shape[0], work)
                 leave = self.asked_to_leave(step)
                 if leave or self.is_due(step):
-                    self.record(*pending, bar, counts=False)
+                    with self.phases.doing("step", f"step {step}"):
+                        self.record(*pending, bar, counts=False)
                     pending = None
                     self.between(step, leave)
                     self.clock.pause()
-        log.info("%s: %d steps done", self.folder, config.steps)
+        log.info("%s: %d steps done; time: %s", self.folder, config.steps, self.phases.report())
 
     def is_due(self, step: int) -> bool:
         """Whether something besides training happens after `step`."""
@@ -128,9 +149,11 @@ class Trainer:
     def between(self, step: int, leave: int) -> None:
         """Saves and evaluates after `step`; leaves when asked to."""
         if leave or self.saves(step):
-            self.save(step)
+            with self.phases.doing("save", f"step {step}"):
+                self.save(step)
         if leave:
-            self.store.wait()
+            with self.phases.doing("save", f"step {step}"):
+                self.store.wait()
             log.info("stopped by a signal after step %d; run the same command to go on", step)
             raise SystemExit(leave)
         self.evaluate(step)
@@ -138,7 +161,9 @@ class Trainer:
     def evaluate(self, step: int) -> None:
         """Runs the evaluators that are due after `step`."""
         for evaluator in self.evaluators:
-            evaluator.maybe_run(step, self.state, self.frozen)
+            if evaluator.is_due(step):
+                with self.phases.doing(evaluator.phase, f"step {step}"):
+                    evaluator.maybe_run(step, self.state, self.frozen)
 
     def record(
         self, step: int, values: Any, examples: int, work: int, bar: tqdm.tqdm, *, counts: bool
@@ -163,6 +188,7 @@ class Trainer:
         bar.update()
         if step % config.log.every == 0 or step == config.steps:
             line = self.window.take() | self.clock.take(self.peak, jax.device_count())
+            line |= self.phases.shares()
             self.writers.write(step, "train", line)
             speed = line.get("pictures_per_second")
             bar.set_postfix_str(

@@ -138,17 +138,24 @@ class Compiled:
         self._encode, self._step = make_encoder(plan), make_train_step(plan)
         self._known: dict[Any, tuple[Any, Any, int]] = {}
 
+    def is_new(self, batch: Batch) -> bool:
+        """Whether a batch has to be compiled for."""
+        return self._key(batch) not in self._known
+
     def __call__(
         self, state: TrainState, frozen: Tree, batch: Batch
-    ) -> tuple[TrainState, Metrics, int, bool]:
-        """(state, metrics, FLOPs of this step, whether it had to compile)."""
-        key = tuple((name, x.shape) for name, x in trees.named(batch).items())
-        new = key not in self._known
-        if new:
+    ) -> tuple[TrainState, Metrics, int]:
+        """(state, metrics, FLOPs of this step)."""
+        key = self._key(batch)
+        if key not in self._known:
             self._known[key] = self._compiled(state, frozen, batch)
         encode, step, work = self._known[key]
         state, values = step(state, frozen, batch | encode(frozen, batch))
-        return state, values, work, new
+        return state, values, work
+
+    @staticmethod
+    def _key(batch: Batch) -> tuple[Any, ...]:
+        return tuple((name, x.shape) for name, x in trees.named(batch).items())
 
     def _compiled(self, state: TrainState, frozen: Tree, batch: Batch) -> tuple[Any, Any, int]:
         """Encoder, step and FLOPs for batches of these shapes."""
