@@ -47,7 +47,7 @@ class Gke(Route):
         out = self.kubectl(
             "get", *words, "--ignore-not-found", "--output=json", assumed=json.dumps(assumed)
         )
-        return json.loads(out or "null")
+        return json.loads(out.strip() or "null")
 
     def gcloud(self, *words: str, **more: Any) -> str:
         return self.shell.run("gcloud", *words, **more)

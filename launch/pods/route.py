@@ -115,6 +115,7 @@ class Route(abc.ABC):
                 if outcome != "done":
                     self.shell.say(f"{outcome}: goes on from step {self.newest()}")
                     self.stop() if outcome == "restart" else self.delete()
+                    is_ours = True  # nothing trains on it
         except Failed:
             self.tail()
             if not keep:
@@ -124,7 +125,8 @@ class Route(abc.ABC):
             if is_ours:
                 self.delete()
             else:
-                self.shell.say(f"{self.settings.name} MAY BE THERE AND PAID FOR; up, or delete")
+                name = self.settings.name
+                self.shell.say(f"{name} MAY GO ON AND BE PAID FOR: up watches it, delete ends it")
             raise
         self.shell.say(f"done: {self.settings.workdir}/{self.settings.stage}")
         if not keep:

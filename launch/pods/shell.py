@@ -76,7 +76,7 @@ class Shell:
         """The same, of a command whose answer is JSON; None if what it describes is not there."""
         form = "--output=json" if words[0] == "kubectl" else "--format=json"
         try:
-            return json.loads(self.run(*words, form, assumed=json.dumps(assumed)) or "null")
+            return json.loads(self.run(*words, form, assumed=json.dumps(assumed)).strip() or "null")
         except CommandError as error:
             if ABSENT.search(error.text):
                 return None

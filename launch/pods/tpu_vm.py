@@ -156,7 +156,7 @@ class TpuVm(Route):
         if not self.staged:
             folder, digest = staging.build(self.settings, self.shell)
             self.staged = f"{self.settings.workdir}/launch/{digest}"
-            self.shell.run("gcloud", "storage", "cp", "--recursive", f"{folder}/*", self.staged)
+            self.shell.run("gcloud", "storage", "cp", f"{folder}/*", f"{self.staged}/")
 
     def statuses(self) -> dict[str, str]:
         """{host: 'running', 'absent' or 'exited STATUS'}, of those that answer."""
@@ -180,14 +180,16 @@ class TpuVm(Route):
             self.hosts("copy", settings.records, expect="copied")
         elif settings.data == "mount":
             self.hosts("mount", settings.mounted, expect="mounted")
-        self.hosts("start", self.environment(), *settings.supervised(), expect="started")
+        lines = self.environment()
+        words = [str(len(lines)), *lines, *settings.supervised()]
+        self.hosts("start", *words, expect="started")
         self.shell.say("training")
 
-    def environment(self) -> str:
+    def environment(self) -> list[str]:
         """The lines of systemd's EnvironmentFile."""
         escaped = str.maketrans({'"': r"\"", "\\": r"\\"})
         pairs = self.settings.environment.items()
-        return "\n".join(f'{name}="{value.translate(escaped)}"' for name, value in pairs)
+        return [f'{name}="{value.translate(escaped)}"' for name, value in pairs]
 
     def watch(self) -> str:
         before, silent, ending = {}, 0, 0

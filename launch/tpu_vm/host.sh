@@ -4,7 +4,7 @@
 #   host.sh install FROM WORKDIR     Python, the wheel under the constraints; proves the bucket
 #   host.sh copy RECORDS             the records to the disk
 #   host.sh mount BUCKET             a bucket at /bucket, read-only
-#   host.sh start ENVIRONMENT WORDS  the trainer, as a unit of systemd; the log begins anew
+#   host.sh start N N_LINES WORDS    the trainer, as a unit of systemd; first N lines of environment
 #   host.sh status | tail LINES | logs LINES | stop
 #
 # Every line of output begins with the slice and the host.
@@ -77,9 +77,10 @@ mount() {
 }
 
 start() {
-  local environment=$1
+  local count=$1
   shift
-  printf '%s\nQK_SLICE=%s\nQK_HOST=%s\n' "$environment" "$QK_SLICE" "$QK_HOST" >"$home/run.env"
+  printf '%s\n' "${@:1:count}" "QK_SLICE=$QK_SLICE" "QK_HOST=$QK_HOST" >"$home/run.env"
+  shift "$count"
   printf '%q ' exec "$home/.venv/bin/python" "$home/supervise.py" "$@" >"$home/run.sh"
   sed -e "s|@USER@|$USER|" -e "s|@HOME@|$HOME|" "$home/$UNIT.service" \
     | sudo tee "/etc/systemd/system/$UNIT.service" >/dev/null
