@@ -77,11 +77,12 @@ class Checks:
             raise InputError(f"they are off; {mend}")
 
     def slice(self) -> None:
-        name, kind = self.settings.machine, ("compute", "machine-types")
+        kind, name = ["machine-types"], self.settings.machine
         if self.is_vm:
-            name, kind = self.settings.accelerator, ("compute", "tpus", "accelerator-types")
+            kind, name = ["tpus", "accelerator-types"], self.settings.accelerator
         absent = f"{self.settings.zone} has no {name}, or is no zone; {ZONES}"
-        self.describe(*kind, "describe", name, *self.at, absent=absent, assumed={})
+        words = ("compute", *kind, "describe", name)
+        self.describe(*words, *self.at, absent=absent, assumed={})
 
     def runtime(self) -> str | None:
         if not self.is_vm:

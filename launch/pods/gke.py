@@ -16,8 +16,6 @@ from qk_jax.base.errors import InputError
 
 JOBSET = "https://github.com/kubernetes-sigs/jobset/releases/download/v0.10.1/manifests.yaml"
 TEMPLATE = pathlib.Path(__file__).resolve().parents[1] / "gke" / "jobset.yaml"
-FIELD = {"QK_SLICE": "metadata.labels['jobset.sigs.k8s.io/job-index']",
-         "QK_HOST": "metadata.labels['batch.kubernetes.io/job-completion-index']"}  # fmt: skip
 
 
 class Gke(Route):
@@ -148,15 +146,16 @@ class Gke(Route):
                 self.shell.say(f"{error}: IT MAY STILL BE PAID FOR; {command}")
 
     def delete(self) -> None:
-        parts = [(self.cluster_words, ())]  # with all that is in it
+        parts = [(self.cluster_words("describe"), self.cluster_words("delete"))]
         if self.settings.cluster:
             self.stop()
-            parts = [(self.pool_words, (pool,)) for pool in self.pools]
-        for words, name in parts:
-            if self.shell.json("gcloud", *words("describe", *name), assumed={}) is not None:
-                self.remove(*words("delete", *name))
-            if self.shell.json("gcloud", *words("describe", *name)) is not None:
-                command = " ".join(["gcloud", *words("delete", *name)])
+            verbs = ("describe", "delete")
+            parts = [tuple(self.pool_words(verb, pool) for verb in verbs) for pool in self.pools]
+        for describe, delete in parts:
+            if self.shell.json("gcloud", *describe, assumed={}) is not None:
+                self.remove(*delete)
+            if self.shell.json("gcloud", *describe) is not None:
+                command = " ".join(["gcloud", *delete])
                 raise InputError(f"it is not deleted AND IS PAID FOR; {command}")
         self.shell.say(f"{self.settings.name} is deleted")
 
@@ -165,12 +164,8 @@ class Gke(Route):
     def manifest(self) -> str:
         """The JobSet as YAML; what is filled in is JSON, which is YAML, too."""
         settings = self.settings
-        fields = [
-            {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
-            for name, path in FIELD.items()
-        ]
         given = {"HF_HOME": "/cache/huggingface"} | settings.environment
-        env = fields + [{"name": name, "value": value} for name, value in given.items()]
+        env = [{"name": name, "value": value} for name, value in given.items()]
         values = {
             "name": settings.name, "slices": settings.slices, "hosts": settings.hosts,
             "restarts": list(RESTARTS), "label": settings.facts.label,

@@ -103,7 +103,7 @@ def shown(words: Sequence[str], stdin: str | None = None) -> str:
     """A command as it can be pasted, an option a line where it is long."""
     text = shlex.join(words)
     if len(text) > LONGEST:
-        lines = [[]]
+        lines: list[list[str]] = [[]]
         for word in words:
             if word.startswith("--") and word != "--":
                 lines.append([])

@@ -51,6 +51,16 @@ class Child:
                 return code if code >= 0 else 128 - code
 
 
+def is_first() -> bool:
+    """Whether this is the first host of the first slice, which counts for all.
+
+    `host.sh` numbers those of TPU VMs, GKE its own.
+    """
+    given = [os.environ.get(name) for name in ("QK_SLICE", "MEGASCALE_SLICE_ID")]
+    given += [os.environ.get(name) for name in ("QK_HOST", "TPU_WORKER_ID")]
+    return all(number in (None, "", "0") for number in given)
+
+
 def count(checkpoints: files.Path, starts: files.Path) -> tuple[int, int]:
     """(newest step, starts from it with this one); writes them down."""
     names = [path.name for path in checkpoints.iterdir()] if checkpoints.exists() else []
@@ -75,8 +85,7 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--restarts", required=True, type=int)
     options.add_argument("words", nargs="+", help="arguments of Python")
     args = options.parse_args(argv)
-    # Slices and hosts are numbered; the first host of the first slice counts for all.
-    if {os.environ.get(name, "0") for name in ("QK_SLICE", "QK_HOST")} == {"0"}:
+    if is_first():
         step, number = count(args.checkpoints, args.starts)
         if number > args.restarts + 1:
             what = f"error: {number - 1} starts from step {step} brought no new checkpoint"

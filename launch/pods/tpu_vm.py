@@ -6,6 +6,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from pods import staging
 from pods.route import EVERY, SILENT, Failed, Route
@@ -41,7 +42,7 @@ class TpuVm(Route):
         by = data.get("stateInitiator", "").replace("_", " ").lower()
         return data.get("state", "CREATING"), failed or by
 
-    def resource(self, verb: str, *options: str, assumed: object = None) -> object:
+    def resource(self, verb: str, *options: str, assumed: Any = None) -> Any:
         words = ("gcloud", "compute", "tpus", "queued-resources", verb, self.settings.name)
         return self.shell.json(*words, *self.at, *options, assumed=assumed)
 
@@ -192,7 +193,8 @@ class TpuVm(Route):
         return [f'{name}="{value.translate(escaped)}"' for name, value in pairs]
 
     def watch(self) -> str:
-        before, silent, ending = {}, 0, 0
+        before: dict[str, str] = {}
+        silent = ending = 0
         while True:
             silent += 1
             try:

@@ -2,10 +2,10 @@
 
 The cloud is a JSON file, for the programs the one that $FAKE_CLOUD names:
 
-  fails     [{match, stderr, times, late}]: the next `times` commands that have `match` in them fail;
+  fails     [{match, stderr, times, late}]: the next `times` commands with `match` in them fail;
             where `late`, after they have done their work, as when an answer is lost
-  grants    for each request of a slice the states that it is seen in, one a look; the last one stays
-  statuses  what all hosts answer to `host.sh status`, one a look; a list is one answer for each host
+  grants    for each request of a slice the states that it is seen in, one a look; the last stays
+  statuses  what all hosts answer to `host.sh status`, one a look; a list has one for each host
   jobsets   the status of the JobSet, one a look
   hosts     of the slice
   apis, quotas, zones, objects, location

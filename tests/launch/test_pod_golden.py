@@ -54,7 +54,7 @@ def commands(program):
 
 
 def test_gcloud_takes_its_commands(tmp_path):
-    """Its own parser knows every option, what it needs and what excludes what; without a network."""
+    """Its own parser knows every option, what it needs and what excludes what."""
     if not shutil.which("gcloud"):
         pytest.skip("gcloud is not installed")
     # This check knows no quotes.

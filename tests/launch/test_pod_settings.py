@@ -98,7 +98,10 @@ def test_what_is_wrong_is_named(cloud, changes, words):
 
 def test_what_is_wrong_on_gke_is_named(cloud):
     assert "GKE mounts the bucket" in cloud.pod("check", cloud.settings("gke", data="copy"))[2]
-    assert "the name of the reservation" in cloud.pod("check", cloud.settings("gke", reservation=""))[2]
+    assert (
+        "the name of the reservation"
+        in cloud.pod("check", cloud.settings("gke", reservation=""))[2]
+    )
     text = "[overrides]\nno.such = 1"
     assert "config has no field" in cloud.pod("check", cloud.settings("gke", text))[2]
 

@@ -77,7 +77,9 @@ def test_sigterm_before_the_trainer_is_there_is_not_lost():
 
 
 def test_orphans_of_the_trainer_do_not_end_it(tmp_path):
-    code = "import os, time\nif os.fork() == 0:\n    os._exit(7)\ntime.sleep(0.3)\nraise SystemExit(5)"
+    code = (
+        "import os, time\nif os.fork() == 0:\n    os._exit(7)\ntime.sleep(0.3)\nraise SystemExit(5)"
+    )
     assert run(tmp_path, code).returncode == 5
 
 
@@ -99,10 +101,14 @@ def test_a_new_checkpoint_begins_the_count_anew(tmp_path):
 
 
 def test_only_the_first_host_counts(tmp_path):
-    for slice_, host in (("0", "1"), ("1", "0")):
-        done = run(tmp_path, "raise SystemExit(42)", restarts=0, QK_SLICE=slice_, QK_HOST=host)
-        assert done.returncode == 42
+    for others in (
+        {"QK_SLICE": "0", "QK_HOST": "1"}, {"QK_SLICE": "1", "QK_HOST": "0"},
+        {"TPU_WORKER_ID": "15"}, {"TPU_WORKER_ID": "0", "MEGASCALE_SLICE_ID": "1"},
+    ):  # fmt: skip
+        assert run(tmp_path, "raise SystemExit(42)", restarts=0, **others).returncode == 42
     assert not (tmp_path / "W").exists()
+    first = {"QK_SLICE": "0", "QK_HOST": "0", "TPU_WORKER_ID": "0", "MEGASCALE_SLICE_ID": "0"}
+    assert "start 1 from step 0" in run(tmp_path, **first).stdout
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"step": 0}', '{"step": 0, "starts": "x"}'])

@@ -120,7 +120,9 @@ def test_a_preempted_slice_is_made_again(cloud):
 def test_a_saved_trainer_is_started_again_on_the_same_slice(cloud):
     ended = ["exited 42"] + ["exited 134"] * 15
     cloud.set(statuses=["absent", "running", ended, "absent", "running", "exited 0"])
-    cloud.set(objects=[*cloud.state["objects"], "gs://my-bucket/query-kontext/stage1/checkpoints/700/"])
+    cloud.set(
+        objects=[*cloud.state["objects"], "gs://my-bucket/query-kontext/stage1/checkpoints/700/"]
+    )
     status, out, _ = cloud.pod("up", cloud.settings())
     assert status == 0 and "restart: goes on from step 700" in out
     assert len(cloud.ran("queued-resources create")) == 1
