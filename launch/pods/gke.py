@@ -146,11 +146,11 @@ class Gke(Route):
                 self.shell.say(f"{error}: IT MAY STILL BE PAID FOR; {command}")
 
     def delete(self) -> None:
-        parts = [(self.cluster_words("describe"), self.cluster_words("delete"))]
+        verbs = ("describe", "delete")
+        parts = [[self.cluster_words(verb) for verb in verbs]]
         if self.settings.cluster:
             self.stop()
-            verbs = ("describe", "delete")
-            parts = [tuple(self.pool_words(verb, pool) for verb in verbs) for pool in self.pools]
+            parts = [[self.pool_words(verb, pool) for verb in verbs] for pool in self.pools]
         for describe, delete in parts:
             if self.shell.json("gcloud", *describe, assumed={}) is not None:
                 self.remove(*delete)

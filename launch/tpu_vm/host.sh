@@ -9,7 +9,7 @@
 #
 # Every line of output begins with the slice and the host.
 set -euo pipefail
-readonly UV=0.13.8 PYTHON=3.11 UNIT=qk-train
+readonly UV=0.13.8 PYTHON=3.11 UNIT=qk-train GCSFS=2026.10.1 # gcsfs opens gs:// paths
 home=$HOME/qk
 mkdir -p "$home"
 
@@ -45,7 +45,7 @@ install() {
     quietly python3 -m pip install --user --quiet "uv==$UV"
     quietly python3 -m uv venv --quiet --clear --python "$PYTHON" "$home/.venv"
     quietly python3 -m uv pip install --quiet --python "$home/.venv/bin/python" \
-      --constraint "$home/constraints.txt" "$(echo "$home"/qk_jax-*.whl)[tpu]"
+      --constraint "$home/constraints.txt" "$(echo "$home"/qk_jax-*.whl)[tpu]" "gcsfs==$GCSFS"
     echo "$from" >"$home/installed"
   fi
   say installed
