@@ -9,7 +9,7 @@ import string
 from typing import Any
 
 from pods import staging
-from pods.route import EVERY, SILENT, Failed, Route
+from pods.route import EVERY, Failed, Route
 from pods.settings import RESTARTS, Settings
 from pods.shell import CommandError, Shell
 from qk_jax.base.errors import InputError
@@ -27,6 +27,7 @@ class Gke(Route):
         self.project = f"--project={settings.project}"
         self.at = (f"--location={settings.zone}", self.project)
         self.pools = [f"{settings.name}-{index}" for index in range(settings.slices)]
+        self.selector = f"--selector=jobset.sigs.k8s.io/jobset-name={settings.name}"
         self.image, self.is_connected = "", False
 
     def kubectl_words(self, *words: str) -> tuple[str, ...]:
@@ -112,7 +113,9 @@ class Gke(Route):
             self.shell.run(*words, "create", "qk-jax", "--repository-format=docker", *at)
         images = ("gcloud", "artifacts", "docker", "images")
         if self.shell.json(*images, "describe", self.image) is None:
-            self.gcloud("builds", "submit", str(folder), f"--tag={self.image}", self.project)
+            self.shell.say("building the image, which takes some minutes")
+            tag = (f"--tag={self.image}", "--timeout=3600s", self.project)
+            self.gcloud("builds", "submit", str(folder), *tag)
 
     def has_pool(self, pool: str) -> bool:
         """Whether the node pool of a slice is there; half of one is deleted first."""
@@ -149,7 +152,10 @@ class Gke(Route):
         verbs = ("describe", "delete")
         parts = [[self.cluster_words(verb) for verb in verbs]]
         if self.settings.cluster:
-            self.stop()
+            try:
+                self.stop()
+            except CommandError as error:  # what costs is deleted all the same
+                self.shell.say(str(error))
             parts = [[self.pool_words(verb, pool) for verb in verbs] for pool in self.pools]
         for describe, delete in parts:
             if self.shell.json("gcloud", *describe, assumed={}) is not None:
@@ -193,44 +199,37 @@ class Gke(Route):
         self.shell.say("training")
 
     def pods(self) -> list[dict[str, Any]]:
-        label = f"--selector=jobset.sigs.k8s.io/jobset-name={self.settings.name}"
-        return (self.get("pods", label, assumed={"items": []}) or {}).get("items", [])
+        return (self.get("pods", self.selector, assumed={"items": []}) or {}).get("items", [])
 
     def watch(self) -> str:
-        before, silent = "", 0
+        before, completed = "", {"status": {"terminalState": "Completed"}}
         while True:
-            try:
-                found = self.jobset({"status": {"terminalState": "Completed"}})
-            except CommandError:
-                silent += 1
-                if silent >= SILENT:
-                    raise
-                self.shell.wait(EVERY)
-                continue
-            silent = 0
+            found = self.patiently(lambda: self.jobset(completed))
             if found is None:
-                return "restart"
+                raise InputError(f"{self.settings.name} was stopped by somebody")
             state = found.get("status", {})
             if state.get("terminalState") == "Completed":
                 return "done"
+            pods = self.patiently(self.pods)
             if state.get("terminalState") == "Failed":
-                raise Failed(f"{self.settings.name} failed: {self.why(state)}")
-            phases = ", ".join(sorted({pod["status"]["phase"] for pod in self.pods()}))
+                raise self.failure(state, pods)
+            phases = ", ".join(sorted({pod["status"]["phase"] for pod in pods}))
             told = f"{phases or 'no pods'}, {state.get('restarts', 0)} restarts"
             if told != before:
-                self.shell.say(f"{told}; newest checkpoint {self.newest()}")
+                self.shell.say(f"{told}; {self.newest()}")
             before = told
             self.shell.wait(EVERY)
 
-    def why(self, state: dict[str, Any]) -> str:
-        """What the JobSet and its pods say about a failure."""
-        said = [c["message"] for c in state.get("conditions", []) if c.get("type") == "Failed"]
-        for pod in self.pods():
+    def failure(self, state: dict[str, Any], pods: list[dict[str, Any]]) -> Failed:
+        """What the JobSet and its pods say about it."""
+        for pod in pods:
+            name = pod["metadata"]["name"]
             for container in pod["status"].get("containerStatuses", []):
                 code = container.get("state", {}).get("terminated", {}).get("exitCode", 0)
                 if container["name"] == "train" and code not in (0, *RESTARTS):
-                    said.append(f"{pod['metadata']['name']} ended with status {code}")
-        return "; ".join(said[:4]) or "no reason given"
+                    return Failed(f"{name} ended with status {code}; see docs/pods.md", name)
+        said = [c["message"] for c in state.get("conditions", []) if c.get("type") == "Failed"]
+        return Failed(f"{self.settings.name} failed: {'; '.join(said) or 'no reason given'}")
 
     def status(self) -> None:
         found = self.jobset({"status": {}})
@@ -238,23 +237,18 @@ class Gke(Route):
         print(f"{self.settings.name}: {state.get('terminalState', 'running') if found else 'none'}")
         for pod in self.pods():
             print(f"{pod['metadata']['name']} {pod['status']['phase']}")
-        print(f"restarts: {state.get('restarts', 0)}; newest checkpoint: {self.newest()}")
-
-    def log_words(self, *options: str) -> tuple[str, ...]:
-        return (
-            "logs", f"--selector=jobset.sigs.k8s.io/jobset-name={self.settings.name}",
-            "--container=train", "--prefix",
-            f"--max-log-requests={self.settings.slices * self.settings.hosts}", *options,
-        )  # fmt: skip
+        print(f"{state.get('restarts', 0)} restarts, {self.newest()}")
 
     def logs(self) -> None:
-        self.shell.follow(*self.kubectl_words(*self.log_words("--tail=100", "--follow")))
+        total = self.settings.slices * self.settings.hosts
+        words = self.kubectl_words(
+            "logs", self.selector, "--container=train", "--prefix", "--tail=100", "--follow",
+            f"--max-log-requests={total}",
+        )  # fmt: skip
+        self.shell.follow(*words)
 
-    def tail(self) -> None:
-        try:
-            print(self.kubectl(*self.log_words("--tail=20")))
-        except CommandError as error:  # it must not hide why the trainer ended
-            self.shell.say(str(error))
+    def tail(self, who: str) -> str:
+        return self.kubectl("logs", who or self.selector, "--container=train", "--tail=20")
 
     def stop(self) -> None:
         self.kubectl(

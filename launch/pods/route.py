@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
+from typing import TypeVar
 
 from pods import checks
 from pods.settings import Settings
@@ -13,8 +15,15 @@ EVERY = 60  # seconds between two looks at a slice
 SILENT = 10  # looks without an answer after which it is given up
 
 
+Answer = TypeVar("Answer")
+
+
 class Failed(InputError):
-    """The trainer ended in a way that starting it again would not mend."""
+    """The trainer ended in a way that starting it again would not mend; `who` is the host."""
+
+    def __init__(self, message: str, who: str = ""):
+        super().__init__(message)
+        self.who = who
 
 
 class Route(abc.ABC):
@@ -47,6 +56,7 @@ class Route(abc.ABC):
 
         Raises:
           Failed: it ended with an error.
+          InputError: somebody stopped or deleted it.
         """
 
     @abc.abstractmethod
@@ -58,8 +68,8 @@ class Route(abc.ABC):
         """Follows the logs of all hosts until Ctrl-C."""
 
     @abc.abstractmethod
-    def tail(self) -> None:
-        """Prints the last lines of the logs."""
+    def tail(self, who: str) -> str:
+        """The last lines of the log of a host."""
 
     @abc.abstractmethod
     def stop(self) -> None:
@@ -82,11 +92,27 @@ class Route(abc.ABC):
                 return ""
             raise
 
-    def newest(self) -> int:
-        """The largest step of the checkpoints in the bucket; 0 without one."""
-        out = self.storage("ls", f"{self.settings.checkpoints}/")
-        steps = [line.rstrip("/").rpartition("/")[2] for line in out.split()]
-        return max((int(step) for step in steps if step.isdigit()), default=0)
+    def newest(self) -> str:
+        """The newest checkpoint in the bucket, in words."""
+        try:
+            out = self.storage("ls", f"{self.settings.checkpoints}/")
+        except CommandError:
+            return "the newest checkpoint is not known"
+        names = [line.rstrip("/").rpartition("/")[2] for line in out.split()]
+        step = max((int(name) for name in names if name.isdigit()), default=0)
+        return f"checkpoint {step}" if step else "no checkpoint yet"
+
+    def patiently(self, ask: Callable[[], Answer]) -> Answer:
+        """What `ask` returns. A cloud that does not answer is asked again for some minutes: the
+        machine that asks may be offline, while what it asks for goes on."""
+        for attempt in range(SILENT):
+            try:
+                return ask()
+            except CommandError:
+                if attempt == SILENT - 1:
+                    raise
+                self.shell.wait(EVERY)
+        raise AssertionError
 
     def forget_starts(self) -> None:
         """A start by hand may be as fruitless as the ones before it."""
@@ -113,11 +139,14 @@ class Route(abc.ABC):
                 is_first, is_ours = False, False  # from here on the training is worth more
                 outcome = self.watch()
                 if outcome != "done":
-                    self.shell.say(f"{outcome}: goes on from step {self.newest()}")
+                    self.shell.say(f"{outcome}: goes on, {self.newest()}")
                     self.stop() if outcome == "restart" else self.delete()
                     is_ours = True  # nothing trains on it
-        except Failed:
-            self.tail()
+        except Failed as error:
+            try:
+                print(self.tail(error.who))
+            except CommandError as silence:  # it must not hide why the trainer ended
+                self.shell.say(str(silence))
             if not keep:
                 self.delete()
             raise

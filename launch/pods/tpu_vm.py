@@ -84,7 +84,7 @@ class TpuVm(Route):
         """Raises InputError when the request fails or expires."""
         before = ""
         while True:
-            state, why = self.describe("ACTIVE")
+            state, why = self.patiently(lambda: self.describe("ACTIVE"))
             if state != before:
                 self.shell.say(f"{self.settings.name} is {state or 'not there'}")
             if state == "ACTIVE":
@@ -98,7 +98,7 @@ class TpuVm(Route):
             self.shell.wait(EVERY // 2)
 
     def delete(self) -> None:
-        for _ in range(SILENT):
+        for _ in range(3 * SILENT):  # a slice that is being suspended refuses at first
             state, _ = self.describe("ACTIVE")
             if not state:
                 self.shell.say(f"{self.settings.name} is deleted")
@@ -160,7 +160,7 @@ class TpuVm(Route):
             self.shell.run("gcloud", "storage", "cp", f"{folder}/*", f"{self.staged}/")
 
     def statuses(self) -> dict[str, str]:
-        """{host: 'running', 'absent' or 'exited STATUS'}, of those that answer."""
+        """{host: 'running', 'absent', 'stopped' or 'exited STATUS'}, of those that answer."""
         try:
             return self.hosts("status", assumed="exited 0")
         except InputError:
@@ -196,25 +196,17 @@ class TpuVm(Route):
         before: dict[str, str] = {}
         silent = ending = 0
         while True:
-            silent += 1
-            try:
-                state, _ = self.describe("ACTIVE")
-            except CommandError:
-                if silent >= SILENT:
-                    raise
-                state = ""
-            else:
-                if state != "ACTIVE":
-                    return "lost"
-            found = self.statuses() if state else {}
-            if len(found) == self.total:
-                silent = 0
-            elif state and silent >= SILENT:
+            state, _ = self.patiently(lambda: self.describe("ACTIVE"))
+            if state in ("", "DELETING"):
+                raise InputError(f"{self.settings.name} was deleted by somebody")
+            if state != "ACTIVE" or silent >= SILENT:
                 return "lost"
+            found = self.statuses()
+            silent = 0 if len(found) == self.total else silent + 1
             if found and found != before:
                 counts = Counter(found.values())
                 told = ", ".join(f"{number} x {what}" for what, number in counts.items())
-                self.shell.say(f"{told}; newest checkpoint {self.newest()}")
+                self.shell.say(f"{told}; {self.newest()}")
                 before = found
             if any(line not in ("running", "exited 0") for line in found.values()):
                 ending += 1  # the others follow when they have saved or missed their peer
@@ -228,16 +220,14 @@ class TpuVm(Route):
         if state == "ACTIVE":
             for host, line in sorted(self.statuses().items()):
                 print(f"{host} {line}")
-        print(f"newest checkpoint: {self.newest()}")
+        print(self.newest())
 
     def logs(self) -> None:
         self.shell.follow(*self.ssh("bash qk/host.sh logs 100"))
 
-    def tail(self) -> None:
-        try:
-            print(self.shell.run(*self.ssh("bash qk/host.sh tail 20")))
-        except CommandError as error:  # it must not hide why the trainer ended
-            self.shell.say(str(error))
+    def tail(self, who: str) -> str:
+        out = self.shell.run(*self.ssh("bash qk/host.sh tail 20"))
+        return "\n".join(line for line in out.splitlines() if line.startswith(who))
 
     def stop(self) -> None:
         self.hosts("stop", expect="stopped")
@@ -245,9 +235,11 @@ class TpuVm(Route):
 
 def verdict(found: Mapping[str, str]) -> str:
     """'done' or 'restart', from how the trainer ended on each host; see `Route.watch`."""
+    if "stopped" in found.values():
+        raise InputError("it was stopped by somebody")
     ended = {host: line for host, line in found.items() if line.startswith("exited")}
     for host, line in ended.items():
         status = int(line.split()[1])
         if status not in (0, *RESTARTS):
-            raise Failed(f"{host} ended with status {status}; docs/train.md says what it means")
+            raise Failed(f"{host} ended with status {status}; see docs/pods.md", host)
     return "done" if set(found.values()) == {"exited 0"} else "restart"

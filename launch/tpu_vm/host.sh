@@ -4,7 +4,7 @@
 #   host.sh install FROM WORKDIR     Python, the wheel under the constraints; proves the bucket
 #   host.sh copy RECORDS             the records to the disk
 #   host.sh mount BUCKET             a bucket at /bucket, read-only
-#   host.sh start N N_LINES WORDS    the trainer, as a unit of systemd; first N lines of environment
+#   host.sh start N N_LINES WORDS    the trainer, as a unit of systemd; N lines of environment first
 #   host.sh status | tail LINES | logs LINES | stop
 #
 # Every line of output begins with the slice and the host.
@@ -84,19 +84,23 @@ start() {
   printf '%q ' exec "$home/.venv/bin/python" "$home/supervise.py" "$@" >"$home/run.sh"
   sed -e "s|@USER@|$USER|" -e "s|@HOME@|$HOME|" "$home/$UNIT.service" \
     | sudo tee "/etc/systemd/system/$UNIT.service" >/dev/null
-  : >"$home/train.log"
+  echo "--- start, $(date)" >>"$home/train.log"
+  rm -f "$home/stopped"
   sudo systemctl daemon-reload
   quietly sudo systemctl restart "$UNIT"
   say started
 }
 
-status() { # absent, running, or exited and the status
+status() { # absent, running, stopped by us, or exited and the status
   local ActiveState=inactive SubState=dead ExecMainCode=0 ExecMainStatus=0 line
   while read -r line; do local "${line?}"; done < <(
     systemctl show "$UNIT" --property=ActiveState,SubState,ExecMainCode,ExecMainStatus
   )
-  case $ActiveState/$SubState/$ExecMainCode in
+  local stopped=/
+  [ ! -e "$home/stopped" ] || stopped=/stopped/
+  case $ActiveState/$SubState$stopped$ExecMainCode in
     active/running/* | activating/* | deactivating/* | reloading/*) say running ;;
+    */stopped/*) say stopped ;;
     */0) say absent ;;
     */[23]) say "exited $((128 + ExecMainStatus))" ;; # the supervisor itself was killed
     *) say "exited $ExecMainStatus" ;;
@@ -107,6 +111,7 @@ tail() { command tail -n "$@" "$home/train.log" 2>/dev/null | sed -u "s/^/$label
 logs() { tail "$1" -F; }
 
 stop() {
+  touch "$home/stopped"
   sudo systemctl stop "$UNIT" 2>/dev/null || true
   say stopped
 }

@@ -7,9 +7,9 @@ import shlex
 
 import pod
 import pytest
-from configs import recipes
 from pods import settings
 
+from configs import recipes
 from qk_jax.experiment import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

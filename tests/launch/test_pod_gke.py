@@ -88,7 +88,26 @@ def test_an_error_of_the_trainer_ends_it_all(cloud):
     status, out, err = cloud.pod("up", cloud.settings("gke"))
     assert status == 2 and "qk-stage2-slice-0-1-abcde ended with status 2" in err
     assert "134" not in err and "Traceback: the last words" in out
+    assert cloud.ran("logs qk-stage2-slice-0-1-abcde")
     assert cloud.state["cluster"] is None
+
+
+def test_a_failure_that_no_pod_explains(cloud):
+    cloud.set(jobsets=[{}, {}, FAILED])
+    assert "jobset failed due to one or more" in cloud.pod("up", cloud.settings("gke"))[2]
+
+
+def test_what_somebody_stops_is_not_started_again(cloud):
+    cloud.set(cluster="qk-stage2", pools={"qk-stage2-0": {"status": "RUNNING"}})
+    with pytest.raises(gke.InputError, match="stopped by somebody"):
+        cloud.route("gke").watch()
+
+
+def test_pools_are_deleted_though_the_cluster_does_not_answer(cloud):
+    cloud.set(cluster="ours", pools={"qk-stage2-0": {"status": "RUNNING"}})
+    cloud.fail("delete jobset", "Unable to connect to the server: dial tcp: i/o timeout", times=9)
+    assert cloud.pod("delete", cloud.settings("gke", cluster="ours"))[0] == 0
+    assert cloud.state["pools"] == {}
 
 
 def test_up_watches_what_trains_already(cloud):
@@ -120,7 +139,7 @@ def test_delete_of_nothing_is_no_error(cloud):
 def test_stop_status_and_logs(cloud):
     cloud.set(cluster="qk-stage2", jobset=True, jobsets=[{"restarts": 3}], containers=pods(0))
     status, out, _ = cloud.pod("status", cloud.settings("gke"))
-    assert status == 0 and "qk-stage2: running" in out and "restarts: 3" in out
+    assert status == 0 and "qk-stage2: running" in out and "3 restarts, no checkpoint yet" in out
     assert cloud.pod("logs", cloud.settings("gke"))[0] == 0
     assert "--max-log-requests=16" in cloud.ran("--follow")[0]
     assert cloud.pod("stop", cloud.settings("gke"))[0] == 0

@@ -126,6 +126,20 @@ def test_status(host, tmp_path, active, sub, code, status, said):
     assert host("status") == (0, said)
 
 
+def test_a_host_that_was_stopped_says_so_until_it_starts(host, tmp_path):
+    host("install", "gs://b/w/launch/abc", "gs://b/w")
+    shown = "ActiveState={}\nSubState={}\nExecMainCode=1\nExecMainStatus=42\n"
+    (tmp_path / "shown").write_text(shown.format("failed", "failed"))
+    assert host("status") == (0, "exited 42")
+    host("stop")
+    assert host("status") == (0, "stopped")
+    (tmp_path / "shown").write_text(shown.format("deactivating", "stop-sigterm"))
+    assert host("status") == (0, "running")
+    host("start", "0", "-m", "qk_jax.train")
+    (tmp_path / "shown").write_text(shown.format("failed", "failed"))
+    assert host("status") == (0, "exited 42")
+
+
 def test_logs_and_stop(host, tmp_path):
     (tmp_path / "qk/train.log").write_text("".join(f"line {n}\n" for n in range(9)))
     assert host("tail", "2") == (0, "line 7\nline 8")

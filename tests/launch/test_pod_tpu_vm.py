@@ -110,7 +110,7 @@ def test_a_preempted_slice_is_made_again(cloud):
     cloud.set(grants=[[*granted, "SUSPENDING", "SUSPENDED"], ["PROVISIONING", "ACTIVE"]])
     cloud.set(statuses=["absent", "running", "absent", "running", "exited 0"])
     status, out, _ = cloud.pod("up", cloud.settings())
-    assert status == 0 and "lost: goes on from step 0" in out
+    assert status == 0 and "lost: goes on, no checkpoint yet" in out
     assert len(cloud.ran("queued-resources create")) == 2
     assert len(cloud.ran("host.sh start")) == 2
     assert len(cloud.ran("starts-stage1.json")) == 3, "forgotten once, before the first start"
@@ -124,7 +124,7 @@ def test_a_saved_trainer_is_started_again_on_the_same_slice(cloud):
         objects=[*cloud.state["objects"], "gs://my-bucket/query-kontext/stage1/checkpoints/700/"]
     )
     status, out, _ = cloud.pod("up", cloud.settings())
-    assert status == 0 and "restart: goes on from step 700" in out
+    assert status == 0 and "restart: goes on, checkpoint 700" in out
     assert len(cloud.ran("queued-resources create")) == 1
     assert len(cloud.ran("host.sh stop")) == 1
 
@@ -135,7 +135,9 @@ def test_an_error_of_the_trainer_ends_it_all(cloud, code):
     cloud.set(statuses=["absent", "running", ended])
     status, out, err = cloud.pod("up", cloud.settings())
     assert status == 2 and f"[slice 0 host 15] ended with status {code}" in err
-    assert "Traceback: the last words" in out
+    # Of the log only the lines of the host that failed.
+    assert out.count("Traceback: the last words") == 1
+    assert "[slice 0 host 15] Traceback: the last words" in out
     assert cloud.state["queued"] is None
 
 
@@ -151,6 +153,30 @@ def test_a_host_that_never_ends_does_not_hold_up_the_others(cloud):
     cloud.set(statuses=["absent", *[["exited 42"] * 15 + ["running"]] * 7, "absent", "exited 0"])
     assert cloud.pod("up", cloud.settings())[0] == 0
     assert len(cloud.ran("host.sh start")) == 2
+
+
+def test_what_somebody_stops_or_deletes_is_not_started_again(cloud):
+    cloud.set(statuses=["absent", "running", "stopped"])
+    status, out, err = cloud.pod("up", cloud.settings())
+    assert status == 2 and "stopped by somebody" in err and "up watches it" in out
+    assert len(cloud.ran("host.sh start")) == 1 and cloud.state["queued"]
+    cloud.set(queued={"states": ["ACTIVE", "ACTIVE", "DELETING"], "why": ""}, statuses=["running"])
+    status, _, err = cloud.pod("up", cloud.settings())
+    assert status == 2 and "was deleted by somebody" in err
+    assert not cloud.ran("queued-resources create")[1:]
+
+
+def test_a_bucket_without_answers_does_not_end_the_watching(cloud):
+    cloud.fail("storage ls gs://my-bucket/query-kontext", LOST, times=99)
+    status, out, _ = cloud.pod("up", cloud.settings())
+    assert status == 0 and "16 x running; the newest checkpoint is not known" in out
+
+
+def test_a_cloud_without_answers_for_a_while_is_asked_again(cloud):
+    cloud.pod("create", cloud.settings())
+    cloud.set(statuses=["running", "exited 0"])
+    cloud.fail("queued-resources describe", LOST, times=40)
+    assert cloud.route().watch() == "done"
 
 
 def test_a_failed_installation_leaves_nothing(cloud):
