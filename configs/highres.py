@@ -18,6 +18,8 @@ def get_config(size: str = "tiny"):
     config.stage = "highres"
     config.rules = common.STAGES["highres"].rules
     config.steps = common.pick(size, tiny=100, tiny_long=1000, smoke=20, full=3000)
+    for entry in config.evals.values():
+        entry.every = common.pick(size, tiny=50, tiny_long=500, smoke=20, full=1000)
     config.data.batch = 16 if tiny else 256
     config.data.sizes = ("128x128", "160x96", "96x160") if tiny else buckets.names(1024, 16)
     config.data.reference_size = 128 if tiny else 1024

@@ -207,7 +207,7 @@ def _log_shapes(when: str, groups: Groups) -> None:
     shapes = by_shape(groups)
     shared = sum(len({groups[i].task for i in x}) > 1 for x in shapes.values())
     log.info(
-        "%s: %d shapes of batches, each is compiled once; %d are of several tasks",
+        "%s: %d shapes of batches, each is compiled once (%d shared by several tasks)",
         when, len(shapes), shared,
     )  # fmt: skip
 

@@ -115,6 +115,10 @@ class Plan:
         """Raises InputError when so many examples do not divide over the mesh."""
         sharding.check_batch(examples, self.mesh, sharding.tables(self.config.sharding))
 
+    def fitting_batch(self, examples: int) -> int:
+        """The least number of slots for so many examples that divides over the mesh."""
+        return sharding.fitting_batch(examples, self.mesh, sharding.tables(self.config.sharding))
+
     @functools.cached_property
     def replicated_share(self) -> float:
         """Largest share, over the sharding columns, of shardable bytes that every device holds.

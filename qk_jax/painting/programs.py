@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
+from qk_jax import sharding
 from qk_jax.base.types import Prompt, Tree
 from qk_jax.diffusion import flow, sampler
 from qk_jax.models import mmdit, rotary
@@ -51,8 +53,13 @@ class Towers:
         return self._pool({"vlm": params["vlm"]}, patches, grid=grid)
 
     def _decoded(self, params: Tree, latents: jax.Array) -> jax.Array:
-        x = self.model.decode(params, latents)
-        return jnp.round((x + 1.0) * 127.5).astype(jnp.uint8)
+        """Each device of a mesh decodes its share; every host gets all pictures, and may read them."""
+        share = sharding.constrain(latents, sharding.Activations(), "batch", None, None, None)
+        x = self.model.decode(params, share)
+        pictures = jnp.round((x + 1.0) * 127.5).astype(jnp.uint8)
+        if sharding.single():
+            return pictures
+        return jax.lax.with_sharding_constraint(pictures, PartitionSpec())
 
     def _pooled(self, params: Tree, patches: jax.Array, *, grid: tuple[int, int]) -> Any:
         return self.model.vlm.apply({"params": params["vlm"]}, patches, (grid,), method="pool")

@@ -47,6 +47,7 @@ from qk_jax.sharding.specs import (
     check_batch,
     check_sharded,
     constrain,
+    fitting_batch,
     leaves,
     shardings,
     spec,
@@ -55,7 +56,7 @@ from qk_jax.sharding.specs import (
 __all__ = [
     "BATCH_AXES", "COLUMNS", "MESH_AXES", "OWN", "ROWS", "SHARDABLE", "TOWERS", "Activations",
     "AnyMesh", "Columns", "Rules", "Tables", "abstract_mesh", "batch_sharding", "build_mesh",
-    "check_batch", "check_sharded", "column", "constrain", "filled", "fitting", "format_mesh",
-    "format_rows", "leaves", "nearest", "parse", "parse_rows", "platform", "replicated", "row",
-    "shardings", "single", "size", "spec", "tables", "target", "tower",
+    "check_batch", "check_sharded", "column", "constrain", "filled", "fitting", "fitting_batch",
+    "format_mesh", "format_rows", "leaves", "nearest", "parse", "parse_rows", "platform",
+    "replicated", "row", "shardings", "single", "size", "spec", "tables", "target", "tower",
 ]  # fmt: skip

@@ -155,11 +155,22 @@ def _judged(columns: Columns, column: str, mesh: AnyMesh) -> set[str]:
     return used(column)
 
 
+def _batch_axes(towers: Tables) -> dict[str, tuple[str, ...]]:
+    """The mesh axes of the batch: between the towers, and in each of them."""
+    over: dict[str, tuple[str, ...]] = {"the batch": BATCH_AXES}
+    return over | {f"sharding.{name}": table.activations.batch for name, table in towers.items()}
+
+
+def fitting_batch(examples: int, mesh: AnyMesh, towers: Tables) -> int:
+    """The least number of slots for so many examples that divides over every tower's batch axes."""
+    shares = (math.prod(mesh.shape[axis] for axis in axes) for axes in _batch_axes(towers).values())
+    parts = math.lcm(*shares)
+    return -(-examples // parts) * parts
+
+
 def check_batch(examples: int, mesh: AnyMesh, towers: Tables) -> None:
     """Raises InputError when so many examples do not divide over the batch axes of a tower."""
-    over: dict[str, tuple[str, ...]] = {"the batch": BATCH_AXES}
-    over |= {f"sharding.{tower}": columns.activations.batch for tower, columns in towers.items()}
-    for what, axes in over.items():
+    for what, axes in _batch_axes(towers).items():
         parts = math.prod(mesh.shape[axis] for axis in axes)
         if examples % parts:
             raise InputError(

@@ -7,6 +7,10 @@ rest of its section. A new evaluator is a class here and a line in that table.
 from __future__ import annotations
 
 import abc
+import copy
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -15,16 +19,18 @@ from ml_collections import ConfigDict
 
 from qk_jax import painting
 from qk_jax.base import files, trees
-from qk_jax.base.errors import InputError
+from qk_jax.base.errors import BadRecord, InputError
 from qk_jax.base.types import Batch, Tree
 from qk_jax.data import pipeline
-from qk_jax.data.example import TASKS
+from qk_jax.data.example import TASKS, Example, Source
 from qk_jax.data.importers import registry
 from qk_jax.experiment.plan import Plan
 from qk_jax.experiment.train_state import TrainState
 from qk_jax.painting import sheets
 from qk_jax.training import metrics
 from qk_jax.training import step as step_lib
+
+log = logging.getLogger(__name__)
 
 
 class Evaluator(abc.ABC):
@@ -75,19 +81,27 @@ class Evaluator(abc.ABC):
 
 
 class ValidationLoss(Evaluator):
-    """Loss on the fixed validation batches, per task and per t-bin."""
+    """Loss on the fixed validation batches, per task and per t-bin.
+
+    Pictures are encoded by the train step's own program where both batches have one size.
+    """
 
     def __init__(self, *args: Any):
         super().__init__(*args)
         config = self.plan.config
         self.data = pipeline.Pipeline(config, "validation", prompts=self.plan.prompts)
         self.eval_step = step_lib.make_eval_step(self.plan)
+        whole = copy.deepcopy(config)
+        whole.optimizer.accumulation = 1  # a validation batch is no larger than a micro-batch
+        self.encode = step_lib.make_encoder(dataclasses.replace(self.plan, config=whole))
 
     def run(self, step: int, params: Tree, frozen: Tree) -> None:
         window = metrics.Window()
         for index, batch in enumerate(self.data.fixed()):
             number = jax.device_put(np.int32(index), self.plan.replicated)
-            values = self.eval_step(params, frozen, global_batch(self.plan, batch), number)
+            examples = global_batch(self.plan, batch)
+            encoded = examples | self.encode(frozen, examples)
+            values = self.eval_step(params, frozen, encoded, number)
             window.add(jax.device_get(values))
         if window.steps:
             self.writers.write(step, "validation", window.take())
@@ -99,7 +113,9 @@ class ValidationLoss(Evaluator):
 class Sheets(Evaluator):
     """Paints the same few validation records of every task of the run, beside their truth.
 
-    Sheets go to <stage folder>/samples/ and to TensorBoard.
+    Those of a task have one shape, and all tasks the commonest size of a target where they have
+    it: a shape is compiled once, which takes longer than painting. Sheets go to
+    <stage folder>/samples/ and to TensorBoard.
     """
 
     def __init__(self, *args: Any):
@@ -108,23 +124,54 @@ class Sheets(Evaluator):
         self.settings = painting.Settings(section.steps, section.guidance, section.image_guidance)
         names = [name for name in TASKS if config.data.tasks[name] > 0]
         sources = registry.make_sources(config, "validation", config.validation.seed, names)
-        self.examples = {
-            name: [source[i] for i in range(min(section.records, len(source)))]
-            for name, source in sources.items()
-        }
+        sizes = np.concatenate([source.size_of for source in sources.values()])
+        size = int(np.bincount(sizes).argmax())
+        found = {name: alike(source, size, section.records) for name, source in sources.items()}
+        self.examples = {name: examples for name, examples in found.items() if examples}
 
     def run(self, step: int, params: Tree, frozen: Tree) -> None:
-        painter = painting.of_params(self.plan, trees.join(params, frozen))
+        slots = self.plan.fitting_batch(self.section.records)
+        painter = painting.of_params(self.plan, trees.join(params, frozen), batch=slots)
         for name, examples in self.examples.items():
             requests = [
                 painting.request_of(example, self.section.seed, number)
                 for number, example in enumerate(examples)
             ]
             painted = painter.paint(requests, self.settings)
+            if not self.writers.active:
+                continue
             title = f"{name}, {self.plan.stage.name}, step {step}"
             sheet = sheets.of_requests(title, requests, painted, [e.target for e in examples])
             sheets.save(sheet, self.folder / "samples" / f"{name}_{step:07d}.png")
             self.writers.picture(step, f"samples/{name}", np.asarray(sheet.convert("RGB")))
+
+
+def alike(source: Source, size: int, count: int) -> list[Example]:
+    """The first `count` examples of the commonest shape, bad records left out.
+
+    Args:
+      source: of one task.
+      size: index of the target size that is taken where there are examples of it.
+      count: at most so many.
+    """
+    shapes = np.column_stack([source.size_of, source.pictures_of, source.references_of])
+    numbers = np.flatnonzero(source.size_of == size)
+    if not len(numbers):
+        numbers = np.arange(len(source))
+    _, kind, often = np.unique(shapes[numbers], axis=0, return_inverse=True, return_counts=True)
+    return list(_readable(source, numbers[kind == often.argmax()], count))
+
+
+def _readable(source: Source, numbers: Iterable[int], count: int) -> Iterator[Example]:
+    """The first `count` of the examples that can be read."""
+    for number in numbers:
+        if count == 0:
+            return
+        try:
+            yield source[int(number)]
+            count -= 1
+        except BadRecord as bad:
+            log.warning("%s: left a bad record out of the sheets: %s", source.task, bad)
 
 
 EVALUATORS: dict[str, type[Evaluator]] = {"loss": ValidationLoss, "sheets": Sheets}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from ml_collections import ConfigDict
 from qk_jax.base import files
 from qk_jax.base.errors import InputError
 from qk_jax.data.example import TASKS
+
+log = logging.getLogger(__name__)
 
 
 class Window:
@@ -112,7 +115,8 @@ class Clock:
 
 
 class Writers:
-    """metrics.jsonl and TensorBoard always, Weights & Biases when asked for; process 0 only."""
+    """metrics.jsonl always, TensorBoard where tensorboardX is installed, Weights & Biases when
+    asked for; process 0 only."""
 
     def __init__(self, folder: files.Path, first_step: int, config: ConfigDict):
         """Opens the files; what an abandoned run wrote after `first_step` is dropped.
@@ -121,15 +125,18 @@ class Writers:
           InputError: wandb.project is set but wandb is not installed.
         """
         self.active = jax.process_index() == 0
-        self._wandb = None
+        self._wandb = self._board = None
         if not self.active:
             return
-        import tensorboardX  # imports torch where there is one
-
         self._path = folder / "metrics.jsonl"
         _drop_after(self._path, first_step)
         self._file = self._path.open("a")
-        self._board = tensorboardX.SummaryWriter(str(folder), purge_step=first_step + 1)
+        try:
+            import tensorboardX  # imports torch where there is one
+
+            self._board = tensorboardX.SummaryWriter(str(folder), purge_step=first_step + 1)
+        except ImportError:
+            log.warning("tensorboardX is not installed: nothing is written for TensorBoard")
         if config.wandb.project:
             try:
                 import wandb
@@ -154,21 +161,23 @@ class Writers:
         self._file.write(json.dumps({"step": step, "kind": kind, **clean}) + "\n")
         self._file.flush()
         values = {name: value for name, value in values.items() if math.isfinite(value)}
-        for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
         if self._wandb is not None:
             self._wandb.log({f"{kind}/{name}": v for name, v in values.items()}, step=step)
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
         """A picture uint8 [H, W, 3] for TensorBoard."""
-        if self.active:
+        if self._board is not None:
             self._board.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flushes and closes everything."""
         if self.active:
             self._file.close()
-            self._board.close()
+            if self._board is not None:
+                self._board.close()
             if self._wandb is not None:
                 self._wandb.finish()
 

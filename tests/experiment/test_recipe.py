@@ -496,7 +496,7 @@ def test_shapes_of_a_task_are_bounded(size, pipe):
 
 def test_validation_is_held_fixed(pipe):
     """Whatever the training's seed: as many batches as the config says, at least one of a task."""
-    counts = (("stage2", "tiny", 4, 32), ("stage2", "20b", 2, 64), ("stage3", "20b", 6, 64))
+    counts = (("stage2", "tiny", 4, 16), ("stage2", "20b", 2, 64), ("stage3", "20b", 6, 64))
     for stage, size, count, batch_size in counts:
         config = config_of(stage, size)
         first = list(pipe(config, "validation").fixed())
@@ -543,17 +543,16 @@ def test_two_checkpoints_are_kept(tmp_path, monkeypatch):
     store.close()
 
 
-@pytest.mark.parametrize(("size", "every", "evaluated"), [("tiny", 50, 0), ("20b", 1000, 2000)])
-def test_when_it_saves_and_evaluates(size, every, evaluated):
+@pytest.mark.parametrize(("size", "every", "due"), [("tiny", 50, 400), ("20b", 1000, (2000, 5000))])
+def test_when_it_saves_and_evaluates(size, every, due):
     config, steps = config_of("stage3", size, steps=2023), range(2024)
     trainer = types.SimpleNamespace(plan=types.SimpleNamespace(config=config))
     saved = [step for step in steps[1:] if loop.Trainer.saves(trainer, step)]
     assert saved == [*range(every, 2023, every), 2023]  # the last step too
-    section = types.SimpleNamespace(section=config.evals.loss, plan=trainer.plan)
-    due = [step for step in steps if evals.Evaluator.is_due(section, step)]
-    assert due == ([*range(0, 2023, evaluated), 2023] if evaluated else [])
-    sheets = types.SimpleNamespace(section=config.evals.sheets, plan=trainer.plan)
-    assert not any(evals.Evaluator.is_due(sheets, step) for step in steps)
+    for name, interval in zip(("loss", "sheets"), np.broadcast_to(due, 2), strict=True):
+        section = types.SimpleNamespace(section=config.evals[name], plan=trainer.plan)
+        found = [step for step in steps if evals.Evaluator.is_due(section, step)]
+        assert found == [*range(0, 2023, interval), 2023]
 
 
 @pytest.mark.parametrize(("stage", "size"), EVERYWHERE)
@@ -586,7 +585,8 @@ def test_every_field_has_its_test():
         data.batch data.tasks data.sizes data.reference_size data.reference_ratios data.text_tokens
         data.dropout data.max_groups data.max_pixels data.max_bad_share data.workers data.threads
         data.prefetch dtype.compute dtype.frozen dtype.gradients mesh sharding sharding_limit
-        checkpoint.every checkpoint.keep checkpoint.keep_every evals.loss.every validation
+        checkpoint.every checkpoint.keep checkpoint.keep_every evals.loss.every evals.sheets.every
+        validation
     """
     elsewhere = """
         stage size model.vlm model.mmdit model.vae data.corpus data.records data.tfds_image

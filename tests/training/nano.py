@@ -38,7 +38,8 @@ def get_config(stage: str = "stage1"):
         config.lora.rank, config.lora.alpha = 2, 4.0
     config.optimizer.lr, config.optimizer.warmup = 1e-2, 1
     config.data.batch, config.validation.batch, config.validation.batches = 8, 8, 1
-    config.checkpoint.every, config.evals.loss.every, config.log.every = 2, 0, 1
+    config.checkpoint.every, config.log.every = 2, 1
+    config.evals.loss.every = config.evals.sheets.every = 0
     config.compiler.cpu = (
         "xla_backend_optimization_level=0", "xla_cpu_use_fusion_emitters=false",
     )  # fmt: skip

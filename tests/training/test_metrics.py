@@ -61,6 +61,16 @@ def test_clock_leaves_out_compilation_and_pauses(monkeypatch):
     assert clock.take(None, 1) == {}
 
 
+def test_without_tensorboard_the_rest_is_written(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    log = metrics.Writers(tmp_path, 0, CONFIG)
+    log.write(1, "train", {"loss": 0.5})
+    log.picture(1, "sheet", np.zeros((4, 4, 3), np.uint8))
+    log.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert caplog.text.count("tensorboardX is not installed") == 1
+
+
 def test_writers_keep_one_line_per_step_over_a_resume(tmp_path):
     log = metrics.Writers(tmp_path, 0, CONFIG)
     for number in (1, 2, 3):

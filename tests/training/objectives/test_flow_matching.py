@@ -149,14 +149,14 @@ def test_a_constant_gains_nothing_of_the_tiny_vision_tower():
 
 
 def edits():
-    """Four examples of 64 x 48: a token changed, nothing changed, all changed, and a reference."""
+    """Four of 64 x 48: a token changed, nothing changed, all changed, a token beside a reference."""
     rng = np.random.default_rng(0)
     source = rng.integers(0, 150, (4, 64, 48, 3)).astype(np.uint8)
     target = source.copy()
     target[0, 20:30, 35:40, 1] += 100  # in the token of the second row and third column
     target[1, ..., 2] += 40  # not visible
     target[2] += 100
-    target[3] += 100
+    target[3, :5, :5] += 100  # of a reference, which is no source
     roles = np.array([[0, 1], [0, 1], [0, 1], [1, 1]], np.int32)
     other = np.zeros((4, 32, 32, 3), np.uint8)
     return {"target": target, "conditions": (source, other), "roles": roles}
