@@ -34,7 +34,13 @@ log = logging.getLogger(__name__)
 
 
 class Evaluator(abc.ABC):
-    """One entry of config.evals."""
+    """One entry of config.evals.
+
+    Attributes:
+      phase: what the time that it takes is booked on (`phases`).
+    """
+
+    phase = "validation"
 
     def __init__(
         self, plan: Plan, section: ConfigDict, folder: files.Path, writers: metrics.Writers
@@ -117,6 +123,8 @@ class Sheets(Evaluator):
     it: a shape is compiled once, which takes longer than painting. Sheets go to
     <stage folder>/samples/ and to TensorBoard.
     """
+
+    phase = "painting"
 
     def __init__(self, *args: Any):
         super().__init__(*args)
