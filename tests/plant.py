@@ -167,7 +167,7 @@ BUGS = (
         '            values = aux["flow"] = flow.loss(prediction, target, region(batch, regions))',
         "tests/training/objectives -k region_weight"),
     Bug("export: the connector's other layers are read after the last",
-        "qk_jax/export/kontext.py", "model.layers[number - 1]", "model.layers[number]",
+        "qk_jax/export/kontext.py", "layers[number - 1]", "layers[number]",
         "tests/export/test_pipeline.py -k layers_noise"),
     Bug("models: latents are scaled before they are shifted", "qk_jax/models/vae.py",
         "(z.astype(jnp.float32) - shift) * scale", "z.astype(jnp.float32) * scale - shift",

@@ -226,8 +226,9 @@ class Kontext(ModelMixin, ConfigMixin):
         def keep(number: int, output: Any) -> None:
             kept[number] = output[0] if isinstance(output, tuple) else output
 
+        layers: Any = model.layers
         hooks = [  # what `output_hidden_states` holds differs between versions of transformers
-            model.layers[number - 1].register_forward_hook(
+            layers[number - 1].register_forward_hook(
                 lambda module, given, output, number=number: keep(number, output)
             )
             for number in self.config.layers

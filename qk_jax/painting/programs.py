@@ -53,7 +53,7 @@ class Towers:
         return self._pool({"vlm": params["vlm"]}, patches, grid=grid)
 
     def _decoded(self, params: Tree, latents: jax.Array) -> jax.Array:
-        """Each device of a mesh decodes its share; every host gets all pictures, and may read them."""
+        """Each device of a mesh decodes its share; every host gets all pictures."""
         share = sharding.constrain(latents, sharding.Activations(), "batch", None, None, None)
         x = self.model.decode(params, share)
         pictures = jnp.round((x + 1.0) * 127.5).astype(jnp.uint8)

@@ -149,7 +149,7 @@ def test_a_constant_gains_nothing_of_the_tiny_vision_tower():
 
 
 def edits():
-    """Four of 64 x 48: a token changed, nothing changed, all changed, a token beside a reference."""
+    """Four of 64 x 48: a token changed, none, all, and one that only a reference lacks."""
     rng = np.random.default_rng(0)
     source = rng.integers(0, 150, (4, 64, 48, 3)).astype(np.uint8)
     target = source.copy()
