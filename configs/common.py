@@ -199,10 +199,10 @@ def base(stage: str, size: str) -> ConfigDict:
         "keep_every": 0,
     })  # fmt: skip
     config.evals = ConfigDict({
-        "loss": {"type": "loss", "every": pick(size, 100, 250, 6, 2000)},
+        "loss": {"type": "loss", "every": pick(size, 125, 250, 6, 2000)},
         "sheets": {
-            "type": "sheets", "every": pick(size, 100, 250, 6, 5000),
-            "records": pick(size, 3, 4, 2, 4), "steps": pick(size, 10, 20, 4, 20),
+            "type": "sheets", "every": pick(size, 125, 250, 6, 5000),
+            "records": pick(size, 2, 4, 2, 4), "steps": pick(size, 10, 20, 4, 20),
             "guidance": 4.0, "image_guidance": 1.5, "seed": 0,
         },
     })  # fmt: skip
@@ -210,7 +210,9 @@ def base(stage: str, size: str) -> ConfigDict:
         "batches": pick(size, 4, 4, 1, 2),
         # At the small sizes that of the training, whose encoder it shares; 64 divides over as many
         # devices.
-        "batch": pick(size, 16, 16, 8, 64), "seed": 17,
+        "batch": pick(size, 16, 16, 8, 64),
+        "max_groups": pick(size, 1, 1, 1, 26),  # a program costs the small sizes more than a loss
+        "seed": 17,
     })  # fmt: skip
     config.log = ConfigDict({"every": pick(size, 10, 50, 2, 50), "t_bins": 5})
     config.wandb = ConfigDict({"project": "", "name": ""})

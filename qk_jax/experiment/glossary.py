@@ -173,6 +173,7 @@ MEANINGS = {
     "evals.NAME.seed": "of the noise",
     "validation.batches": "number of the fixed validation batches; at least one for each task",
     "validation.batch": "examples of each",
+    "validation.max_groups": "shapes of one task; each is compiled",
     "validation.seed": "of their choice and noise",
     "log.every": "steps between lines of metrics",
     "log.t_bins": "equal parts of [0, 1] in t whose loss is logged",

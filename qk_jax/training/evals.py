@@ -94,12 +94,12 @@ class ValidationLoss(Evaluator):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        config = self.plan.config
+        config = copy.deepcopy(self.plan.config)
+        config.data.max_groups = config.validation.max_groups
+        config.optimizer.accumulation = 1  # a validation batch is no larger than a micro-batch
         self.data = pipeline.Pipeline(config, "validation", prompts=self.plan.prompts)
         self.eval_step = step_lib.make_eval_step(self.plan)
-        whole = copy.deepcopy(config)
-        whole.optimizer.accumulation = 1  # a validation batch is no larger than a micro-batch
-        self.encode = step_lib.make_encoder(dataclasses.replace(self.plan, config=whole))
+        self.encode = step_lib.make_encoder(dataclasses.replace(self.plan, config=config))
 
     def run(self, step: int, params: Tree, frozen: Tree) -> None:
         window = metrics.Window()

@@ -137,6 +137,17 @@ def test_the_validation_loss_is_of_pictures_encoded_before(plan, parts, tmp_path
     loss.close()
 
 
+@pytest.mark.parametrize("most", [1, 2])
+def test_validation_has_its_own_bound_of_shapes(plan, most, tmp_path):
+    config = plan.config.copy_and_resolve_references()
+    config.data.sizes, config.data.max_groups = ("32x32", "48x32", "32x48"), 3
+    config.validation.max_groups = most
+    loss = evals.ValidationLoss(Plan.build(config), config.evals.loss, tmp_path, Writers())
+    shapes = {(group.task, group.size) for group in loss.data.groups}
+    assert len(shapes) == 2 * most
+    loss.close()
+
+
 @pytest.mark.parametrize("size", ["tiny", "tiny_long", "smoke", "7b"])
 @pytest.mark.parametrize("stage", ["stage1", "stage2", "stage3", "highres"])
 def test_every_run_is_evaluated_at_its_ends_and_between(stage, size):
