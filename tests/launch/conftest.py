@@ -1,7 +1,9 @@
 """The fixtures of the tests of launch/pod.py: a cloud on PATH, and settings."""
 
 import json
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +19,26 @@ EXAMPLES = {
     "tpu_vm": ROOT / "launch/tpu_vm/stage1.toml",
     "gke": ROOT / "launch/gke/stage2.toml",
 }
+
+
+# Programs that pip does not install, and where they come from.
+PROGRAMS = {
+    "gcloud": "the Google Cloud CLI, https://cloud.google.com/sdk/docs/install",
+    "kubectl": "gcloud components install kubectl",
+    "systemd-analyze": "the package systemd of a Linux distribution",
+}
+
+
+@pytest.fixture
+def needs():
+    """needs(program): skips the test without it and says where to get it; with CI set, fails."""
+
+    def check(program):
+        if not shutil.which(program):
+            end = pytest.fail if os.environ.get("CI") else pytest.skip
+            end(f"{program} is not installed: {PROGRAMS[program]}")
+
+    return check
 
 
 class FakeCloud:
