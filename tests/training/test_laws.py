@@ -365,6 +365,7 @@ def test_the_evaluator_numbers_its_batches_alike_each_time(monkeypatch):
 
     monkeypatch.setattr(evals.pipeline, "Pipeline", batches.Pipeline)
     monkeypatch.setattr(evals.step_lib, "make_eval_step", lambda plan: record)
+    monkeypatch.setattr(evals.step_lib, "make_encoder", lambda plan: lambda frozen, batch: {})
     monkeypatch.setattr(evals.metrics.Window, "take", lambda self: {})
     monkeypatch.setattr(evals.metrics.Window, "add", lambda self, values: None)
     evaluator = evals.ValidationLoss(plan, plan.config.evals.loss, None, None)
