@@ -30,6 +30,8 @@ def get_config(size: str = "tiny"):
     config.optimizer.lr = 1e-3 if tiny else 1e-4
     config.optimizer.warmup = common.pick(size, tiny=20, tiny_long=100, smoke=2, full=2000)
     config.optimizer.ema = 0.99 if tiny else 0.9999
-    if tiny:  # a fresh head must not teach the connector away from what the generator knows
+    if config.model.vlm.text.hidden_size == config.model.mmdit.joint_attention_dim:
+        # Such a connector starts as the identity, and a fresh head must not teach it away from
+        # what the generator of stage 2 knows (docs/figures.md). The rate is ours, not the paper's.
         config.optimizer.rates = ((r"connector/.*", 0.1), (r".*", 1.0))
     return recipes.apply(config, place)

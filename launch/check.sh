@@ -19,7 +19,7 @@ check lint .venv/bin/ruff check
 check format .venv/bin/ruff format --check
 check types .venv/bin/mypy
 check imports .venv/bin/python -m pytest --quiet tests/test_house.py
-check scripts .venv/bin/shellcheck --external-sources .ci/run launch/*.sh
+check scripts .venv/bin/shellcheck --external-sources .ci/run launch/*.sh launch/tpu_vm/*.sh
 if [ -n "$failed" ]; then
   echo "error: failed:$failed" >&2
   exit 1

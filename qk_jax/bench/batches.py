@@ -18,7 +18,7 @@ from qk_jax.data.example import MAX_REFERENCES, reference_sizes
 from qk_jax.experiment import config as config_lib
 from qk_jax.pictures.fitting import Size
 from qk_jax.pictures.grids import PATCH_DIM, grid_of, vision_size
-from qk_jax.pictures.sizes import MULTIPLE, for_number, parse_sizes
+from qk_jax.pictures.sizes import PACKED, for_number, parse_sizes
 
 # Tokens of known system prompts with Qwen's tokenizer, and the characters of a token in an estimate
 # of others.
@@ -62,7 +62,7 @@ def condition_sizes(config: ConfigDict, size: Size, pictures: int) -> list[Size]
 def tokens(config: ConfigDict, pictures: Sequence[Size]) -> tuple[int, int]:
     """Tokens of pictures of these (H, W) in the generator, and patches in the vision tower."""
     grids = config_lib.model_config(config).vision_grids(pictures)
-    return sum(map(math.prod, pictures)) // MULTIPLE**2, sum(map(math.prod, grids))
+    return sum(map(math.prod, pictures)) // PACKED**2, sum(map(math.prod, grids))
 
 
 def largest(config: ConfigDict) -> tuple[Size, int]:

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from qk_jax.base.errors import BadRecord, InputError
 from qk_jax.data import buckets
 from qk_jax.pictures.fitting import Size
-from qk_jax.pictures.sizes import MULTIPLE, parse_sizes
+from qk_jax.pictures.sizes import PACKED, parse_sizes
 
 TASKS = (
     "text_to_image",
@@ -113,10 +113,10 @@ def reference_sizes(data: Mapping[str, Any]) -> tuple[tuple[Size, ...], ...]:
     """
     most, ratios = max(MAX_REFERENCES.values()), data.get("reference_ratios", ())
     sides = data.get("reference_sizes_by_number", ())
-    if len(sides) > most or not all(type(x) is int and x > 0 == x % MULTIPLE for x in sides):
+    if len(sides) > most or not all(type(x) is int and x > 0 == x % PACKED for x in sides):
         raise InputError(
             f"config.data.reference_sizes_by_number is {sides}; give the sides for 1 to at most "
-            f"{most} references, multiples of {MULTIPLE}, such as (512, 384, 256)"
+            f"{most} references, multiples of {PACKED}, such as (512, 384, 256)"
         )
     if not all(isinstance(x, tuple | list) and len(x) == 2 and min(x) > 0 for x in ratios):
         raise InputError(
@@ -124,7 +124,7 @@ def reference_sizes(data: Mapping[str, Any]) -> tuple[tuple[Size, ...], ...]:
         )
     square = all(short == long for short, long in ratios)
     return tuple(
-        ((side, side),) if square else buckets.table(side, MULTIPLE, ratios)
+        ((side, side),) if square else buckets.table(side, PACKED, ratios)
         for side in sides or (data["reference_size"],)
     )
 

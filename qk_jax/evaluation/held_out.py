@@ -19,10 +19,10 @@ from qk_jax.data.example import TASKS, TaskSettings
 from qk_jax.data.synthesis import tasks
 from qk_jax.data.synthesis.corpus import Corpus
 from qk_jax.evaluation import similarity
-from qk_jax.models.query_kontext import PACKED
 from qk_jax.painting.painter import Painter
 from qk_jax.painting.request import Request, Settings, request_of
 from qk_jax.pictures.grids import grid_of, vision_size
+from qk_jax.pictures.sizes import PACKED
 
 Figures = dict[str, Any]
 

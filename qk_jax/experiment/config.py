@@ -159,11 +159,9 @@ def from_dict(values: Mapping[str, Any]) -> ConfigDict:
     checkpoint lacks came later, and their default is what it was made with.
     """
     values = {"prompt": dataclasses.asdict(templates.PRESETS["numbered"])} | dict(values)
-    defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-    later = {
-        name: defaults[name] for name in ("query_noise", "bidirectional_queries", "vlm_layers")
-    }
-    values["model"] = later | dict(values["model"])
+    later = ("query_noise", "bidirectional_queries", "vlm_layers")
+    defaults = {x.name: x.default for x in dataclasses.fields(ModelConfig) if x.name in later}
+    values["model"] = defaults | dict(values["model"])
 
     def tuples(value: Any) -> Any:
         if isinstance(value, Mapping):

@@ -20,8 +20,6 @@ from qk_jax.models.connector import Connector, Queries, noisy
 from qk_jax.pictures.grids import Grids, grid_of, vision_size
 from qk_jax.sharding.rules import Activations
 
-PACKED = 16  # pixels along a side of one packed token: 8x VAE, 2x2 packing
-
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:

@@ -21,13 +21,13 @@ from qk_jax.diffusion import sampler
 from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
 from qk_jax.models import connector, lora
-from qk_jax.models.query_kontext import PACKED, ModelConfig
+from qk_jax.models.query_kontext import ModelConfig
 from qk_jax.painting.programs import Options, programs
 from qk_jax.painting.request import FULL, NO_PICTURES, NO_TEXT, Limits, Request, Settings
 from qk_jax.pictures.decoding import decode_picture
 from qk_jax.pictures.fitting import contain, cover
 from qk_jax.pictures.roles import REFERENCE, SOURCE
-from qk_jax.pictures.sizes import check_size, for_number, parse_sizes
+from qk_jax.pictures.sizes import PACKED, check_size, for_number, parse_sizes
 
 log = logging.getLogger(__name__)
 MOST_AT_ONCE = 8  # pictures, where nobody chose how many

@@ -14,7 +14,7 @@ from qk_jax.base.errors import InputError
 from qk_jax.pictures.fitting import Size
 
 _Entry = TypeVar("_Entry")
-MULTIPLE = 16  # pixels of a token of the generator along a side: 8x autoencoder, 2x2 packing
+PACKED = 16  # pixels along a side of one packed token of the generator: 8x VAE, 2x2 packing
 
 
 def parse_size(text: object, name: str) -> Size:
@@ -49,10 +49,10 @@ def for_number(entries: Sequence[_Entry], number: int) -> _Entry:
 
 def check_size(size: Size, name: str) -> None:
     """Raises InputError when a side of (height, width) is no multiple of 16, with one near."""
-    if any(side % MULTIPLE or side < MULTIPLE for side in size):
-        near = tuple(max(1, round(side / MULTIPLE)) * MULTIPLE for side in size)
+    if any(side % PACKED or side < PACKED for side in size):
+        near = tuple(max(1, round(side / PACKED)) * PACKED for side in size)
         raise InputError(
-            f"{name} {format_size(size)} is no multiple of {MULTIPLE}; {format_size(near)} is near"
+            f"{name} {format_size(size)} is no multiple of {PACKED}; {format_size(near)} is near"
         )
 
 

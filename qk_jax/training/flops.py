@@ -24,9 +24,10 @@ from qk_jax import sharding
 from qk_jax.base import trees
 from qk_jax.base.types import Batch
 from qk_jax.experiment.plan import Plan
-from qk_jax.models.query_kontext import PACKED, ModelConfig
+from qk_jax.models.query_kontext import ModelConfig
 from qk_jax.models.qwen_vision import VisionConfig, windows_of
 from qk_jax.pictures.grids import MERGE, Grids, grid_of, vision_size
+from qk_jax.pictures.sizes import PACKED
 
 # bfloat16 peak of one JAX device in TFLOP/s by device_kind (vendors' published figures; a TPU7x
 # chip is two devices).

@@ -8,14 +8,14 @@ import grain
 import numpy as np
 import pytest
 
-from configs import stage3
 from qk_jax import painting
 from qk_jax.base.errors import InputError
-from qk_jax.data import pipeline, prompts, settings
+from qk_jax.data import pipeline, settings
 from qk_jax.data.example import TASKS
 from qk_jax.data.plan import in_turn
-from qk_jax.data.synthesis import corpus
 from qk_jax.experiment import config as config_lib
+from tests.data import stage3
+from tests.data.stage3 import assert_same
 from tests.painting import painters
 
 SMALL, MIDDLE = ("32x32", "48x32"), ("48x48",)
@@ -23,32 +23,13 @@ PHASES = ((3, SMALL), (5, MIDDLE))
 
 
 def config(**data):
-    out = stage3.get_config("tiny")
-    with out.unlocked():
-        out.data.tokenizer = str(corpus.EMBEDDED.parent / "tiny" / "tokenizer")
-        out.data.batch = 4
-        out.data.tasks = {name: float(name in ("text_to_image", "editing")) for name in TASKS}
-        out.validation.batch = out.validation.batches = 2
-        out.data.update({"curriculum": PHASES} | data)
-    return out
-
-
-@pytest.fixture(scope="module")
-def builder():
-    return prompts.PromptBuilder.from_config(config())
+    weights = {"text_to_image": 1.0, "editing": 1.0}
+    return stage3.config(weights, 4, 2, **{"curriculum": PHASES} | data)
 
 
 @pytest.fixture(scope="module")
 def pipe(builder):
     return pipeline.Pipeline(config(), "train", 0, 1, builder)
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name in a.keys() - {"conditions"}:
-        np.testing.assert_array_equal(a[name], b[name])
-    for x, y in zip(a["conditions"], b["conditions"], strict=True):
-        np.testing.assert_array_equal(x, y)
 
 
 def sizes_at(pipe, steps):

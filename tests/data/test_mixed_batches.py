@@ -6,15 +6,15 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from configs import stage3
 from qk_jax.base.errors import InputError
-from qk_jax.data import pipeline, plan, prompts
+from qk_jax.data import pipeline, plan
 from qk_jax.data.example import TASKS, Example
 from qk_jax.data.importers import record_files
 from qk_jax.data.plan import Group
-from qk_jax.data.synthesis import corpus
 from qk_jax.experiment import config as config_lib
 from qk_jax.pictures.roles import REFERENCE, SOURCE
+from tests.data import stage3
+from tests.data.stage3 import assert_same
 
 WEIGHTS = {"text_to_image": 0.1, "editing": 0.45, "customization": 0.25, "composition": 0.2}
 SQUARE, WIDE = (64, 64), (48, 80)
@@ -29,32 +29,12 @@ GROUPS = (
 
 
 def config(**data):
-    out = stage3.get_config("tiny")
-    with out.unlocked():
-        out.data.tokenizer = str(corpus.EMBEDDED.parent / "tiny" / "tokenizer")
-        out.data.batch, out.data.mixed_batches = 8, True
-        out.data.tasks = {name: WEIGHTS.get(name, 0.0) for name in TASKS}
-        out.validation.batch = out.validation.batches = 4
-        out.data.update(data)
-    return out
-
-
-@pytest.fixture(scope="module")
-def builder():
-    return prompts.PromptBuilder.from_config(config())
+    return stage3.config(WEIGHTS, 8, 4, **{"mixed_batches": True} | data)
 
 
 @pytest.fixture(scope="module")
 def pipe(builder):
     return pipeline.Pipeline(config(), "train", 0, 1, builder)
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name in a.keys() - {"conditions"}:
-        np.testing.assert_array_equal(a[name], b[name])
-    for x, y in zip(a["conditions"], b["conditions"], strict=True):
-        np.testing.assert_array_equal(x, y)
 
 
 def test_tasks_have_their_weights_and_a_batch_one_shape():

@@ -8,34 +8,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import stage3
 from qk_jax.base.errors import InputError
 from qk_jax.data import pipeline, prompts, records, settings
 from qk_jax.data.example import TASKS, Example
 from qk_jax.data.importers import record_files
-from qk_jax.data.synthesis import corpus, tasks
+from qk_jax.data.synthesis import tasks
 from qk_jax.experiment import config as config_lib
 from qk_jax.pictures.roles import REFERENCE
+from tests.data import stage3
 
-TOKENIZER = corpus.EMBEDDED.parent / "tiny" / "tokenizer"
 SMALL = {"text_to_image": 0.5, "editing": 0.3, "composition": 0.2}
 
 
 def config(weights=None, batch=8, **data):
-    out = stage3.get_config("tiny")
-    with out.unlocked():
-        out.data.tokenizer = str(TOKENIZER)
-        out.data.batch = batch
-        out.data.tasks = {name: (weights or SMALL).get(name, 0.0) for name in TASKS}
-        out.validation.batch = 4
-        out.validation.batches = 4
-        out.data.update(data)
-    return out
-
-
-@pytest.fixture(scope="module")
-def builder():
-    return prompts.PromptBuilder.from_config(config())
+    return stage3.config(weights or SMALL, batch, 4, **data)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,9 @@ import numpy as np
 import optax
 import pytest
 
+from qk_jax.base import trees
 from qk_jax.base.errors import InputError
+from qk_jax.experiment import config as config_lib
 from qk_jax.experiment import optimizer
 from qk_jax.training import step as step_lib
 from qk_jax.training.gradients import gradients
@@ -114,3 +116,13 @@ def test_moving_average_follows_at_first_and_then_keeps_its_pace():
     late = optimizer.ema_update(ema, params, jnp.int32(1000), 0.9)
     np.testing.assert_allclose(early["w"], 0.9, rtol=1e-6)
     np.testing.assert_allclose(late["w"], 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "rate"), [("tiny", 0.1), ("7b", 0.1), ("20b", 0.1), ("3b", 1.0)])
+def test_a_connector_that_starts_as_the_identity_learns_slowly_in_stage_1(size, rate):
+    rates = config_lib.load(f"stage1:{size}").optimizer.rates
+    if rate == 1.0:
+        assert rates == ((".*", 1.0),)
+        return
+    found = trees.by_rule(["connector/fc1/kernel", "queries/embedding"], rates, "rates")
+    assert found == {"connector/fc1/kernel": rate, "queries/embedding": 1.0}

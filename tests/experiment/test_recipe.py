@@ -148,8 +148,8 @@ def test_kernels_and_adapters_decay_and_nothing_else(stage, size):
 
 
 def multiplier(stage, size, name):
-    """The tiny stages spare what they do not teach; the others have one rate."""
-    if size == "tiny" and stage == "stage1":
+    """Stage 1 spares the connector, the later tiny stages what they do not teach."""
+    if stage == "stage1":
         return 0.1 if name.startswith("connector/") else 1.0
     if size == "tiny" and stage in ("stage3", "highres"):
         return 1.0 if name.startswith("lora/") else 0.05

@@ -1,14 +1,16 @@
 """The fixtures of the tests of launch/pod.py: a cloud on PATH, and settings."""
 
 import json
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
 
 import pod
 import pytest
-from pods import settings, shell, staging
+from pods import checks, settings, shell, staging
 
 from tests.launch import fake_cloud
 
@@ -17,6 +19,26 @@ EXAMPLES = {
     "tpu_vm": ROOT / "launch/tpu_vm/stage1.toml",
     "gke": ROOT / "launch/gke/stage2.toml",
 }
+
+
+# Programs that pip does not install, and where they come from.
+PROGRAMS = {
+    "gcloud": "the Google Cloud CLI, https://cloud.google.com/sdk/docs/install",
+    "kubectl": "gcloud components install kubectl",
+    "systemd-analyze": "the package systemd of a Linux distribution",
+}
+
+
+@pytest.fixture
+def needs():
+    """needs(program): skips the test without it and says where to get it; with CI set, fails."""
+
+    def check(program):
+        if not shutil.which(program):
+            end = pytest.fail if os.environ.get("CI") else pytest.skip
+            end(f"{program} is not installed: {PROGRAMS[program]}")
+
+    return check
 
 
 class FakeCloud:
@@ -86,6 +108,7 @@ def cloud(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     (tmp_path / "stage").mkdir()
     monkeypatch.setattr(staging, "build", lambda *_: (tmp_path / "stage", "abc123"))
+    monkeypatch.setattr(checks, "START", "qk_jax.base.runtime")  # as if the trainer could
     return fake
 
 
@@ -103,4 +126,5 @@ def cloud_on_path(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     (tmp_path / "stage").mkdir()
     monkeypatch.setattr(staging, "build", lambda *_: (tmp_path / "stage", "abc123"))
+    monkeypatch.setattr(checks, "START", "qk_jax.base.runtime")  # as if the trainer could
     return FakeCloud(tmp_path, capsys)

@@ -1,6 +1,7 @@
 """What the launcher finds wrong before it makes anything: one line each."""
 
 import pytest
+from pods import checks
 
 
 def wrong(cloud, route="tpu_vm", **changes):
@@ -15,7 +16,7 @@ def wrong(cloud, route="tpu_vm", **changes):
 @pytest.mark.parametrize("route", ["tpu_vm", "gke"])
 def test_all_is_well(cloud, route):
     status, out, err = cloud.pod("check", cloud.settings(route))
-    assert (status, err) == (0, "") and out.count("\n") == 7
+    assert (status, err) == (0, "") and out.count("\n") == 8
     assert not any(verb in line for line in cloud.state["log"] for verb in ("create", "submit"))
     assert not [path for path in cloud.state["objects"] if "probe" in path]
 
@@ -96,3 +97,11 @@ def test_records(cloud):
 def test_all_that_is_wrong_is_said_at_once(cloud):
     cloud.set(apis=[], objects=[])
     assert len(wrong(cloud, zone="us-west1-c")) == 4
+
+
+def test_a_trainer_that_knows_one_host_is_not_paid_for(cloud, monkeypatch):
+    monkeypatch.setattr(checks, "START", "qk_jax.base.nowhere")
+    status, out, err = cloud.pod("up", cloud.settings())
+    assert status == 2 and "1 of the checks failed" in err and "nothing was made" in err
+    assert "trainer: WRONG, that of this version does not find other hosts" in out
+    assert not cloud.ran("create")

@@ -10,7 +10,6 @@ import os
 import pathlib
 import re
 import shlex
-import shutil
 import subprocess
 
 import pod
@@ -53,10 +52,9 @@ def commands(program):
     return found
 
 
-def test_gcloud_takes_its_commands(tmp_path):
+def test_gcloud_takes_its_commands(tmp_path, needs):
     """Its own parser knows every option, what it needs and what excludes what."""
-    if not shutil.which("gcloud"):
-        pytest.skip("gcloud is not installed")
+    needs("gcloud")
     # This check knows no quotes.
     lines = {re.sub(r"--command=.*", "--command=words", " ".join(x)) for x in commands("gcloud")}
     assert len(lines) > 25
@@ -70,10 +68,9 @@ def test_gcloud_takes_its_commands(tmp_path):
     assert not [(x["command_string"], x["error_message"]) for x in wrong]
 
 
-def test_kubectl_takes_its_options():
+def test_kubectl_takes_its_options(needs):
     """Its help names every option of ours."""
-    if not shutil.which("kubectl"):
-        pytest.skip("kubectl is not installed")
+    needs("kubectl")
     for words in commands("kubectl"):
         options = {word.split("=")[0] for word in words if word.startswith("--")}
         asked = ["kubectl", words[1], "--help"]

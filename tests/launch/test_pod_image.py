@@ -1,17 +1,16 @@
 """The container and the JobSet: what Docker, Kubernetes and JobSet would say of them, offline.
 
 No Docker daemon and no cluster is needed: instructions are read, and manifests are held to a table
-of the fields that the published schemas have. With `pip install kubernetes-validate`, the whole
-schemas of Kubernetes are asked, too.
+of the fields that the published schemas have, Jobs to the whole schemas of Kubernetes.
 """
 
 import dataclasses
 import functools
-import importlib.util
 import pathlib
 import re
 import zipfile
 
+import kubernetes_validate
 import pytest
 import yaml
 from pods import gke, settings, shell, staging
@@ -111,10 +110,6 @@ def test_the_table_finds_misfits():
 @pytest.mark.parametrize("version", ["1.31", "1.35"])
 @pytest.mark.parametrize("name", FILES)
 def test_kubernetes_takes_the_job(name, version):
-    if not importlib.util.find_spec("kubernetes_validate"):
-        pytest.skip("kubernetes-validate is not installed")
-    import kubernetes_validate
-
     for job in manifest(name)["spec"]["replicatedJobs"]:
         one = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "a"}}
         kubernetes_validate.validate(one | job["template"], version, strict=True)

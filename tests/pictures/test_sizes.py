@@ -5,7 +5,7 @@ import pytest
 from configs import highres, stage3
 from qk_jax.base.errors import InputError
 from qk_jax.data import settings
-from qk_jax.models.query_kontext import PACKED
+from qk_jax.models import mmdit, vae
 from qk_jax.painting import orders
 from qk_jax.pictures import sizes
 
@@ -13,7 +13,9 @@ from qk_jax.pictures import sizes
 def test_a_size_is_read_and_written_width_first():
     assert sizes.parse_size("80x48", "it") == (48, 80) and sizes.format_size((48, 80)) == "80x48"
     assert sizes.parse_size("80X48", "it") == (48, 80)
-    assert sizes.MULTIPLE == PACKED
+    for kind in ("tiny", "qwen_image"):
+        patch = mmdit.PRESETS["tiny"].patch_size
+        assert vae.PRESETS[kind].downscale * patch == sizes.PACKED
     for config in (stage3.get_config("20b"), highres.get_config("tiny")):
         for text in config.data.sizes:
             assert sizes.format_size(sizes.parse_size(text, "it")) == text

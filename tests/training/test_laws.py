@@ -21,7 +21,8 @@ from qk_jax.base import trees
 from qk_jax.diffusion import flow
 from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
-from qk_jax.models.query_kontext import PACKED, QueryKontext
+from qk_jax.models.query_kontext import QueryKontext
+from qk_jax.pictures.sizes import PACKED
 from qk_jax.training import evals
 from qk_jax.training import step as step_lib
 
@@ -35,7 +36,7 @@ KS = 1e-3  # a law is refused when its sample is less likely than this
 class Probe(QueryKontext):
     """velocity = a + t b + x_t c, with parameters a, b, c for each number of each slot."""
 
-    def states(self, params, batch):
+    def states(self, params, batch, rng=None):
         return None, params["probe"]["kernel"][batch["record"]]
 
     def connect(self, params, text, kontext, text_mask):
@@ -364,6 +365,7 @@ def test_the_evaluator_numbers_its_batches_alike_each_time(monkeypatch):
 
     monkeypatch.setattr(evals.pipeline, "Pipeline", batches.Pipeline)
     monkeypatch.setattr(evals.step_lib, "make_eval_step", lambda plan: record)
+    monkeypatch.setattr(evals.step_lib, "make_encoder", lambda plan: lambda frozen, batch: {})
     monkeypatch.setattr(evals.metrics.Window, "take", lambda self: {})
     monkeypatch.setattr(evals.metrics.Window, "add", lambda self, values: None)
     evaluator = evals.ValidationLoss(plan, plan.config.evals.loss, None, None)

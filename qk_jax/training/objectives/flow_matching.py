@@ -11,17 +11,18 @@ from jaxtyping import Array, Bool, Float
 
 from qk_jax.base.errors import InputError
 from qk_jax.base.types import Batch, Tree
+from qk_jax.data.synthesis.scenes import VISIBLE
 from qk_jax.diffusion import flow
 from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
 from qk_jax.models import mmdit, vae
-from qk_jax.models.query_kontext import PACKED, QueryKontext
+from qk_jax.models.query_kontext import QueryKontext
 from qk_jax.pictures.grids import grid_of, vision_size
 from qk_jax.pictures.roles import SOURCE
+from qk_jax.pictures.sizes import PACKED
 
 # (params, batch, rng) -> loss of each example [B], and values of each to log, `t` among them
 LossFn = Callable[[Tree, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
-VISIBLE = 40  # of 255: a pixel that differs more in some channel has changed
 
 
 def loss_fn(plan: Plan) -> LossFn:
@@ -68,8 +69,7 @@ def flow_matching(
 
     x_t = (1 - t) x0 + t eps with velocity eps - x0, on target tokens only. A batch that holds what
     `QueryKontext.encode` returns is not encoded again; here only the sizes of its pictures are
-    read.
-    The kontext is the VLM's last states of the queries.
+    read. The kontext is the VLM's last states of the queries.
     """
     encoded: Mapping[str, Any] = batch if "posterior" in batch else model.encode(params, batch)
     posterior_key, time_key, noise_key = jax.random.split(rng, 3)
