@@ -117,7 +117,8 @@ def card(
     seen = "read by the text encoder"
     if painter.config.condition_latents:
         law = painter.config.law
-        seen += f" and seen as latents, positions by the law {law.kind} ({law.source_mode})"
+        mode = f" ({law.source_mode})" if law.kind == "shifted" else ""
+        seen += f" and seen as latents, positions by the law {law.kind}{mode}"
     is_separate = lora == "separate"
     return CARD.format(
         name=painter.name or "Query-Kontext",
