@@ -66,9 +66,9 @@ def base(stage: str, size: str) -> ConfigDict:
     autoencoder = vae.PRESETS[names["vae"]]
     if tiny:  # the scale of its latents was measured, so it stands beside the weights
         autoencoder = hub_configs.from_hf("vae", read_json(ASSETS / "tiny/vae/config.json"))
-    # Ours, by measurement (docs/figures.md, "Position laws"): a generator that never saw pictures in
-    # context learns soonest to copy from a source that lies at its own place on another frame, and
-    # public Qwen-Image weights know it there. The paper's law: model.law.kind=shifted,
+    # Ours, by measurement (docs/figures.md, "Position laws"): a generator that never saw pictures
+    # in context learns soonest to copy from a source that lies at its own place on another frame,
+    # and public Qwen-Image weights know it there. The paper's law: model.law.kind=shifted,
     # model.law.source_mode=reflect. The tiny generator was pretrained with a constant offset.
     law = rotary.PositionLaw("shifted", "translate") if tiny else rotary.PositionLaw("qwen_image")
     config = ConfigDict()
