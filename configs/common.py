@@ -125,6 +125,7 @@ def base(stage: str, size: str) -> ConfigDict:
         "eps": 1e-8,
         "weight_decay": 0.05,
         "clip": 1.0,
+        "max_skipped": 10,
         "accumulation": 1,
         "ema": 0.9999,
         "offload": False,
@@ -217,5 +218,6 @@ def base(stage: str, size: str) -> ConfigDict:
         "seed": 17,
     })  # fmt: skip
     config.log = ConfigDict({"every": pick(size, 10, 50, 2, 50), "t_bins": 5})
+    config.profile = ConfigDict({"steps": ()})
     config.wandb = ConfigDict({"project": "", "name": ""})
     return config

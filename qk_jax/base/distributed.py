@@ -212,12 +212,12 @@ def start(given: Given, *, timeout_s: int = 1800, slices: int = 1) -> None:
         )
     except ValueError:
         return  # no cluster around: one process
-    count = jax.process_count()
-    if count == 1:
+    if _service.global_state.num_processes == 1:
         return
     # Programs of one process run in the order of their dispatch, as on a TPU: two that wait for
-    # collectives at once would answer each other's.
+    # collectives at once would answer each other's. It is read when devices are first asked for.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    count = jax.process_count()
     _peers = Peers(_service.global_state.client, jax.process_index(), count)
     errors.on_exit(_end)
     log.info("%s of %d: %s", _peers.name(_peers.me), count, devices())
@@ -288,6 +288,21 @@ def agree(what: str, facts: Mapping[str, str]) -> None:
     }
     if line := _difference(said, _peers.hosts):
         raise InputError(line)
+
+
+def latest(what: str, value: float) -> dict[str, float]:
+    """What each process said last, by the process in words; this one says `value`.
+
+    Nobody waits for anybody, so that others may be of a while ago, or missing. {} for one process.
+    """
+    if _peers is None:
+        return {}
+    client, folder = _peers.client, f"qk_jax/latest/{what}/"
+    client.key_value_set(f"{folder}{_peers.me}", repr(value), allow_overwrite=True)
+    return {
+        _peers.name(int(key.rpartition("/")[2])): float(text)
+        for key, text in client.key_value_dir_get(folder)
+    }
 
 
 def _difference(said: Mapping[int, Mapping[str, str]], hosts: Sequence[str]) -> str:

@@ -309,6 +309,11 @@ class Pipeline:
             of_task = self._of_task[number % len(self._of_task)]
             yield self._checked(*of_task[number // len(self._of_task)])
 
+    def records(self, step: int) -> list[str]:
+        """Task and number of every record of the global batch of a step, counted from 0."""
+        chosen = [(self.groups[index], member) for index, member in self.plan[step].tolist()]
+        return [f"{group.task} {group.numbers[member]}" for group, member in chosen]
+
     def digest(self) -> str:
         """Of every shape and its examples: equal where all steps read the same."""
         found = hashlib.sha256()

@@ -104,6 +104,7 @@ MEANINGS = {
     "optimizer.eps": "epsilon of Adam",
     "optimizer.weight_decay": "decoupled decay",
     "optimizer.clip": "most global norm of the gradient; 0 is off",
+    "optimizer.max_skipped": "updates that are not finite, in a row, after which a run stops",
     "optimizer.accumulation": "micro-batches of a step; must divide data.batch",
     "optimizer.ema": "decay of the moving average of the weights; 0 is off",
     "optimizer.offload": "keep moments and average in the host's memory between updates",
@@ -177,6 +178,7 @@ MEANINGS = {
     "validation.seed": "of their choice and noise",
     "log.every": "steps between lines of metrics",
     "log.t_bins": "equal parts of [0, 1] in t whose loss is logged",
+    "profile.steps": "the first and the last step that are traced for a profiler; () for none",
     "wandb.project": "of Weights & Biases; '' is off",
     "wandb.name": "of the run there",
 }  # fmt: skip

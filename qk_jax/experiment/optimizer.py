@@ -104,16 +104,31 @@ class Optimizer(NamedTuple):
 def build(config: Mapping[str, Any], params: Tree, steps: int) -> Optimizer:
     """AdamW for the trained tree `params` (arrays or shapes), from the section `optimizer`.
 
-    Order: clip by global norm, Adam moments (float32), decoupled decay, factor per name, rate.
+    Order: clip by global norm, Adam moments (float32), decoupled decay, factor per name, rate. All
+    of them are always there, so that every run's state has the same leaves: what a setting turns
+    off, or on again, goes on from any checkpoint.
     """
     rate = schedule(config, steps)
-    parts = [optax.clip_by_global_norm(config["clip"])] if config["clip"] else []
-    parts.append(optax.scale_by_adam(config["b1"], config["b2"], config["eps"]))
-    if config["weight_decay"]:
-        parts.append(add_decay(config["weight_decay"], decay_factors(params, config["decay"])))
-    parts.append(scale_leaves(multipliers(params, config["rates"], "optimizer.rates")))
-    parts.append(optax.scale_by_learning_rate(rate))
-    return Optimizer(optax.chain(*parts), rate)
+    tx = optax.chain(
+        optax.clip_by_global_norm(config["clip"] or np.inf),
+        optax.scale_by_adam(config["b1"], config["b2"], config["eps"]),
+        add_decay(config["weight_decay"], decay_factors(params, config["decay"])),
+        scale_leaves(multipliers(params, config["rates"], "optimizer.rates")),
+        optax.scale_by_learning_rate(rate),
+    )
+    return Optimizer(tx, rate)
+
+
+def where_finite(finite: jax.Array, new: Tree, old: Tree) -> Tree:
+    """`new`, or `old` after a gradient that is not `finite`.
+
+    Counts are new in any case: rates are a function of the step.
+    """
+    return jax.tree.map(
+        lambda n, o: n if jnp.issubdtype(n.dtype, jnp.integer) else jnp.where(finite, n, o),
+        new,
+        old,
+    )
 
 
 def ema_update(ema: Tree, params: Tree, step: jax.Array, decay: float) -> Tree:

@@ -60,8 +60,7 @@ def gradients(
       constrain: shards a tree of gradients, those of each micro-batch and the sum so far.
 
     Returns:
-      gradients like `params`, float32; {'loss', 'task', every aux of `loss`} with B values each,
-      in order of micro-batches.
+      gradients like `params`, float32; {'loss', 'task', every aux of `loss`} with B values each.
     """
 
     def mean_loss(params: Tree, part: Batch, key: jax.Array) -> tuple[jax.Array, Values]:
@@ -83,7 +82,7 @@ def gradients(
     zeros = constrain(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
     parts = micro_batches(batch, accumulation)
     grads, values = jax.lax.scan(body, zeros, (parts, jnp.arange(accumulation)))
-    return grads, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), values)
+    return grads, one_batch(values)
 
 
 def gatherer(plan: Plan) -> Callable[[Tree], Tree]:

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 import tqdm
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from qk_jax.base import distributed, files, runtime
-from qk_jax.base.errors import InputError
+from qk_jax.base.errors import InputError, some
 from qk_jax.checkpoints import run_folder
 from qk_jax.checkpoints.store import Store
 from qk_jax.data import pipeline
@@ -26,6 +27,7 @@ from qk_jax.experiment.plan import Plan
 from qk_jax.training import evals, flops, metrics, start
 from qk_jax.training import step as step_lib
 from qk_jax.training.phases import Limits, Phases
+from qk_jax.training.profiling import Profiler
 
 log = logging.getLogger(__name__)
 PREEMPTED, INTERRUPTED = 42, 130  # exit statuses after SIGTERM and Ctrl-C
@@ -100,8 +102,10 @@ class Trainer:
         distributed.agree("data", {"the digest of the data's plan": self.data.digest()})
         self.window, self.clock = metrics.Window(), metrics.Clock()
         self.phases = phases
+        self.profiler = Profiler(folder / "profile", plan.config.profile.steps)
         self.peak = flops.peak(jax.devices()[0])
         self.signal = 0
+        self.skipped = 0  # updates in a row
         self.writers = metrics.Writers(folder, int(begun.state.step), plan.config)
         self.evaluators = evals.build(plan, folder, self.writers)
 
@@ -115,16 +119,18 @@ class Trainer:
             disable=jax.process_index() != 0, mininterval=0.5 if sys.stderr.isatty() else 20,
         )  # fmt: skip
         pending: Pending | None = None
-        with bar, self.signals():
+        with bar, self.signals(), self.profiler.signals():
             batches = self.data.batches(first)
             for step in range(first + 1, config.steps + 1):
                 self.clock.begin()
+                self.profiler.begin(step)
                 with self.phases.doing("data", f"step {step}"):
                     batch = evals.global_batch(self.plan, next(batches))
                 self.clock.data_ready()
                 new = self.train_step.is_new(batch)
                 with self.phases.doing("compile" if new else "step", f"step {step}"):
                     self.state, values, work = self.train_step(self.state, self.frozen, batch)
+                    self.profiler.end(step, values)
                     if pending:  # one step behind, so that the devices never wait for the log
                         self.record(*pending, bar, counts=not new)
                 pending = (step, values, batch["task"].shape[0], work)
@@ -171,29 +177,59 @@ class Trainer:
         """Fetches the metrics of a step (waiting for it) and logs them when due.
 
         Raises:
-          InputError: the loss is not finite; names the step.
+          InputError: the run has diverged; names the step.
         """
         config = self.plan.config
         values = jax.device_get(values)
         self.clock.end(examples, work, counts)
-        if not math.isfinite(values["loss"] + values.get("alignment", 0.0)):
-            self.store.wait()
-            known = [s for s in self.store.steps() if s < step]
-            raise InputError(
-                f"the loss is {values['loss']} at step {step} of {config.stage}; the last "
-                f"checkpoint is of step {known[-1] if known else 'none'}: lower optimizer.lr or "
-                "optimizer.clip and run again"
-            )
-        self.window.add(values)
+        applied, finite = values.pop("applied"), values.pop("finite")
+        if not math.isfinite(values["param_norm"]):
+            self.diverged(step, "the weights are not finite after")
+        if applied:
+            self.skipped = 0
+            self.window.add(values)
+        else:
+            self.skip(step, values, finite)
         bar.update()
         if step % config.log.every == 0 or step == config.steps:
             line = self.window.take() | self.clock.take(self.peak, jax.device_count())
-            line |= self.phases.shares()
+            line |= self.phases.shares() | metrics.memory()
+            waits = distributed.latest("data_wait", line.get("data_wait", 0.0))
+            if self.writers.active and (slow := metrics.straggler(waits)):
+                log.warning("%s", slow)
             self.writers.write(step, "train", line)
             speed = line.get("pictures_per_second")
             bar.set_postfix_str(
-                f"loss {line['loss']:.4f}" + (f", {speed:.1f} pictures/s" if speed else "")
+                f"loss {line.get('loss', math.nan):.4f}"
+                + (f", {speed:.1f} pictures/s" if speed else "")
             )
+
+    def skip(self, step: int, values: Any, finite: np.ndarray) -> None:
+        """Names an update that was not applied, and the examples [B] whose loss is not finite.
+
+        Raises:
+          InputError: it is one of too many in a row.
+        """
+        self.skipped += 1
+        self.window.skip()
+        records = self.data.records(step - 1)
+        culprits = [name for name, good in zip(records, finite, strict=True) if not good]
+        log.warning(
+            "step %d is skipped: its loss is %s, the norm of its gradient %s; records: %s",
+            step, values["loss"], values["grad_norm"], some(culprits or records, 8),
+        )  # fmt: skip
+        if self.skipped >= self.plan.config.optimizer.max_skipped:
+            self.diverged(step, f"{self.skipped} updates in a row are not finite, the last is")
+
+    def diverged(self, step: int, what: str) -> NoReturn:
+        """Raises InputError, which names the last checkpoint and the mend."""
+        self.store.wait()
+        known = [s for s in self.store.steps() if s < step]
+        raise InputError(
+            f"{what} step {step} of {self.plan.config.stage}; the last checkpoint is of step "
+            f"{known[-1] if known else 'none'}: run again with a lower optimizer.lr or with "
+            "optimizer.clip=1.0"
+        )
 
     def save(self, step: int) -> None:
         """Starts writing a checkpoint."""
@@ -231,6 +267,7 @@ class Trainer:
 
     def close(self) -> None:
         """Waits for the last checkpoint and closes all files but the store."""
+        self.profiler.close()
         self.store.wait()
         self.data.close()
         for evaluator in self.evaluators:

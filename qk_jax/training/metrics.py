@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import secrets
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -15,9 +16,11 @@ from ml_collections import ConfigDict
 
 from qk_jax.base import files
 from qk_jax.base.errors import InputError
+from qk_jax.base.files import GIGABYTE
 from qk_jax.data.example import TASKS
 
 log = logging.getLogger(__name__)
+_SLOW_WAIT = 0.1  # part of its time that a process may wait for data and be no straggler
 
 
 class Window:
@@ -29,7 +32,7 @@ class Window:
     def _clear(self) -> None:
         self._sums: dict[str, np.ndarray] = {}
         self._last: dict[str, float] = {}
-        self.steps = 0
+        self.steps = self.skipped = 0
 
     def add(self, metrics: Mapping[str, np.ndarray]) -> None:
         """Metrics of one step or validation batch, on the host (`step.summaries`)."""
@@ -41,10 +44,14 @@ class Window:
                 old = self._sums.get(name, 0.0)
                 self._sums[name] = old + np.asarray(value, np.float64)
 
+    def skip(self) -> None:
+        """Counts a step whose update was not applied; it is in none of the means."""
+        self.skipped += 1
+
     def take(self) -> dict[str, float]:
         """The means since the last call; a task or bin that did not occur is left out."""
         sums, steps = self._sums, max(self.steps, 1)
-        out = dict(self._last)
+        out = dict(self._last) | ({"skipped": self.skipped} if self.skipped else {})
         for name, value in sums.items():
             if value.ndim == 0:
                 out[name] = float(value) / steps
@@ -114,6 +121,24 @@ class Clock:
         return out
 
 
+def memory() -> dict[str, float]:
+    """The most memory that a device of this process has used so far, in GB, where it is known."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    most = max(found.get("peak_bytes_in_use", 0) for found in stats)
+    return {"memory_gb": most / GIGABYTE} if most else {}
+
+
+def straggler(waits: Mapping[str, float]) -> str:
+    """The process that the others wait for, in words, by the part of its time that each waits for
+    data; '' where there is none."""
+    if not waits:
+        return ""
+    name, wait = max(waits.items(), key=lambda pair: pair[1])
+    if wait < max(_SLOW_WAIT, 2 * float(np.median(list(waits.values())))):
+        return ""
+    return f"{name} waits for data {100 * wait:.0f} % of the time, and all others for it"
+
+
 class Writers:
     """metrics.jsonl always, TensorBoard where tensorboardX is installed, Weights & Biases when
     asked for; process 0 only."""
@@ -147,6 +172,7 @@ class Writers:
             self._wandb = wandb.init(
                 project=config.wandb.project,
                 name=config.wandb.name or folder.name,
+                id=_run_id(folder / "wandb_id"),
                 dir=str(folder),
                 config=config.to_dict(),
                 resume="allow",
@@ -180,6 +206,13 @@ class Writers:
                 self._board.close()
             if self._wandb is not None:
                 self._wandb.finish()
+
+
+def _run_id(path: files.Path) -> str:
+    """Of the run at Weights & Biases, which goes on when the stage does; drawn once."""
+    if not path.is_file():
+        files.write_text(path, secrets.token_hex(4))
+    return path.read_text()
 
 
 def _drop_after(path: files.Path, step: int) -> None:

@@ -85,6 +85,9 @@ def make_train_step(plan: Plan) -> jax.stages.Wrapped:
     The batch may hold what `make_encoder` makes of its pictures; otherwise they are encoded here.
     Every random number comes from fold_in(key(seed), step), so the step number alone decides them.
     A batch of new shapes compiles anew. Metrics are device arrays; reading them waits.
+
+    An update whose gradient or loss is not finite is not applied ('applied' in the metrics), on all
+    devices alike; 'finite' [B] tells the examples apart.
     """
     loss, tx, rate = loss_fn(plan), plan.optimizer.tx, plan.optimizer.rate
     section, bins, seed = plan.config.optimizer, plan.config.log.t_bins, plan.config.seed
@@ -109,15 +112,23 @@ def make_train_step(plan: Plan) -> jax.stages.Wrapped:
             loss, weights, frozen, batch, rng, section.accumulation, constrain
         )
         grads = jax.lax.with_sharding_constraint(grads, between.params)
+        norm, loss_is_finite = optax.tree.norm(grads), jnp.isfinite(values["flow"])
+        # The square of a finite norm is finite, so moments and averages stay so too.
+        finite = jnp.isfinite(norm) & jnp.all(loss_is_finite)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        opt_state = optimizer.where_finite(finite, opt_state, state.opt_state)
         params = optax.apply_updates(state.params, updates)
+        params = optimizer.where_finite(finite, params, state.params)
         ema = state.ema
         if section.ema:
             ema = optimizer.ema_update(ema, params, state.step, section.ema)
+            ema = optimizer.where_finite(finite, ema, state.ema)
         metrics = summaries(values, bins) | {
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": norm,
             "param_norm": optax.tree.norm(params),
             "lr": rate(state.step),
+            "applied": finite,
+            "finite": loss_is_finite,
         }
         return moved(TrainState(state.step + 1, params, opt_state, ema), "between"), metrics
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -93,3 +94,24 @@ def test_weights_and_biases_must_be_there_when_asked_for(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match="wandb is not installed"):
         metrics.Writers(tmp_path, 0, ConfigDict({"wandb": {"project": "p", "name": ""}}))
+
+
+def test_a_run_goes_on_at_weights_and_biases_after_a_restart(tmp_path, monkeypatch):
+    begun = []
+    fake = types.SimpleNamespace(init=lambda **given: begun.append(given) or fake)
+    fake.finish = lambda: None
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for folder in ("stage1", "stage1", "stage2"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        config = ConfigDict({"wandb": {"project": "p", "name": ""}})
+        metrics.Writers(tmp_path / folder, 0, config).close()
+    first, again, other = (given["id"] for given in begun)
+    assert first == again != other and {given["resume"] for given in begun} == {"allow"}
+
+
+@pytest.mark.parametrize(
+    ("waits", "slow"), [((0.02, 0.03), ""), ((0.3, 0.31, 0.33), ""), ((0.02, 0.4, 0.03), "host 1")]
+)
+def test_the_process_that_others_wait_for_is_named(waits, slow):
+    line = metrics.straggler({f"host {i}": wait for i, wait in enumerate(waits)})
+    assert line == (f"{slow} waits for data 40 % of the time, and all others for it" if slow else "")
