@@ -32,7 +32,8 @@ PORT, MEGASCALE_PORT = 8476, 8482  # that JAX and libtpu choose for the coordina
 LOST = 42  # status when a process is gone: a restart can help
 HEARTBEAT_S = 20  # a process that is silent for so long is lost
 POLL_S = 2.0
-LEAVE_S = 5.0  # that a failing process 0 waits for the others to hear of it
+LEAVE_S = 10.0  # that a failing process 0 waits at most for the others to hear of it
+SETTLE_S = 0.5  # that it then leaves them to end by themselves
 # Variables of a run on several TPU slices.
 MEGASCALE = ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
 
@@ -144,9 +145,11 @@ class Peers:
         if self.ending.is_set():
             time.sleep(3600)  # a daemon: the process ends without it
         self.ending.set()
-        self._let_all_hear(process)
         if status == LOST:
+            self._let_all_hear(gone=process)
             line += "; start again to go on from the last checkpoint"
+        else:
+            self._let_all_hear()
         _exit(status, f"error: {line}")
 
     def fail(self, status: int, cause: str) -> NoReturn:
@@ -155,7 +158,7 @@ class Peers:
         found = {"process": self.me, "status": 1, "cause": cause}
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first
             self.client.key_value_set("qk_jax/error", json.dumps(found))
-        self._let_all_hear(self.me)
+        self._let_all_hear()
         _exit(status)
 
     def leave(self, status: int) -> NoReturn:
@@ -170,15 +173,17 @@ class Peers:
         jax.distributed.shutdown()
         _exit(status)  # Python itself aborts when it ends while its threads are in a call of JAX
 
-    def _let_all_hear(self, cause: int) -> None:
+    def _let_all_hear(self, gone: int | None = None) -> None:
         """Says that this process knows why it ends. Process 0, with which the service ends, waits
-        until all do but the one that is the cause, at most LEAVE_S."""
+        until all do but the one that is gone, at most LEAVE_S."""
         end = time.monotonic() + LEAVE_S
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self.client.key_value_set(f"qk_jax/heard/{self.me}", "")
-            for process in set(range(1, len(self.hosts))) - {cause} if self.me == 0 else ():
+            for process in set(range(1, len(self.hosts))) - {gone} if self.me == 0 else ():
                 left = max(1, int(1000 * (end - time.monotonic())))
                 self.client.blocking_key_value_get(f"qk_jax/heard/{process}", left)
+        if self.me == 0:
+            time.sleep(SETTLE_S)
 
 
 _peers: Peers | None = None
@@ -286,6 +291,7 @@ def agree(what: str, facts: Mapping[str, str]) -> None:
         int(key.rpartition("/")[2]): json.loads(text)
         for key, text in client.key_value_dir_get(folder)
     }
+    client.wait_at_barrier(f"qk_jax/{what}/read", 600_000)  # who differs may end now
     if line := _difference(said, _peers.hosts):
         raise InputError(line)
 

@@ -19,7 +19,7 @@ from qk_jax import sharding
 from qk_jax.base.errors import InputError
 from qk_jax.data import templates
 from qk_jax.diffusion import flow
-from qk_jax.experiment import config_files, glossary
+from qk_jax.experiment import bounds, config_files, glossary
 from qk_jax.models import mmdit, qwen_text, qwen_vision, qwen_vl, rotary, vae
 from qk_jax.models.query_kontext import ModelConfig
 from qk_jax.pictures.sizes import format_size
@@ -35,13 +35,14 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
       overrides: {field: text}, see `override`.
 
     Raises:
-      InputError: no such config or size, no get_config, an unknown field or a value of another
-        type.
+      InputError: no such config or size, no get_config, an unknown field, a value of another type
+        or a number out of its bounds.
     """
     path, _, size = spec.partition(":")
     config = config_files.run(config_files.find(path), size)
     for name, text in (overrides or {}).items():
         override(config, name, text)
+    bounds.check(fields(config))
     return config.lock()
 
 

@@ -49,6 +49,13 @@ def test_override_keeps_the_type(name, text, value):
         ("optimizer.lr", "fast", "'optimizer.lr' is a float"),
         ("model.condition_latents", "maybe", "is a bool"),
         ("data.text_tokens", "64", "is a tuple"),
+        ("data.batch", "0", "'data.batch' is 0, expected a number above 0"),
+        ("log.every", "0", "expected a number above 0"),
+        ("validation.batch", "-8", "expected a number above 0"),
+        ("checkpoint.every", "-1", "'checkpoint.every' is -1, expected a number 0 or more"),
+        ("evals.loss.every", "-1", "expected a number 0 or more"),
+        ("optimizer.lr", "nan", "expected a number 0 or more"),
+        ("data.dropout.text", "1.5", "expected a number from 0 to 1"),
     ],
 )
 def test_a_wrong_override_names_the_field(name, text, words):

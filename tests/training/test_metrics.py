@@ -114,4 +114,6 @@ def test_a_run_goes_on_at_weights_and_biases_after_a_restart(tmp_path, monkeypat
 )
 def test_the_process_that_others_wait_for_is_named(waits, slow):
     line = metrics.straggler({f"host {i}": wait for i, wait in enumerate(waits)})
-    assert line == (f"{slow} waits for data 40 % of the time, and all others for it" if slow else "")
+    assert line == (
+        f"{slow} waits for data 40 % of the time, and all others for it" if slow else ""
+    )

@@ -114,7 +114,7 @@ def test_stopped_and_resumed_equals_straight_bit_for_bit(stage, straight, tmp_pa
     lines = (workdir / stage / "metrics.jsonl").read_text().splitlines()
     wanted = (straight / stage / "metrics.jsonl").read_text().splitlines()
     ours = re.compile(', "(pictures_per|goodput).*')  # what a clock says
-    strip = lambda rows: [ours.sub('', r) for r in rows if '"train"' in r]  # noqa: E731
+    strip = lambda rows: [ours.sub("", r) for r in rows if '"train"' in r]  # noqa: E731
     assert strip(lines) == strip(wanted)
 
 
@@ -214,20 +214,6 @@ def test_a_checkpoint_of_another_stage_or_tower(straight, tmp_path):
         InputError, match="checkpoint of stage 'stage2', the config is of stage 'st"
     ):
         loop.train(config_of("stage3"), tmp_path / "odd")
-
-
-def test_a_loss_that_is_no_number_stops_with_its_step(straight, tmp_path, monkeypatch):
-    class Poisoned(Pipeline):
-        def batches(self, first):
-            for step, batch in enumerate(super().batches(first), start=first + 1):
-                if step == 3:
-                    batch["pixel_values"] = batch["pixel_values"] * np.float32(np.nan)
-                yield batch
-
-    monkeypatch.setattr(pipeline, "Pipeline", Poisoned)
-    with pytest.raises(InputError, match="loss is nan at step 3 of stage1; the last.*of step 2"):
-        loop.train(config_of("stage1"), tmp_path)
-    assert Store(tmp_path / "stage1/checkpoints", write=False).steps() == [2]
 
 
 def test_what_a_run_leaves_behind(straight):
