@@ -25,13 +25,22 @@ log = logging.getLogger("qk_jax")
 
 
 def start_logging() -> None:
-    """Logs our own lines to stderr with the time; from Orbax and the like only errors."""
+    """Logs our own lines to stderr with the time; from Orbax and the like only errors.
+
+    Orbax logs the traceback of an error in each of its threads, and raises the error besides: who
+    catches that says it in one line.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     log.handlers = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
     absl.logging.set_verbosity(absl.logging.ERROR)
+    absl.logging.get_absl_logger().addFilter(_is_no_traceback_of_orbax)
+
+
+def _is_no_traceback_of_orbax(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and "orbax" in pathlib.Path(record.pathname).parts)
 
 
 TPU_VENDOR = "0x1ae0"  # Google's, of the PCI devices of a TPU VM

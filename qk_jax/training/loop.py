@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -19,13 +20,14 @@ from ml_collections import ConfigDict
 from qk_jax.base import distributed, files, runtime
 from qk_jax.base.errors import InputError
 from qk_jax.checkpoints import run_folder
-from qk_jax.checkpoints.store import Store
+from qk_jax.checkpoints.store import Meta, Store, Trees
 from qk_jax.data import pipeline
 from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
 from qk_jax.training import evals, flops, metrics, start
 from qk_jax.training import step as step_lib
 from qk_jax.training.phases import Limits, Phases
+from qk_jax.training.saving import Saver
 
 log = logging.getLogger(__name__)
 PREEMPTED, INTERRUPTED = 42, 130  # exit statuses after SIGTERM and Ctrl-C
@@ -40,6 +42,7 @@ def train(config: ConfigDict, workdir: files.PathLike) -> None:
 
     Raises:
       InputError: anything wrong with config, folders, checkpoints or data, or a loss of NaN.
+      Failure: `checkpoint.max_failures` saves in a row have failed.
       SystemExit: 42 after SIGTERM, 130 after Ctrl-C; the state is saved.
     """
     distributed.agree("run", facts(config))
@@ -93,6 +96,7 @@ class Trainer:
     ):
         """Compiles nothing yet; `begun` is consumed."""
         self.plan, self.folder, self.store = plan, folder, store
+        self.saver = Saver(store, plan.config)
         self.state, self.frozen, self.fingerprint = begun.state, begun.frozen, begun.fingerprint
         self.train_step = step_lib.Compiled(plan)
         run_folder.keep_tokenizer(folder, plan.prompts)
@@ -128,35 +132,40 @@ class Trainer:
                     if pending:  # one step behind, so that the devices never wait for the log
                         self.record(*pending, bar, counts=not new)
                 pending = (step, values, batch["task"].shape[0], work)
-                leave = self.asked_to_leave(step)
-                if leave or self.is_due(step):
+                self.saver.check()
+                leave, saves = self.asked_to_leave(step), self.saver.is_due(step)
+                if leave or saves or self.evaluates(step):
                     with self.phases.doing("step", f"step {step}"):
                         self.record(*pending, bar, counts=False)
                     pending = None
-                    self.between(step, leave)
+                    self.between(step, saves, leave)
                     self.clock.pause()
+            with self.phases.doing("save", f"step {config.steps}"):
+                self.saver.save_whole(config.steps, *self.checkpoint())
         log.info("%s: %d steps done; time: %s", self.folder, config.steps, self.phases.report())
 
-    def is_due(self, step: int) -> bool:
-        """Whether something besides training happens after `step`."""
-        return self.saves(step) or any(evaluator.is_due(step) for evaluator in self.evaluators)
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluator is due after `step`."""
+        return any(evaluator.is_due(step) for evaluator in self.evaluators)
 
-    def saves(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step`."""
-        every = self.plan.config.checkpoint.every
-        return step == self.plan.config.steps or bool(every and step % every == 0)
-
-    def between(self, step: int, leave: int) -> None:
+    def between(self, step: int, saves: bool, leave: int) -> None:
         """Saves and evaluates after `step`; leaves when asked to."""
-        if leave or self.saves(step):
-            with self.phases.doing("save", f"step {step}"):
-                self.save(step)
         if leave:
+            self.leave(step, leave)
+        if saves:
             with self.phases.doing("save", f"step {step}"):
-                self.store.wait()
-            log.info("stopped by a signal after step %d; run the same command to go on", step)
-            raise SystemExit(leave)
+                self.saver.save(step, *self.checkpoint())
         self.evaluate(step)
+
+    def leave(self, step: int, status: int) -> NoReturn:
+        """Saves and ends with `status`."""
+        log.info("asked to stop: saving step %d", step)
+        begun = time.monotonic()
+        with self.phases.doing("save", f"step {step}"):
+            self.saver.save_whole(step, *self.checkpoint())
+        log.info("step %d was saved in %.1f s; run the same command to go on", step,
+                 time.monotonic() - begun)  # fmt: skip
+        raise SystemExit(status)
 
     def evaluate(self, step: int) -> None:
         """Runs the evaluators that are due after `step`."""
@@ -177,7 +186,7 @@ class Trainer:
         values = jax.device_get(values)
         self.clock.end(examples, work, counts)
         if not math.isfinite(values["loss"] + values.get("alignment", 0.0)):
-            self.store.wait()
+            self.saver.settle()
             known = [s for s in self.store.steps() if s < step]
             raise InputError(
                 f"the loss is {values['loss']} at step {step} of {config.stage}; the last "
@@ -195,13 +204,12 @@ class Trainer:
                 f"loss {line['loss']:.4f}" + (f", {speed:.1f} pictures/s" if speed else "")
             )
 
-    def save(self, step: int) -> None:
-        """Starts writing a checkpoint."""
+    def checkpoint(self) -> tuple[Trees, Meta]:
+        """What is saved of the state: arrays and metadata."""
         items = {"params": self.state.params, "optimizer": self.state.opt_state}
         if self.state.ema:
             items["ema"] = self.state.ema
-        meta = run_folder.metadata(self.plan) | {"frozen": self.fingerprint}
-        self.store.save(step, items, meta)
+        return items, run_folder.metadata(self.plan) | {"frozen": self.fingerprint}
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
@@ -231,7 +239,7 @@ class Trainer:
 
     def close(self) -> None:
         """Waits for the last checkpoint and closes all files but the store."""
-        self.store.wait()
+        self.saver.settle()
         self.data.close()
         for evaluator in self.evaluators:
             evaluator.close()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -134,7 +135,10 @@ class Writers:
         try:
             import tensorboardX  # imports torch where there is one
 
-            self._board = tensorboardX.SummaryWriter(str(folder), purge_step=first_step + 1)
+            # Its thread ends when the disk is full; a queue with a bound would then block.
+            self._board = tensorboardX.SummaryWriter(
+                str(folder), purge_step=first_step + 1, max_queue=0
+            )
         except ImportError:
             log.warning("tensorboardX is not installed: nothing is written for TensorBoard")
         if config.wandb.project:
@@ -158,8 +162,9 @@ class Writers:
             return
         # JSON knows no NaN or infinity
         clean = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, "kind": kind, **clean}) + "\n")
-        self._file.flush()
+        with self._told():  # what could not be flushed is written with the next line
+            self._file.write(json.dumps({"step": step, "kind": kind, **clean}) + "\n")
+            self._file.flush()
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         if self._board is not None:
             for name, value in values.items():
@@ -175,11 +180,21 @@ class Writers:
     def close(self) -> None:
         """Flushes and closes everything."""
         if self.active:
-            self._file.close()
+            with self._told():
+                self._file.close()
             if self._board is not None:
-                self._board.close()
+                with self._told():
+                    self._board.close()
             if self._wandb is not None:
                 self._wandb.finish()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Metrics that cannot be written, on a full disk, are a line of the log."""
+        try:
+            yield
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self._path, error.strerror or error)
 
 
 def _drop_after(path: files.Path, step: int) -> None:
