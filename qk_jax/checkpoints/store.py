@@ -135,10 +135,17 @@ class Store:
             raise self._failed(step, error) from error
         self.writing = step
 
-    def check(self) -> None:
-        """Raises SaveError, once, when the save that was started last has failed; does not wait."""
-        if self.writing is not None and not self.manager.is_saving_in_progress():
+    def is_written(self) -> bool:
+        """Whether everything saved is on disk; does not wait.
+
+        Raises:
+          SaveError: it cannot be written; told once.
+        """
+        if self.writing is not None:
+            if self.manager.is_saving_in_progress():
+                return False
             self.wait()
+        return True
 
     def wait(self) -> None:
         """Blocks until everything saved is on disk.
@@ -185,7 +192,7 @@ class Store:
             except InputError:
                 raise
             except Exception as error:  # Orbax and its stores raise many unrelated classes
-                damage = f"step {candidate} is damaged ({_first_line(error)})"
+                damage = f"step {candidate} is damaged ({first_line(error)})"
                 log.warning("checkpoint %s: %s; trying the step before", self.root, damage)
                 self._set_aside(candidate)
         raise InputError(
@@ -237,7 +244,8 @@ class Store:
             self.manager.close()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The class of an error and what its first line says."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
 
@@ -250,4 +258,4 @@ def _reason(error: Exception, folder: files.Path) -> str:
         return f"the disk is full, {free:.2f} GB are free; free space there"
     if number == errno.EDQUOT or "Disk quota exceeded" in str(error):
         return "the disk quota is used up; free space there"
-    return f"{_first_line(error)}; see whether the folder can be reached and written"
+    return f"{first_line(error)}; see whether the folder can be reached and written"

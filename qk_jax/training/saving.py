@@ -85,13 +85,12 @@ class Saver:
         try:
             if wait:
                 self.store.wait()
-            else:
-                self.store.check()
+            elif not self.store.is_written():
+                return
         except SaveError as error:
             self._failed(error)
         else:
-            if self.store.writing is None:
-                self.failures = 0
+            self.failures = 0
 
     def settle(self) -> None:
         """Waits for what is being written because the run ends for another reason: only tells."""
