@@ -1,15 +1,19 @@
 """Three stages of a nano model, straight and interrupted: the same bits, and what stays frozen."""
 
+import errno
 import os
 import pathlib
 import re
 import shutil
 import signal
+import threading
+import time
 
 import batches
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from qk_jax.base import trees
@@ -19,7 +23,7 @@ from qk_jax.checkpoints.store import Store
 from qk_jax.data import pipeline, prompts
 from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
-from qk_jax.training import evals, loop, start
+from qk_jax.training import evals, loop, saving, start
 from qk_jax.training import step as step_lib
 
 NANO = pathlib.Path(__file__).parent / "nano.py"
@@ -105,16 +109,19 @@ def test_stopped_and_resumed_equals_straight_bit_for_bit(stage, straight, tmp_pa
     monkeypatch.setitem(evals.EVALUATORS, "sheets", Interrupt)
     workdir = copied(straight, tmp_path, stage)
     config = config_of(stage, evals__sheets__every=2, checkpoint__every=100)
+    said: list = []
+    monkeypatch.setattr(loop.log, "info", lambda text, *args: said.append(text % args))
     with pytest.raises(SystemExit) as stop:
         loop.train(config, workdir)
     assert stop.value.code == loop.PREEMPTED
+    assert re.match(r"step 3 was saved in \d+\.\d s; run the same command", said[-1])
     assert Store(workdir / stage / "checkpoints", write=False).steps() == [3]
     loop.train(config_of(stage), workdir)
     assert_same(workdir / stage, straight / stage)
     lines = (workdir / stage / "metrics.jsonl").read_text().splitlines()
     wanted = (straight / stage / "metrics.jsonl").read_text().splitlines()
     ours = re.compile(', "(pictures_per|goodput).*')  # what a clock says
-    strip = lambda rows: [ours.sub('', r) for r in rows if '"train"' in r]  # noqa: E731
+    strip = lambda rows: [ours.sub("", r) for r in rows if '"train"' in r]  # noqa: E731
     assert strip(lines) == strip(wanted)
 
 
@@ -244,6 +251,45 @@ def test_what_a_run_leaves_behind(straight):
         run_folder.load(folder, step=9)
     with pytest.raises(InputError, match="give the folder of a stage"):
         run_folder.load(straight)
+
+
+class Full(ocp.future.Future):
+    """A write that ends as on a full disk."""
+
+    def result(self, timeout=None):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_that_is_full_for_one_save_costs_that_save_alone(straight, tmp_path, monkeypatch):
+    taken: list = []  # steps whose batch was taken
+    told: list = []
+
+    class Slow(Pipeline):
+        def batches(self, first):
+            for step, batch in enumerate(super().batches(first), start=first + 1):
+                while step == 3 and any(t.name == "save_finalize" for t in threading.enumerate()):
+                    time.sleep(0.01)  # until the save of step 2 has failed
+                taken.append(step)
+                yield batch
+
+    save, write = Store.save, ocp.StandardCheckpointHandler.async_save
+    steps: list = []
+
+    async def fails_at_2(self, *args, **kwargs):
+        return [Full()] if steps[-1] == 2 else await write(self, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "Pipeline", Slow)
+    monkeypatch.setattr(Store, "save", lambda *args: (steps.append(args[1]), save(*args)))
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "async_save", fails_at_2)
+    monkeypatch.setattr(
+        saving.log, "error", lambda text, *args: told.append((taken[-1], text % args))
+    )
+    loop.train(config_of("stage1"), tmp_path)
+    ((when, line),) = told
+    assert when == 3 and "step 2 was not saved: the disk is full" in line  # not at the next save
+    assert steps == [0, 2, 4, 4]  # the frozen tree; the last step is made sure of
+    assert Store(tmp_path / "stage1/checkpoints", write=False).steps() == [4]
+    assert_same(tmp_path / "stage1", straight / "stage1")
 
 
 class Watch(evals.Evaluator):
