@@ -5,6 +5,7 @@ Each tool yields the lines that it prints as it goes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -53,18 +54,17 @@ def verify(folder: files.PathLike, number: int | None = None) -> Iterator[tuple[
       InputError: the folder holds no checkpoints, or not that step.
     """
     root = steps.store_folder(folder)
-    named = "" if number is None else steps.chosen(root, number).number
+    chosen = steps.found(root) if number is None else [steps.chosen(root, number)]
     frozen = ""
     for step in steps.found(root.parent / run_folder.FROZEN):
         good, line, meta = _verified(step)
         frozen = run_folder.fingerprint(meta["leaves"][run_folder.FROZEN]) if good else ""
         yield good, f"{run_folder.FROZEN}: {line}"
-    for step in steps.found(root):
-        if named in ("", step.number):
-            good, line, meta = _verified(step)
-            if good and frozen and meta.get("frozen", frozen) != frozen:
-                good, line = False, "it was trained with other frozen parameters"
-            yield good, f"step {step.number}: {line}"
+    for step in chosen:
+        good, line, meta = _verified(step)
+        if good and frozen and meta.get("frozen", frozen) != frozen:
+            good, line = False, "it was trained with other frozen parameters"
+        yield good, f"step {step.number}: {line}"
 
 
 def _verified(step: Step) -> tuple[bool, str, Meta]:
@@ -202,8 +202,8 @@ def average(
     numbers = sorted(set(numbers))
     if len(numbers) < 2:
         raise InputError(f"steps {numbers} have no mean; name two steps or more")
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"{out} exists and is not empty; give another folder")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{out} exists and is no empty folder; give another")
     root = folder / run_folder.CHECKPOINTS
     chosen = [steps.chosen(root, number) for number in numbers]
     meta = _common(chosen, item)
@@ -213,9 +213,8 @@ def average(
         raise InputError(f"{root}: {damage}; verify its steps") from None
     with files.fresh_folder(out, run_folder.CONFIG) as part:
         yield from copying.copy_rest(folder, part, whole=False)
-        store = Store(part / run_folder.CHECKPOINTS)
-        store.save(numbers[-1], {"params": tree}, meta | {"averaged": numbers})
-        store.close()
+        with contextlib.closing(Store(part / run_folder.CHECKPOINTS)) as store:
+            store.save(numbers[-1], {"params": tree}, meta | {"averaged": numbers})
     yield f"{out}: step {numbers[-1]}, the mean of {item} of steps {', '.join(map(str, numbers))}"
 
 

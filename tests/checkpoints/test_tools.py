@@ -208,7 +208,7 @@ def test_what_has_no_mean(stage, capsys, tmp_path):
     refused("name two steps or more", stage, "--steps", "2", *out)
     refused("holds no step 7; it holds [1, 2, 3]", stage, "--steps", "2,7", *out)
     refused("--steps is 'a', expected step numbers", stage, "--steps", "a", *out)
-    refused("exists and is not empty", stage, "--steps", "1,2", "--out", stage)
+    refused("exists and is no empty folder", stage, "--steps", "1,2", "--out", stage)
     refused("give the folder of a stage", stage / "tokenizer", "--steps", "1,2", *out)
     with contextlib.closing(Store(stage / "checkpoints", keep=9)) as store:
         store.save(4, {"params": params(4)}, META | {"frozen": "another"})
