@@ -65,6 +65,7 @@ setup(
             "qk-sample = qk_jax.sample:run",
             "qk-convert = qk_jax.convert:run",
             "qk-bench = qk_jax.bench.__main__:run",
+            "qk-checkpoints = qk_jax.checkpoints.__main__:run",
         ]
     },
 )

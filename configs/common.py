@@ -198,8 +198,10 @@ def base(stage: str, size: str) -> ConfigDict:
 
     config.checkpoint = ConfigDict({
         "every": pick(size, 50, 500, 3, 1000),
+        "minutes": 0.0,
         "keep": 2,
         "keep_every": 0,
+        "max_failures": 3,
     })  # fmt: skip
     config.evals = ConfigDict({
         "loss": {"type": "loss", "every": pick(size, 125, 250, 6, 2000)},

@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+CHECKPOINTS = ("ls", "verify", "inspect", "prune", "average", "copy")
 # The command of every verb, and the page that lists its options.
 COMMANDS = {
     "qk_jax.train": "docs/train.md",
@@ -29,6 +30,7 @@ COMMANDS = {
     "qk_jax.convert to-pytorch": "docs/convert.md",
     "qk_jax.convert verify": "docs/convert.md",
     "qk_jax.convert bench": "docs/convert.md",
+    **{f"qk_jax.checkpoints {verb}": "docs/train.md" for verb in CHECKPOINTS},
     "qk_jax.bench cost": "docs/bench.md",
     "qk_jax.bench shardings": "docs/bench.md",
     "qk_jax.bench peer": "docs/bench.md",
@@ -325,12 +327,18 @@ def run_bench(argv):
             assert search.cases(args, given, targets)
 
 
+def run_checkpoints(argv):
+    from qk_jax.checkpoints import __main__ as checkpoints
+
+    checkpoints.parser().parse_args(argv)
+
+
 @pytest.mark.parametrize("line", LINES)
 def test_commands_run_as_they_stand(line, files_of_the_docs):
     module, *argv = line.split(" ", 1)
     runs = {
         "qk_jax.train": run_train, "qk_jax.sample": run_sample, "qk_jax.convert": run_convert,
-        "qk_jax.bench": run_bench,
+        "qk_jax.bench": run_bench, "qk_jax.checkpoints": run_checkpoints,
     }  # fmt: skip
     with pytest.raises(SystemExit) if "--help" in line else contextlib.nullcontext():
         runs[module](shlex.split(*argv))

@@ -45,7 +45,10 @@ def test_loading_published_models_imports_jax_and_flax_alone():
     }
 
 
-@pytest.mark.parametrize("main", ["train", "sample", "convert", "bench.__main__"])
+MAINS = ["train", "sample", "convert", "bench.__main__", "checkpoints.__main__"]
+
+
+@pytest.mark.parametrize("main", MAINS)
 def test_mains_import_what_their_verb_needs(main):
     unneeded = {"diffusers", "matplotlib", "peft", "tensorflow_datasets", "torch", "transformers"}
     assert among(loaded(f"import qk_jax.{main}"), unneeded) == set()

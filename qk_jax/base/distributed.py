@@ -311,6 +311,22 @@ def latest(what: str, value: float) -> dict[str, float]:
     }
 
 
+def told(what: str, text: str) -> str:
+    """What process 0 says, on all processes; the others wait for it.
+
+    Args:
+      what: a name of its own for each call.
+      text: what this process would say; only that of process 0 counts.
+    """
+    if _peers is None:
+        return text
+    key = f"qk_jax/told/{what}"
+    if _peers.me == 0:
+        _peers.client.key_value_set(key, text)
+        return text
+    return _peers.client.blocking_key_value_get(key, 600_000)
+
+
 def _difference(said: Mapping[int, Mapping[str, str]], hosts: Sequence[str]) -> str:
     """The first fact in which a process differs from process 0, in words; '' where all agree."""
     first, absent = said[0], "absent"

@@ -1,4 +1,4 @@
-"""Errors that the user can correct: one line on stderr and exit status 2."""
+"""Errors that the user can correct: one line on stderr and exit status 2, or 1 for a failure."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from typing import Any
 
 class InputError(Exception):
     """Something given from outside is wrong; the message names the thing and how to correct it."""
+
+
+class Failure(Exception):
+    """Something that a command needs failed while it ran, such as a disk, though nothing that was
+    given is wrong; the message names the thing and what to do."""
 
 
 class BadRecord(InputError):
@@ -38,7 +43,8 @@ def _end(status: int, cause: str | None) -> None:
 
 
 def exits(main: Callable[..., None]) -> Callable[..., None]:
-    """Wraps a command: an InputError becomes one line on stderr and exit status 2.
+    """Wraps a command: an InputError becomes one line on stderr and exit status 2, a Failure one
+    line and exit status 1.
 
     Any other exception is a bug of ours and keeps its traceback.
     """
@@ -47,11 +53,11 @@ def exits(main: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             main(*args, **kwargs)
-        except InputError as error:
-            line = " ".join(str(error).split())
+        except (InputError, Failure) as error:
+            line, status = " ".join(str(error).split()), 1 if isinstance(error, Failure) else 2
             print(f"error: {line}", file=sys.stderr)
-            _end(2, line)
-            raise SystemExit(2) from None
+            _end(status, line)
+            raise SystemExit(status) from None
         except SystemExit as leaving:
             _end(leaving.code if isinstance(leaving.code, int) else 1, None)
             raise

@@ -128,6 +128,12 @@ def fresh_folder(folder: PathLike, marker: str) -> Iterator[Path]:
             remove_folder(left)
 
 
+def below(folder: PathLike) -> Iterator[Path]:
+    """Every file of a folder and of the folders in it."""
+    for here, _, names in Path(folder).walk():
+        yield from (here / name for name in names)
+
+
 def remove_folder(folder: PathLike) -> None:
     """Removes a folder with its contents where there is one."""
     folder = Path(folder)

@@ -12,6 +12,8 @@ import os
 import pathlib
 import platform
 import subprocess
+import sys
+import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -25,13 +27,33 @@ log = logging.getLogger("qk_jax")
 
 
 def start_logging() -> None:
-    """Logs our own lines to stderr with the time; from Orbax and the like only errors."""
+    """Logs our own lines to stderr with the time; from Orbax and the like only errors.
+
+    Orbax, and asyncio for it, log the traceback of an error in each of its threads and tasks. Orbax
+    raises the error besides, and who catches that says it in one line.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     log.handlers = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
     absl.logging.set_verbosity(absl.logging.ERROR)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_not_of_orbax)
+    sys.unraisablehook = _tell_unraisable
+
+
+def _tell_unraisable(found: Any) -> None:
+    """Tells of an exception that nobody can catch; not of TensorStore's answers to an event loop
+    that Orbax has closed at the first error."""
+    if "Event loop is closed" not in str(found.exc_value):
+        sys.__unraisablehook__(found)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    """Whether a record of a log has no traceback that goes through Orbax."""
+    frames = traceback.walk_tb(record.exc_info[2]) if record.exc_info else ()
+    return not any("/orbax/" in frame.f_code.co_filename for frame, _ in frames)
 
 
 TPU_VENDOR = "0x1ae0"  # Google's, of the PCI devices of a TPU VM

@@ -122,7 +122,7 @@ def read_frozen(folder: files.Path, found: Meta, plan: Plan) -> Tree:
     """
     with contextlib.closing(Store(folder / FROZEN, write=False)) as store:
         got = store.restore(lambda meta: {FROZEN: plan.frozen})
-    if _fingerprint(got.meta["leaves"][FROZEN]) != found["frozen"]:
+    if fingerprint(got.meta["leaves"][FROZEN]) != found["frozen"]:
         raise InputError(
             f"{folder / FROZEN} holds other parameters than its checkpoints were trained with; "
             "restore it from a copy"
@@ -135,7 +135,7 @@ def save_frozen(folder: files.Path, frozen: Tree, plan: Plan) -> str:
     store = Store(folder / FROZEN)
     store.save(0, {FROZEN: frozen}, metadata(plan))
     store.close()
-    return _fingerprint(describe(frozen))
+    return fingerprint(describe(frozen))
 
 
 def drop_frozen(folder: files.Path) -> None:
@@ -144,7 +144,7 @@ def drop_frozen(folder: files.Path) -> None:
         files.remove_folder(folder / FROZEN)
 
 
-def _fingerprint(leaves: Meta) -> str:
+def fingerprint(leaves: Meta) -> str:
     """One word for the shapes, types and digests of a tree."""
     return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -7,7 +7,9 @@ and digest of each leaf; what does not agree with it is set aside, and the step 
 
 from __future__ import annotations
 
+import errno
 import logging
+import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from qk_jax.base import files
-from qk_jax.base.errors import InputError
+from qk_jax.base.errors import Failure, InputError
 from qk_jax.base.trees import named
 from qk_jax.checkpoints.digest import describe
 
@@ -24,6 +26,10 @@ META = "meta"
 FORMAT = 1
 Meta = dict[str, Any]
 Trees = dict[str, Any]
+
+
+class SaveError(Failure):
+    """A step could not be written; those before it are as they were."""
 
 
 class Restored(NamedTuple):
@@ -60,7 +66,12 @@ def _saved(meta: Meta, item: str) -> dict[str, tuple[list[int], str]]:
 
 
 class Store:
-    """The steps under one folder."""
+    """The steps under one folder.
+
+    Attributes:
+      root: the folder.
+      writing: the step that was saved last, until it is known to be on disk or to have failed.
+    """
 
     def __init__(
         self, root: files.PathLike, *, keep: int = 1, keep_every: int = 0, write: bool = True
@@ -78,6 +89,7 @@ class Store:
         """
         self.root = files.Path(root).absolute()
         self.write = write
+        self.writing: int | None = None
         if not write and not self.root.is_dir():
             raise InputError(f"{self.root} does not exist; give the folder of a trained stage")
         options = ocp.CheckpointManagerOptions(
@@ -107,13 +119,53 @@ class Store:
         """Starts writing `items` (pytrees of arrays) as `step`; returns before they are on disk.
 
         The arrays may be donated afterwards. A step that exists already is left alone.
+
+        Raises:
+          SaveError: this step, or the one that was still being written, cannot be written.
         """
+        self.wait()
         if step in self.manager.all_steps():
             return
         leaves = {name: describe(tree) for name, tree in items.items()}
         meta = meta | {"format": FORMAT, "step": step, "leaves": leaves}
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        self.manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)))
+        try:
+            self.manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)))
+        except Exception as error:  # as in `restore`
+            raise self._failed(step, error) from error
+        self.writing = step
+
+    def is_written(self) -> bool:
+        """Whether everything saved is on disk; does not wait.
+
+        Raises:
+          SaveError: it cannot be written; told once.
+        """
+        if self.writing is not None:
+            if self.manager.is_saving_in_progress():
+                return False
+            self.wait()
+        return True
+
+    def wait(self) -> None:
+        """Blocks until everything saved is on disk.
+
+        Raises:
+          SaveError: it cannot be written.
+        """
+        step, self.writing = self.writing, None
+        try:
+            self.manager.wait_until_finished()
+        except Exception as error:  # as in `restore`
+            raise self._failed(step, error) from error
+
+    def _failed(self, step: int | None, error: Exception) -> SaveError:
+        """Removes what there is of a step that could not be written; says why in one line."""
+        if jax.process_index() == 0:
+            for left in self.root.glob(f"{step}.*tmp*"):  # else a full disk would stay full
+                files.remove_folder(left)
+        self.manager.reload()  # Orbax has forgotten what it meant to delete after this step
+        return SaveError(f"{self.root}: step {step} was not saved: {_reason(error, self.root)}")
 
     def restore(self, targets: Callable[[Meta], Trees], step: int | None = None) -> Restored:
         """The newest step (or `step`) that is whole, with the items that `targets` asks for.
@@ -140,7 +192,7 @@ class Store:
             except InputError:
                 raise
             except Exception as error:  # Orbax and its stores raise many unrelated classes
-                damage = f"step {candidate} is damaged ({_first_line(error)})"
+                damage = f"step {candidate} is damaged ({first_line(error)})"
                 log.warning("checkpoint %s: %s; trying the step before", self.root, damage)
                 self._set_aside(candidate)
         raise InputError(
@@ -180,15 +232,30 @@ class Store:
             (self.root / str(step)).rename(aside)
         self.manager.reload()
 
-    def wait(self) -> None:
-        """Blocks until everything saved is on disk."""
-        self.manager.wait_until_finished()
-
     def close(self) -> None:
-        """Waits and frees the threads."""
-        self.manager.close()
+        """Waits and frees the threads.
+
+        Raises:
+          SaveError: the last step cannot be written.
+        """
+        try:
+            self.wait()
+        finally:
+            self.manager.close()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The class of an error and what its first line says."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
+
+
+def _reason(error: Exception, folder: files.Path) -> str:
+    """Why a write failed and what to do. TensorStore tells the number of an error in its text."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number == errno.ENOSPC or "No space left on device" in str(error):
+        free = shutil.disk_usage(folder).free / files.GIGABYTE
+        return f"the disk is full, {free:.2f} GB are free; free space there"
+    if number == errno.EDQUOT or "Disk quota exceeded" in str(error):
+        return "the disk quota is used up; free space there"
+    return f"{first_line(error)}; see whether the folder can be reached and written"

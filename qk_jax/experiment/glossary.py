@@ -163,8 +163,10 @@ MEANINGS = {
     "compiler.tpu_step": "besides, of the train step alone",
     # ---- what is kept and measured -------------------------------------------------------------
     "checkpoint.every": "steps between checkpoints; 0 keeps the last alone",
+    "checkpoint.minutes": "minutes between checkpoints, besides those by steps; 0 is off",
     "checkpoint.keep": "newest checkpoints that are kept",
     "checkpoint.keep_every": "steps divisible by it are kept for good; 0 for none",
+    "checkpoint.max_failures": "saves that fail in a row before the run stops",
     "evals.NAME.type": "which evaluator an entry is: 'loss' or 'sheets'",
     "evals.NAME.every": "steps between its runs; 0 is off",
     "evals.NAME.records": "validation examples of each task that are painted",

@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 from qk_jax.base import distributed, files, runtime
 from qk_jax.base.errors import InputError, some
 from qk_jax.checkpoints import run_folder
-from qk_jax.checkpoints.store import Store
+from qk_jax.checkpoints.store import Meta, Store, Trees
 from qk_jax.data import pipeline
 from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
@@ -28,6 +29,7 @@ from qk_jax.training import evals, flops, metrics, start
 from qk_jax.training import step as step_lib
 from qk_jax.training.phases import Limits, Phases
 from qk_jax.training.profiling import Profiler
+from qk_jax.training.saving import Saver
 
 log = logging.getLogger(__name__)
 PREEMPTED, INTERRUPTED = 42, 130  # exit statuses after SIGTERM and Ctrl-C
@@ -42,6 +44,7 @@ def train(config: ConfigDict, workdir: files.PathLike) -> None:
 
     Raises:
       InputError: anything wrong with config, folders, checkpoints or data, or a loss of NaN.
+      Failure: `checkpoint.max_failures` saves in a row have failed.
       SystemExit: 42 after SIGTERM, 130 after Ctrl-C; the state is saved.
     """
     distributed.agree("run", facts(config))
@@ -62,13 +65,15 @@ def train(config: ConfigDict, workdir: files.PathLike) -> None:
         with contextlib.closing(store), jax.set_mesh(plan.mesh):
             for line in plan.describe():
                 log.info("%s", line)
+            data = pipeline.Pipeline(config, "train", prompts=plan.prompts)
+            distributed.agree("data", {"the digest of the data's plan": data.digest()})
             with phases.doing("restore" if store.steps() else "start"):
                 begun = start.restore_or_start(plan, folder, store)
             files.write_text(folder / run_folder.CONFIG, config_lib.to_json(config))
             if int(begun.state.step) >= config.steps:
                 log.info("%s is done: %d of %d steps", folder, begun.state.step, config.steps)
                 return
-            with contextlib.closing(Trainer(plan, folder, store, begun, phases)) as trainer:
+            with contextlib.closing(Trainer(plan, folder, store, data, begun, phases)) as trainer:
                 trainer.run()
 
 
@@ -91,16 +96,22 @@ class Trainer:
     """One process's training loop and what belongs to it."""
 
     def __init__(
-        self, plan: Plan, folder: files.Path, store: Store, begun: start.Start, phases: Phases
+        self,
+        plan: Plan,
+        folder: files.Path,
+        store: Store,
+        data: pipeline.Pipeline,
+        begun: start.Start,
+        phases: Phases,
     ):
         """Compiles nothing yet; `begun` is consumed."""
         self.plan, self.folder, self.store = plan, folder, store
+        self.saver = Saver(store, plan.config)
         self.state, self.frozen, self.fingerprint = begun.state, begun.frozen, begun.fingerprint
         self.train_step = step_lib.Compiled(plan)
         run_folder.keep_tokenizer(folder, plan.prompts)
-        self.data = pipeline.Pipeline(plan.config, "train", prompts=plan.prompts)
-        distributed.agree("data", {"the digest of the data's plan": self.data.digest()})
-        self.window, self.clock = metrics.Window(), metrics.Clock()
+        self.data = data
+        self.window, self.clock = metrics.Window(begun.window), metrics.Clock()
         self.phases = phases
         self.profiler = Profiler(folder / "profile", plan.config.profile.steps)
         self.peak = flops.peak(jax.devices()[0])
@@ -134,35 +145,40 @@ class Trainer:
                     if pending:  # one step behind, so that the devices never wait for the log
                         self.record(*pending, bar, counts=not new)
                 pending = (step, values, batch["task"].shape[0], work)
-                leave = self.asked_to_leave(step)
-                if leave or self.is_due(step):
+                self.saver.check()
+                leave, saves = self.asked_to_leave(step), self.saver.is_due(step)
+                if leave or saves or self.evaluates(step):
                     with self.phases.doing("step", f"step {step}"):
                         self.record(*pending, bar, counts=False)
                     pending = None
-                    self.between(step, leave)
+                    self.between(step, saves, leave)
                     self.clock.pause()
+            with self.phases.doing("save", f"step {config.steps}"):
+                self.saver.save_whole(config.steps, *self.checkpoint())
         log.info("%s: %d steps done; time: %s", self.folder, config.steps, self.phases.report())
 
-    def is_due(self, step: int) -> bool:
-        """Whether something besides training happens after `step`."""
-        return self.saves(step) or any(evaluator.is_due(step) for evaluator in self.evaluators)
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluator is due after `step`."""
+        return any(evaluator.is_due(step) for evaluator in self.evaluators)
 
-    def saves(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step`."""
-        every = self.plan.config.checkpoint.every
-        return step == self.plan.config.steps or bool(every and step % every == 0)
-
-    def between(self, step: int, leave: int) -> None:
+    def between(self, step: int, saves: bool, leave: int) -> None:
         """Saves and evaluates after `step`; leaves when asked to."""
-        if leave or self.saves(step):
-            with self.phases.doing("save", f"step {step}"):
-                self.save(step)
         if leave:
+            self.leave(step, leave)
+        if saves:
             with self.phases.doing("save", f"step {step}"):
-                self.store.wait()
-            log.info("stopped by a signal after step %d; run the same command to go on", step)
-            raise SystemExit(leave)
+                self.saver.save(step, *self.checkpoint())
         self.evaluate(step)
+
+    def leave(self, step: int, status: int) -> NoReturn:
+        """Saves and ends with `status`."""
+        log.info("asked to stop: saving step %d", step)
+        begun = time.monotonic()
+        with self.phases.doing("save", f"step {step}"):
+            self.saver.save_whole(step, *self.checkpoint())
+        log.info("step %d was saved in %.1f s; run the same command to go on", step,
+                 time.monotonic() - begun)  # fmt: skip
+        raise SystemExit(status)
 
     def evaluate(self, step: int) -> None:
         """Runs the evaluators that are due after `step`."""
@@ -223,7 +239,7 @@ class Trainer:
 
     def diverged(self, step: int, what: str) -> NoReturn:
         """Raises InputError, which names the last checkpoint and the mend."""
-        self.store.wait()
+        self.saver.settle()
         known = [s for s in self.store.steps() if s < step]
         raise InputError(
             f"{what} step {step} of {self.plan.config.stage}; the last checkpoint is of step "
@@ -231,13 +247,13 @@ class Trainer:
             "optimizer.clip=1.0"
         )
 
-    def save(self, step: int) -> None:
-        """Starts writing a checkpoint."""
+    def checkpoint(self) -> tuple[Trees, Meta]:
+        """What is saved of the state: arrays and metadata."""
         items = {"params": self.state.params, "optimizer": self.state.opt_state}
         if self.state.ema:
             items["ema"] = self.state.ema
-        meta = run_folder.metadata(self.plan) | {"frozen": self.fingerprint}
-        self.store.save(step, items, meta)
+        meta = {"frozen": self.fingerprint, "window": self.window.state()}
+        return items, run_folder.metadata(self.plan) | meta
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
@@ -268,7 +284,7 @@ class Trainer:
     def close(self) -> None:
         """Waits for the last checkpoint and closes all files but the store."""
         self.profiler.close()
-        self.store.wait()
+        self.saver.settle()
         self.data.close()
         for evaluator in self.evaluators:
             evaluator.close()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,8 +27,19 @@ _SLOW_WAIT = 0.1  # part of its time that a process may wait for data and be no 
 class Window:
     """Collects the metrics of several steps and gives their means, per task and per t-bin."""
 
-    def __init__(self) -> None:
+    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
+        """Empty, or going on from what `state` returned, so that a resumed run's lines are those of
+        one that never stopped."""
         self._clear()
+        if state:
+            self._sums = {name: np.asarray(x, np.float64) for name, x in state["sums"].items()}
+            self._last = dict(state["last"])
+            self.steps, self.skipped = state["steps"], state["skipped"]
+
+    def state(self) -> dict[str, Any]:
+        """What it has collected, as JSON."""
+        sums = {name: x.tolist() for name, x in self._sums.items()}
+        return {"sums": sums, "last": self._last, "steps": self.steps, "skipped": self.skipped}
 
     def _clear(self) -> None:
         self._sums: dict[str, np.ndarray] = {}
@@ -159,7 +171,10 @@ class Writers:
         try:
             import tensorboardX  # imports torch where there is one
 
-            self._board = tensorboardX.SummaryWriter(str(folder), purge_step=first_step + 1)
+            # Its thread ends when the disk is full; a queue with a bound would then block.
+            self._board = tensorboardX.SummaryWriter(
+                str(folder), purge_step=first_step + 1, max_queue=0
+            )
         except ImportError:
             log.warning("tensorboardX is not installed: nothing is written for TensorBoard")
         if config.wandb.project:
@@ -184,8 +199,9 @@ class Writers:
             return
         # JSON knows no NaN or infinity
         clean = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, "kind": kind, **clean}) + "\n")
-        self._file.flush()
+        with self._told():  # what could not be flushed is written with the next line
+            self._file.write(json.dumps({"step": step, "kind": kind, **clean}) + "\n")
+            self._file.flush()
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         if self._board is not None:
             for name, value in values.items():
@@ -201,11 +217,21 @@ class Writers:
     def close(self) -> None:
         """Flushes and closes everything."""
         if self.active:
-            self._file.close()
+            with self._told():
+                self._file.close()
             if self._board is not None:
-                self._board.close()
+                with self._told():
+                    self._board.close()
             if self._wandb is not None:
                 self._wandb.finish()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Metrics that cannot be written, on a full disk, are a line of the log."""
+        try:
+            yield
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self._path, error.strerror or error)
 
 
 def _run_id(path: files.Path) -> str:

@@ -43,11 +43,13 @@ class Start:
       state: everything that steps change.
       frozen: the frozen tree.
       fingerprint: of the frozen tree; every checkpoint names it.
+      window: `metrics.Window.state` of steps that no line of the log has yet.
     """
 
     state: TrainState
     frozen: Tree
     fingerprint: str
+    window: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def check(config: ConfigDict, workdir: files.PathLike) -> None:
@@ -114,7 +116,7 @@ def _restore(plan: Plan, folder: files.Path, store: Store) -> Start:
         opt_state=got.items["optimizer"],
         ema=got.items.get("ema", {}),
     )
-    return Start(state, frozen, got.meta["frozen"])
+    return Start(state, frozen, got.meta["frozen"], got.meta.get("window", {}))
 
 
 def _frozen_again(found: Meta, plan: Plan, folder: files.Path) -> Tree:

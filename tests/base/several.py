@@ -28,6 +28,8 @@ def main(port, processes, process, what):
     if what == "agree":
         distributed.agree("first", {"lr": "1", "clip": "2"})
         distributed.agree("second", {"lr": "1", "clip": "3" if me == 1 else "2"})
+    if what == "end":
+        assert distributed.told("number", str(me)) == "0"
     if me == int(processes) - 1:
         if what == "input":
             raise InputError("record 7 is no picture")

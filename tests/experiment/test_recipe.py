@@ -27,7 +27,7 @@ from qk_jax.experiment import plan as plan_lib
 from qk_jax.experiment.plan import Plan
 from qk_jax.models import rotary
 from qk_jax.pictures.grids import vision_size
-from qk_jax.training import evals, gradients, loop
+from qk_jax.training import evals, gradients, loop, saving
 from qk_jax.training import step as step_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -547,11 +547,11 @@ def test_two_checkpoints_are_kept(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("size", "every", "due"), [("tiny", 50, 400), ("20b", 1000, (2000, 5000))])
 def test_when_it_saves_and_evaluates(size, every, due):
     config, steps = config_of("stage3", size, steps=2023), range(2024)
-    trainer = types.SimpleNamespace(plan=types.SimpleNamespace(config=config))
-    saved = [step for step in steps[1:] if loop.Trainer.saves(trainer, step)]
+    saver, plan = saving.Saver(None, config), types.SimpleNamespace(config=config)
+    saved = [step for step in steps[1:] if saver.is_due(step)]
     assert saved == [*range(every, 2023, every), 2023]  # the last step too
     for name, interval in zip(("loss", "sheets"), np.broadcast_to(due, 2), strict=True):
-        section = types.SimpleNamespace(section=config.evals[name], plan=trainer.plan)
+        section = types.SimpleNamespace(section=config.evals[name], plan=plan)
         found = [step for step in steps if evals.Evaluator.is_due(section, step)]
         assert found == [*range(0, 2023, interval), 2023]
 
@@ -586,8 +586,7 @@ def test_every_field_has_its_test():
         data.batch data.tasks data.sizes data.reference_size data.reference_ratios data.text_tokens
         data.dropout data.max_groups data.max_pixels data.max_bad_share data.workers data.threads
         data.prefetch dtype.compute dtype.frozen dtype.gradients mesh sharding sharding_limit
-        checkpoint.every checkpoint.keep checkpoint.keep_every evals.loss.every evals.sheets.every
-        validation
+        checkpoint evals.loss.every evals.sheets.every validation
     """
     elsewhere = """
         stage size model.vlm model.mmdit model.vae data.corpus data.records data.tfds_image

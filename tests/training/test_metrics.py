@@ -36,6 +36,19 @@ def test_window_means_are_weighed_by_rows():
     assert window.steps == 0
 
 
+def test_a_window_goes_on_from_its_state():
+    steps = [step(1 / 3, [2, 0, 0, 0, 0, 0], [2, 0]), step(0.1, [1, 3, 0, 0, 0, 0], [0, 4])]
+    whole, before = metrics.Window(), metrics.Window()
+    whole.add(steps[0])
+    before.add(steps[0])
+    whole.skip()
+    before.skip()
+    after = metrics.Window(json.loads(json.dumps(before.state())))
+    whole.add(steps[1])
+    after.add(steps[1])
+    assert after.take() == whole.take() and not metrics.Window(after.state()).take()
+
+
 def test_clock_leaves_out_compilation_and_pauses(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])

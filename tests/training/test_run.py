@@ -1,15 +1,20 @@
 """Three stages of a nano model, straight and interrupted: the same bits, and what stays frozen."""
 
+import errno
+import json
 import os
 import pathlib
 import re
 import shutil
 import signal
+import threading
+import time
 
 import batches
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from qk_jax.base import trees
@@ -19,7 +24,7 @@ from qk_jax.checkpoints.store import Store
 from qk_jax.data import pipeline, prompts
 from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
-from qk_jax.training import evals, loop, start
+from qk_jax.training import evals, loop, saving, start
 from qk_jax.training import step as step_lib
 
 NANO = pathlib.Path(__file__).parent / "nano.py"
@@ -105,9 +110,12 @@ def test_stopped_and_resumed_equals_straight_bit_for_bit(stage, straight, tmp_pa
     monkeypatch.setitem(evals.EVALUATORS, "sheets", Interrupt)
     workdir = copied(straight, tmp_path, stage)
     config = config_of(stage, evals__sheets__every=2, checkpoint__every=100)
+    said: list = []
+    monkeypatch.setattr(loop.log, "info", lambda text, *args: said.append(text % args))
     with pytest.raises(SystemExit) as stop:
         loop.train(config, workdir)
     assert stop.value.code == loop.PREEMPTED
+    assert re.match(r"step 3 was saved in \d+\.\d s; run the same command", said[-1])
     assert Store(workdir / stage / "checkpoints", write=False).steps() == [3]
     loop.train(config_of(stage), workdir)
     assert_same(workdir / stage, straight / stage)
@@ -216,6 +224,21 @@ def test_a_checkpoint_of_another_stage_or_tower(straight, tmp_path):
         loop.train(config_of("stage3"), tmp_path / "odd")
 
 
+def test_a_line_of_the_metrics_is_of_all_its_steps_over_a_stop(tmp_path, monkeypatch):
+    given = {"log__every": 4, "evals__sheets__every": 2, "checkpoint__every": 100}
+    loop.train(config_of("stage1", **given), tmp_path / "whole")
+    monkeypatch.setitem(evals.EVALUATORS, "sheets", Interrupt)
+    with pytest.raises(SystemExit):
+        loop.train(config_of("stage1", **given), tmp_path / "stopped")
+    loop.train(config_of("stage1", **given), tmp_path / "stopped")
+    lines = []
+    for run in ("whole", "stopped"):
+        text = (tmp_path / run / "stage1/metrics.jsonl").read_text().splitlines()
+        [line] = [x for x in map(json.loads, text) if x["kind"] == "train"]
+        lines.append({k: x for k, x in line.items() if k in ("step", "loss", "grad_norm", "lr")})
+    assert lines[0] == lines[1] and lines[0]["step"] == 4
+
+
 def test_what_a_run_leaves_behind(straight):
     folder = straight / "stage3"
     assert (folder / "config.json").is_file() and list(folder.glob("events*"))
@@ -230,6 +253,45 @@ def test_what_a_run_leaves_behind(straight):
         run_folder.load(folder, step=9)
     with pytest.raises(InputError, match="give the folder of a stage"):
         run_folder.load(straight)
+
+
+class Full(ocp.future.Future):
+    """A write that ends as on a full disk."""
+
+    def result(self, timeout=None):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_that_is_full_for_one_save_costs_that_save_alone(straight, tmp_path, monkeypatch):
+    taken: list = []  # steps whose batch was taken
+    told: list = []
+
+    class Slow(Pipeline):
+        def batches(self, first):
+            for step, batch in enumerate(super().batches(first), start=first + 1):
+                while step == 3 and any(t.name == "save_finalize" for t in threading.enumerate()):
+                    time.sleep(0.01)  # until the save of step 2 has failed
+                taken.append(step)
+                yield batch
+
+    save, write = Store.save, ocp.StandardCheckpointHandler.async_save
+    steps: list = []
+
+    async def fails_at_2(self, *args, **kwargs):
+        return [Full()] if steps[-1] == 2 else await write(self, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "Pipeline", Slow)
+    monkeypatch.setattr(Store, "save", lambda *args: (steps.append(args[1]), save(*args)))
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "async_save", fails_at_2)
+    monkeypatch.setattr(
+        saving.log, "error", lambda text, *args: told.append((taken[-1], text % args))
+    )
+    loop.train(config_of("stage1"), tmp_path)
+    ((when, line),) = told
+    assert when == 3 and "step 2 was not saved: the disk is full" in line  # not at the next save
+    assert steps == [0, 2, 4, 4]  # the frozen tree; the last step is made sure of
+    assert Store(tmp_path / "stage1/checkpoints", write=False).steps() == [4]
+    assert_same(tmp_path / "stage1", straight / "stage1")
 
 
 class Watch(evals.Evaluator):
