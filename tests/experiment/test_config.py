@@ -54,7 +54,7 @@ def test_override_keeps_the_type(name, text, value):
         ("validation.batch", "-8", "expected a number above 0"),
         ("checkpoint.every", "-1", "'checkpoint.every' is -1, expected a number 0 or more"),
         ("evals.loss.every", "-1", "expected a number 0 or more"),
-        ("optimizer.lr", "nan", "expected a number 0 or more"),
+        ("optimizer.lr", "-1e-4", "expected a number 0 or more"),
         ("data.dropout.text", "1.5", "expected a number from 0 to 1"),
     ],
 )
