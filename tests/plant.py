@@ -121,7 +121,7 @@ BUGS = (
         "x0.astype(jnp.float32) - noise.astype(jnp.float32)",
         "tests/diffusion/test_flow.py -k path"),
     Bug("diffusion: times shift towards the picture", "qk_jax/diffusion/flow.py",
-        "factor = math.exp(mu)", "factor = math.exp(-mu)", f"{LAWS} -k law_of_the_config"),
+        "factor = jnp.exp(mu)", "factor = jnp.exp(-mu)", f"{LAWS} -k law_of_the_config"),
     Bug("diffusion: the last step of the schedule has no noise", "qk_jax/diffusion/sampler.py",
         "np.linspace(1.0, 1 / steps, steps)", "np.linspace(1.0, 0.0, steps)",
         "tests/diffusion/test_sampler.py -k schedule"),
