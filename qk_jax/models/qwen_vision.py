@@ -105,7 +105,9 @@ def windows_of(grids: Grids, window_size: int) -> Windows:
     )  # fmt: skip
 
 
-def patches_of(blocks: Int[Array | np.ndarray, "*B blocks"]) -> Int[Array | np.ndarray, "*B blocks*4"]:
+def patches_of(
+    blocks: Int[Array | np.ndarray, "*B blocks"],
+) -> Int[Array | np.ndarray, "*B blocks*4"]:
     """Indices of the patches of merge blocks, in their order."""
     return (blocks[..., None] * MERGE**2 + np.arange(MERGE**2)).reshape(*blocks.shape[:-1], -1)
 
@@ -120,7 +122,7 @@ def padded_windows(
     table = ((0, shape[0] - count), (0, shape[1] - length))
     valid = np.pad(exact.valid, table)
     blocks = np.arange(real // MERGE**2, patches // MERGE**2)
-    return Windows(
+    padded = Windows(
         order=np.concatenate([exact.order, blocks]),
         back=np.concatenate([exact.back, blocks]),
         picture=np.pad(exact.picture, (0, patches - real), constant_values=-1),
@@ -129,6 +131,7 @@ def padded_windows(
         valid=valid,
         position=np.pad(np.flatnonzero(valid), (0, patches - real)),
     )
+    return jax.tree.map(lambda x: x if x.dtype == bool else x.astype(np.int32), padded)
 
 
 def _taken(x: Array, index: Array | np.ndarray) -> Array:

@@ -25,6 +25,7 @@ from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
 from qk_jax.training import evals, flops, metrics, start
 from qk_jax.training import step as step_lib
+from qk_jax.training.padding import Padding
 from qk_jax.training.phases import Limits, Phases
 
 log = logging.getLogger(__name__)
@@ -96,7 +97,9 @@ class Trainer:
         self.state, self.frozen, self.fingerprint = begun.state, begun.frozen, begun.fingerprint
         self.train_step = step_lib.Compiled(plan)
         run_folder.keep_tokenizer(folder, plan.prompts)
-        self.data = pipeline.Pipeline(plan.config, "train", prompts=plan.prompts)
+        self.data = pipeline.Pipeline(
+            plan.config, "train", prompts=plan.prompts, finish=Padding.from_config(plan.config)
+        )
         distributed.agree("data", {"the digest of the data's plan": self.data.digest()})
         self.window, self.clock = metrics.Window(), metrics.Clock()
         self.phases = phases
