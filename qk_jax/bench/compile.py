@@ -77,9 +77,7 @@ def memory(executables: Executables) -> dict[str, float]:
         "temp": max(one.temp_size_in_bytes for one in every),
         "output": step.output_size_in_bytes - step.alias_size_in_bytes,
         "code": sum(one.generated_code_size_in_bytes for one in every),
-        "host": max(
-            one.host_argument_size_in_bytes + one.host_temp_size_in_bytes for one in every
-        ),
+        "host": max(one.host_argument_size_in_bytes + one.host_temp_size_in_bytes for one in every),
     }
     return {f"{name}_gib": size / GIB for name, size in nbytes.items()}
 

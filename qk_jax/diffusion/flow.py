@@ -6,6 +6,7 @@ t runs from 0 (the picture) to 1 (pure noise), as sigma does in diffusers' flow-
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,10 @@ EDGE = 1e-6  # t stays this far inside (0, 1)
 
 def linear_shift(
     tokens: Tokens, base_shift: float, max_shift: float, base_tokens: int, max_tokens: int
-) -> Shaped[Array, "*any"] | float:
-    """mu for a number of packed target tokens: a line through (base_tokens, base_shift) and
-    (max_tokens, max_shift), not clamped outside them (`calculate_shift` of diffusers' pipelines).
+) -> Any:
+    """mu for a number of packed target tokens, or for several: a line through (base_tokens,
+    base_shift) and (max_tokens, max_shift), not clamped outside them (`calculate_shift` of
+    diffusers' pipelines).
     """
     slope = (max_shift - base_shift) / (max_tokens - base_tokens)
     return tokens * slope + (base_shift - slope * base_tokens)
@@ -60,7 +62,7 @@ class TimeLaw:
                 f" {self.max_tokens}"
             )
 
-    def mu(self, tokens: Tokens) -> Shaped[Array, "*any"] | float:
+    def mu(self, tokens: Tokens) -> Any:
         """The shift for pictures of `tokens` packed target tokens."""
         return linear_shift(
             tokens, self.base_shift, self.max_shift, self.base_tokens, self.max_tokens

@@ -139,9 +139,10 @@ class QueryKontext:
         the queries, where there is one.
         """
         cfg, words = self.config, batch["text_mask"].shape[1]
-        pictures: Any = batch.get("windows")
+        asked: Any = batch
+        pictures = asked.get("windows")
         if pictures is None:
-            pictures = cfg.vision_grids([x.shape[1:3] for x in batch["conditions"]])
+            pictures = cfg.vision_grids([x.shape[1:3] for x in asked["conditions"]])
         queries = params["queries"]["embedding"]
         if cfg.query_noise:
             queries = noisy(queries, cfg.query_noise, rng, len(batch["text_mask"]))

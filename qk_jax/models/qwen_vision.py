@@ -112,9 +112,7 @@ def patches_of(
     return (blocks[..., None] * MERGE**2 + np.arange(MERGE**2)).reshape(*blocks.shape[:-1], -1)
 
 
-def padded_windows(
-    grids: Grids, window_size: int, patches: int, shape: tuple[int, int]
-) -> Windows:
+def padded_windows(grids: Grids, window_size: int, patches: int, shape: tuple[int, int]) -> Windows:
     """`windows_of` pictures padded to so many patches and to (windows, length) of `shape`."""
     exact = windows_of(grids, window_size)
     count, length = exact.slots.shape
@@ -296,9 +294,9 @@ class VisionTower(nn.Module):
           pictures: their grids, static; or their windows.
         """
         cfg = self.config
-        windows = pictures
-        if not isinstance(pictures, Windows):
-            windows = windows_of(pictures, cfg.window_size)
+        windows = (
+            pictures if isinstance(pictures, Windows) else windows_of(pictures, cfg.window_size)
+        )
         cos, sin = (
             table.reshape(-1, *table.shape[-2:])
             for table in mrope.vision_rotary(windows.positions, cfg.head_dim)

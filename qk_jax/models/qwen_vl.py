@@ -128,7 +128,7 @@ class QwenVL(nn.Module):
         if pictures:
             pictured = input_ids == self.config.image_token_id
             last = pixel_values.shape[-2] // MERGE**2 - 1
-            if pixel_values.ndim == 3:
+            if isinstance(pictures, Windows) or pixel_values.ndim == 3:
                 features = self.visual(pixel_values, pictures).astype(embeds.dtype)
                 nth = jnp.clip(jnp.cumsum(pictured, axis=1) - 1, 0, last)
                 features = jnp.take_along_axis(features, nth[..., None], axis=1)
