@@ -195,7 +195,8 @@ BUGS = (
         "tests/models/test_vae.py -k equals_diffusers"),
     Bug("models: references lie on the target", "qk_jax/models/rotary.py",
         "past_references, past_sources = grids[:, 0], jnp.zeros_like(grids[:, 0])",
-        "past_references = past_sources = jnp.zeros_like(grids[:, 0])", "tests/models/test_rotary.py -k reference"),
+        "past_references = past_sources = jnp.zeros_like(grids[:, 0])",
+        "tests/models/test_rotary.py -k reference"),
     Bug("models: adapters are merged without their scale", "qk_jax/models/lora.py",
         "scale * delta", "delta", "tests/models/test_lora.py -k merge"),
     # ---- data ----------------------------------------------------------------------------------

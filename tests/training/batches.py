@@ -35,7 +35,10 @@ def batch(config, seed, rows=None, pictures=0, size=SIZE, shown=None):
         layout.build(WORDS[i % len(WORDS)], shown_sizes, roles, bool(shown[i])) for i in range(rows)
     ]
     pixels = [
-        prompts.pixel_values([c[i] for c in conditions], model.vlm_pixels) for i in range(rows)
+        prompts.pixel_values(
+            [c[i] for c in conditions], model.vlm_pixels, config.prompt.picture_multiple
+        )
+        for i in range(rows)
     ]
     target = draw(rows, *size, 3)
     out = {name: np.stack([text[name] for text in texts]) for name in texts[0]}

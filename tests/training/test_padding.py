@@ -185,6 +185,10 @@ def gradient(plan, loss, rng):
     return jax.jit(jax.grad(mean, has_aux=True), compiler_options=plan.compiler_options())
 
 
+def norm(leaves):
+    return np.linalg.norm([np.linalg.norm(leaf) for leaf in leaves.values()])
+
+
 @functools.cache
 def unpadded(name):
     """(losses, gradients) without padding, on one device."""
@@ -196,9 +200,8 @@ def unpadded(name):
     assert tokens == 16 > 15
     arguments = values(plan.params), values(plan.frozen)
     with jax.set_mesh(mesh):
-        grads, losses = gradient(plan, unpadded_loss(plan, batch, tokens), jax.random.key(1))(
-            *arguments
-        )
+        run = gradient(plan, unpadded_loss(plan, batch, tokens), jax.random.key(1))
+        grads, losses = run(*arguments)
     return jax.device_get((losses, trees.named(grads)))
 
 
@@ -227,7 +230,10 @@ def test_a_padded_step_is_the_unpadded_one(name, shape):
     np.testing.assert_allclose(losses, wanted_losses, rtol=2e-6)
     found = trees.named(grads)
     assert found.keys() == wanted.keys()
+    # t differs by its last bit, of which the time embedding makes a thousand.
+    gaps = {leaf: np.asarray(found[leaf]) - other for leaf, other in wanted.items()}
+    assert norm(gaps) <= 1e-5 * norm(wanted)
     for leaf, other in wanted.items():
         scale = max(np.abs(other).max(initial=0), 1e-6)
-        worst = np.abs(np.asarray(found[leaf]) - other).max(initial=0)
-        assert worst <= 1e-5 * scale, f"{leaf}: {worst:.1e} of {scale:.1e}"
+        worst = np.abs(gaps[leaf]).max(initial=0)
+        assert worst <= 1e-4 * scale, f"{leaf}: {worst:.1e} of {scale:.1e}"
