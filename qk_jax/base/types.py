@@ -25,15 +25,8 @@ class PaintingBatch(Prompt):
     roles: Any  # int32 [B, n], SOURCE or REFERENCE
 
 
-class Encoded(TypedDict):
-    """What the autoencoder makes of the pictures of a batch (`QueryKontext.encode`)."""
-
-    posterior: tuple[Any, Any]  # mean, log variance of the target, float32 [B, H/8, W/8, C]
-    latents: tuple[Any, ...]  # of the condition pictures, float32 [B, h/8, w/8, C]
-
-
 class Batch(PaintingBatch):
-    """What a training step reads (`data.pipeline.collate`)."""
+    """Examples of one shape (`data.pipeline.collate`)."""
 
     target: Any  # uint8 [B, H, W, 3]
     task: Any  # int32 [B], index into TASKS
@@ -42,5 +35,47 @@ class Batch(PaintingBatch):
     whole: NotRequired[Any]  # bool [B], no condition was dropped; with an alignment term
 
 
-class EncodedBatch(Batch, Encoded):
-    """A batch with its latents."""
+class Pictures(TypedDict):
+    """Pixels of a batch, which only the autoencoder reads: a program for each of their sizes."""
+
+    target: Any  # uint8 [B, H, W, 3]
+    conditions: tuple[Any, ...]  # uint8 [B, h, w, 3] for each condition picture
+
+
+class PaddedPrompt(TypedDict):
+    """What the step reads of a batch (`training.padding`).
+
+    Its shapes depend on the number of condition pictures, not on their sizes or the target's.
+    """
+
+    input_ids: Any  # int32 [B, S]
+    attention_mask: Any  # bool [B, S]
+    position_ids: Any  # int32 [B, 3, S], M-RoPE
+    text_mask: Any  # bool [B, T]
+    pixel_values: Any  # float32 [B, P, 1176], the condition pictures, then padding
+    windows: Any  # `qwen_vision.Windows` of them, of each slot; () without pictures
+    grids: Any  # int32 [B, pictures, 2], packed tokens (rows, columns): target, then conditions
+    condition_mask: Any  # bool [B]
+    roles: Any  # int32 [B, n]
+    task: Any  # int32 [B]
+    region: NotRequired[Any]  # float32 [B, N], weights of target tokens, with loss.region_weight
+    record: NotRequired[Any]
+    target_pixel_values: NotRequired[Any]  # float32 [B, P', 1176], padded
+    target_windows: NotRequired[Any]  # `Windows` of the target, of each slot
+    whole: NotRequired[Any]
+
+
+class PaddedBatch(PaddedPrompt, Pictures):
+    """A batch whose tokens are padded, and the pixels that are still to be encoded."""
+
+
+class Encoded(TypedDict):
+    """What the autoencoder makes of the pictures of a batch (`training.step.Encoder`)."""
+
+    # mean and standard deviation of the target's normalised latents, float32 [B, N, 4 C], padded
+    posterior: tuple[Any, Any]
+    latents: tuple[Any, ...]  # normalised latents of the condition pictures, likewise
+
+
+class StepBatch(PaddedPrompt, Encoded):
+    """What a step reads: all padded."""

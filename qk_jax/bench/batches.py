@@ -80,7 +80,7 @@ def largest(config: ConfigDict) -> tuple[Size, int]:
 
 
 def abstract(config: ConfigDict, size: Size, pictures: Sequence[Size], examples: int) -> Batch:
-    """Abstract batch of targets of `size` with condition pictures of these (H, W)."""
+    """Abstract batch, not padded, of targets of `size` with condition pictures of these (H, W)."""
     model = config.model
     patches = sum(map(math.prod, config_lib.model_config(config).vision_grids(pictures)))
     shown = picture_words(config) * len(pictures) + patches // 4

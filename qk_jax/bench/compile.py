@@ -1,4 +1,4 @@
-"""The two programs of a train step, compiled ahead of time, and the memory that they take."""
+"""The programs of a train step, compiled ahead of time, and the memory that they take."""
 
 from __future__ import annotations
 
@@ -7,50 +7,77 @@ from typing import Any, NamedTuple
 
 import jax
 
-from qk_jax.base.types import Batch
+from qk_jax.base.types import Batch, PaddedBatch
 from qk_jax.bench.schedule.topologies import GIB
 from qk_jax.experiment.plan import Plan
 from qk_jax.training import step as step_lib
+from qk_jax.training.padding import Padding
 
 
 class Executables(NamedTuple):
-    """The compiled encoder and step, which run one after the other."""
+    """The compiled programs of a step, which run one after the other.
 
-    encode: Any
+    Attributes:
+      encoders: of the target and of each condition picture that reaches the generator; pictures of
+        one size share theirs.
+      step: of the padded batch.
+    """
+
+    encoders: tuple[Any, ...]
     step: Any
+
+    def __call__(self, state: Any, frozen: Any, batch: PaddedBatch) -> tuple[Any, Any]:
+        """(state, metrics) after a step that consumes the state."""
+        pictures = (batch["target"], *batch["conditions"])
+        encoded = [one(frozen, x) for one, x in zip(self.encoders, pictures, strict=False)]
+        return self.step(state, frozen, step_lib.step_batch(batch, encoded))
+
+    def every(self) -> tuple[Any, ...]:
+        """All in their order, a program as often as it runs."""
+        return (*self.encoders, self.step)
 
 
 def compiled(plan: Plan, batch: Batch) -> Executables:
-    """Compiles the train step of a plan for an abstract batch.
+    """Compiles the train step of a plan for an abstract batch, which is padded as in training.
 
     Raises:
       InputError: the plan trains the autoencoder.
       JaxRuntimeError: the compiler fails, for lack of memory or otherwise.
     """
-    encoder, train_step = step_lib.make_encoder(plan), step_lib.make_train_step(plan)
+    encoder, train_step = step_lib.Encoder(plan), step_lib.make_train_step(plan)
+    padded = Padding.from_config(plan.config).abstract(batch)
     with jax.set_mesh(plan.mesh):
-        encode = encoder.trace(plan.frozen, batch)
-        step = train_step.trace(plan.state, plan.frozen, batch | encode.out_info)
+        keys = [(x.shape, tokens) for x, tokens in encoder.pictures(padded)]
+        traced = {
+            key: encoder.program.trace(plan.frozen, *one)
+            for key, one in zip(keys, encoder.pictures(padded), strict=True)
+        }
+        inputs = step_lib.step_batch(padded, [traced[key].out_info for key in keys])
+        step = train_step.trace(plan.state, plan.frozen, inputs)
         large = step.lower().compile()  # first: it is the one that may not fit
-        return Executables(encode.lower().compile(), large)
+        encoders = {key: one.lower().compile() for key, one in traced.items()}
+        return Executables(tuple(encoders[key] for key in keys), large)
 
 
 def memory(executables: Executables) -> dict[str, float]:
-    """Fields of a table row: GiB of one device while each program runs beside what the other holds.
+    """Fields of a table row: GiB of one device while each program runs beside what others hold.
 
-    The autoencoder is an argument of the first alone; everything else that lasts, of the second.
+    The autoencoder is an argument of the encoders alone; everything else that lasts, of the step.
     """
-    encode, step = both = [one.memory_analysis() for one in executables]
-    arguments = [one.argument_size_in_bytes for one in both]
+    encoders = [one.memory_analysis() for one in set(executables.encoders)]
+    step = executables.step.memory_analysis()
+    encode = max(one.argument_size_in_bytes for one in encoders)
+    every = [*encoders, step]
     nbytes = {
         "hbm_peak": max(
-            encode.peak_memory_in_bytes + arguments[1], step.peak_memory_in_bytes + arguments[0]
+            *(one.peak_memory_in_bytes + step.argument_size_in_bytes for one in encoders),
+            step.peak_memory_in_bytes + encode,
         ),
-        "argument": sum(arguments),
-        "temp": max(one.temp_size_in_bytes for one in both),
+        "argument": encode + step.argument_size_in_bytes,
+        "temp": max(one.temp_size_in_bytes for one in every),
         "output": step.output_size_in_bytes - step.alias_size_in_bytes,
-        "code": sum(one.generated_code_size_in_bytes for one in both),
-        "host": max(one.host_argument_size_in_bytes + one.host_temp_size_in_bytes for one in both),
+        "code": sum(one.generated_code_size_in_bytes for one in every),
+        "host": max(one.host_argument_size_in_bytes + one.host_temp_size_in_bytes for one in every),
     }
     return {f"{name}_gib": size / GIB for name, size in nbytes.items()}
 

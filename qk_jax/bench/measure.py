@@ -18,6 +18,7 @@ from qk_jax.bench import batches
 from qk_jax.bench.compile import Executables
 from qk_jax.experiment import train_state
 from qk_jax.experiment.plan import Plan
+from qk_jax.training.padding import Padding
 
 
 class Measured(NamedTuple):
@@ -48,12 +49,12 @@ def measure(plan: Plan, shapes: Batch, executables: Executables, steps: int) -> 
         trained, frozen = (random_params(plan, tree) for tree in (plan.params, plan.frozen))
         state = train_state.create(trained, plan.optimizer.tx, plan.state)
         examples = batches.synthetic(shapes, plan.model.config.vlm.image_token_id)
-        batch = jax.device_put(examples, plan.batch_sharding)
+        padded = Padding.from_config(plan.config)(examples)
+        batch = jax.device_put(padded, plan.batch_sharding)
         seconds, values = [], []
         for _ in range(steps + 1):
             start = time.perf_counter()
-            encoded = batch | executables.encode(frozen, batch)
-            state, found = jax.block_until_ready(executables.step(state, frozen, encoded))
+            state, found = jax.block_until_ready(executables(state, frozen, batch))
             seconds.append(time.perf_counter() - start)
             values.append(found)
     first = values[0]

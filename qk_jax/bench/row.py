@@ -71,9 +71,9 @@ def answers(case: Case, text: files.Path | None = None) -> Iterator[dict[str, An
     found |= {"compile_s": time.perf_counter() - start} | memory(executables)
     found["fits"] = target.hbm_bytes is None or found["hbm_peak_gib"] * GIB <= target.hbm_bytes
     yield found
-    texts = [one.as_text() for one in executables] if where or text else []
+    texts = [one.as_text() for one in executables.every()] if where or text else []
     if text is not None:
-        text.write_text("\n\n".join(texts))
+        text.write_text("\n\n".join(dict.fromkeys(texts)))
     if where is not None:
         parts = [walk.estimate(one, mesh, where) for one in texts]
         found |= estimated(estimates.together(parts), found, target)

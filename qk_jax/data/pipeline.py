@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from random import Random
 from typing import Any, NamedTuple
 
@@ -61,6 +61,7 @@ class Loader:
       seed: of the dropout.
       targets: also show targets to the VLM (`target_pixel_values`).
       mixed: batches are of several tasks.
+      finish: what is done with each batch at last.
     """
 
     groups: tuple[Group, ...]
@@ -71,8 +72,9 @@ class Loader:
     seed: int
     targets: bool
     mixed: bool
+    finish: Callable[[Batch], Any]
 
-    def __call__(self, step: int, element: np.ndarray) -> tuple[Batch, list[Bad]]:
+    def __call__(self, step: int, element: np.ndarray) -> tuple[Any, list[Bad]]:
         bad: list[Bad] = []
         chosen = element[self.slots].tolist()
         examples = [self._read(index, member, bad) for index, member in chosen]
@@ -81,7 +83,7 @@ class Loader:
             for slot, (index, _) in zip(self.slots, chosen, strict=True)
         ]
         prompts = self.prompts[self.groups[chosen[0][0]].pictures]
-        return collate(examples, dropped, prompts, self.targets), bad
+        return self.finish(collate(examples, dropped, prompts, self.targets)), bad
 
     def _read(self, index: int, member: int, bad: list[Bad]) -> Example:
         """An example of a group, or the next good one.
@@ -212,6 +214,11 @@ def _log_shapes(when: str, groups: Groups) -> None:
     )  # fmt: skip
 
 
+def unchanged(batch: Batch) -> Batch:
+    """The batch itself."""
+    return batch
+
+
 class Pipeline:
     """All batches of one split of one experiment.
 
@@ -228,6 +235,7 @@ class Pipeline:
         process_index: int | None = None,
         process_count: int | None = None,
         prompts: PromptBuilder | None = None,
+        finish: Callable[[Batch], Any] = unchanged,
     ):
         """Reads the side indexes of the data, and makes the plan.
 
@@ -238,6 +246,8 @@ class Pipeline:
           process_index: of this host; JAX's by default.
           process_count: of all hosts; JAX's by default.
           prompts: made from the config by default.
+          finish: what is done with each batch at last, where it is made: in a thread or worker. It
+            pickles.
 
         Raises:
           InputError: data is missing or does not fit the config.
@@ -268,6 +278,7 @@ class Pipeline:
             seed=seed,
             targets=bool(config["alignment"]["weight"]),
             mixed=train and data.get("mixed_batches", False),
+            finish=finish,
         )
         self._loaded = self.plan.map_with_index(load)
         self._of_task = [plan.map_with_index(load) for plan in planned.of_task]
@@ -276,7 +287,7 @@ class Pipeline:
         self._examples: list[str] = []
         self._open: list[Any] = []
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> Any:
         """This host's slots of the batch of a step, counted from 0.
 
         Raises:
@@ -284,7 +295,7 @@ class Pipeline:
         """
         return self._checked(*self._loaded[step])
 
-    def batches(self, first: int = 0) -> Iterator[Batch]:
+    def batches(self, first: int = 0) -> Iterator[Any]:
         """Batches of the steps first, first + 1, ..., made ahead by threads or processes."""
         data = self.config["data"]
         ahead = grain.ReadOptions(
@@ -301,7 +312,7 @@ class Pipeline:
         for element in iterator:
             yield self._checked(*element)
 
-    def fixed(self) -> Iterator[Batch]:
+    def fixed(self) -> Iterator[Any]:
         """The same few batches each time, the tasks in turn: config.validation.batches of them,
         but at least one of each task."""
         count = max(self.config["validation"]["batches"], len(self._of_task))
@@ -330,7 +341,7 @@ class Pipeline:
                 with contextlib.suppress(Exception):  # it may complain of being stopped
                     iterator.close()
 
-    def _checked(self, batch: Batch, bad: list[Bad]) -> Batch:
+    def _checked(self, batch: Any, bad: list[Bad]) -> Any:
         """Counts the batch's bad records. Raises: InputError when too many are bad."""
         self._read += len(batch["record"])
         for record in bad:

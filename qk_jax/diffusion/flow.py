@@ -6,7 +6,7 @@ t runs from 0 (the picture) to 1 (pure noise), as sigma does in diffusers' flow-
 from __future__ import annotations
 
 import dataclasses
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,16 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 from qk_jax.base.errors import InputError
 
 DISTRIBUTIONS = ("logit_normal", "uniform")
+Tokens = Shaped[Array, "*any"] | int  # packed target tokens, of all pictures alike or of each
 EDGE = 1e-6  # t stays this far inside (0, 1)
 
 
 def linear_shift(
-    tokens: int, base_shift: float, max_shift: float, base_tokens: int, max_tokens: int
-) -> float:
-    """mu for a number of packed target tokens: a line through (base_tokens, base_shift) and
-    (max_tokens, max_shift), not clamped outside them (`calculate_shift` of diffusers' pipelines).
+    tokens: Tokens, base_shift: float, max_shift: float, base_tokens: int, max_tokens: int
+) -> Any:
+    """mu for a number of packed target tokens, or for several: a line through (base_tokens,
+    base_shift) and (max_tokens, max_shift), not clamped outside them (`calculate_shift` of
+    diffusers' pipelines).
     """
     slope = (max_shift - base_shift) / (max_tokens - base_tokens)
     return tokens * slope + (base_shift - slope * base_tokens)
@@ -60,23 +62,27 @@ class TimeLaw:
                 f" {self.max_tokens}"
             )
 
-    def mu(self, tokens: int) -> float:
+    def mu(self, tokens: Tokens) -> Any:
         """The shift for pictures of `tokens` packed target tokens."""
         return linear_shift(
             tokens, self.base_shift, self.max_shift, self.base_tokens, self.max_tokens
         )
 
 
-def shift(u: Float[Array, "*any"], mu: float) -> Float[Array, "*any"]:
+def shift(u: Float[Array, "*any"], mu: Shaped[Array, "*any"] | float) -> Float[Array, "*any"]:
     """e^mu u / (1 + (e^mu - 1) u): moves times towards noise for mu > 0, keeps 0 and 1."""
-    factor = math.exp(mu)
+    factor = jnp.exp(mu)
     return factor * u / (1.0 + (factor - 1.0) * u)
 
 
 def sample_timesteps(
-    rng: Key[Array, ""], shape: tuple[int, ...], law: TimeLaw, tokens: int
+    rng: Key[Array, ""],
+    shape: tuple[int, ...],
+    law: TimeLaw,
+    tokens: Int[Array, "*shape"] | int,
 ) -> Float[Array, "*shape"]:
-    """Times in (0, 1), float32 of `shape`, for pictures of `tokens` packed target tokens."""
+    """Times in (0, 1), float32 of `shape`, for pictures of `tokens` packed target tokens, of all
+    alike or of each."""
     if law.distribution == "uniform":
         u = jax.random.uniform(rng, shape, jnp.float32)
     else:

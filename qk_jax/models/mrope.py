@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from qk_jax.pictures.grids import MERGE, Grids
+from qk_jax.pictures.grids import MERGE
 
 VISION_THETA = 10_000.0
 Table = Float[Array | np.ndarray, "B_or_1 tokens head_dim"]  # of cosines or sines
 
 
-@functools.lru_cache(maxsize=256)
 def vision_rotary(
-    grids: Grids, head_dim: int
-) -> tuple[Float[np.ndarray, "P head_dim"], Float[np.ndarray, "P head_dim"]]:
-    """(cos, sin) in float32 for half-rotation, patches in merge-block order.
+    positions: Int[Array | np.ndarray, "*B_or_none P 2"], head_dim: int
+) -> tuple[Float[Array, "*B_or_none P head_dim"], Float[Array, "*B_or_none P head_dim"]]:
+    """(cos, sin) in float32 for half-rotation of patches at these (rows, columns).
 
     Channels are [row angles | column angles] twice (Qwen2_5_VLVisionRotaryEmbedding). The
     frequencies are rounded once, from float64.
     """
     half = head_dim // 2
     inverse = VISION_THETA ** -(np.arange(0, half, 2) / half)
-    positions = np.concatenate([_patch_positions(*grid) for grid in grids])
-    angles = positions[:, :, None].astype(np.float32) * inverse.astype(np.float32)
-    angles = np.tile(angles.reshape(len(positions), half), 2)
-    return np.cos(angles), np.sin(angles)
+    places = jnp.asarray(positions)[..., None].astype(jnp.float32)
+    angles = (places * inverse.astype(np.float32)).reshape(*positions.shape[:-1], half)
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
 
 
-def _patch_positions(rows: int, columns: int) -> np.ndarray:
-    """(row, column) of each patch [rows * columns, 2], merge blocks first."""
+def patch_positions(rows: int, columns: int) -> Int[np.ndarray, "P 2"]:
+    """(row, column) of each patch of a picture, in merge-block order."""
     positions = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), axis=-1)
     blocks = positions.reshape(rows // MERGE, MERGE, columns // MERGE, MERGE, 2)
     return blocks.transpose(0, 2, 1, 3, 4).reshape(-1, 2)

@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-from qk_jax.base.types import Batch, Encoded, Prompt, Tree
+from qk_jax.base.types import Prompt, StepBatch, Tree
 from qk_jax.models import layers, lora, mmdit, qwen_vl, rotary, vae
 from qk_jax.models.connector import Connector, Queries, noisy
 from qk_jax.pictures.grids import Grids, grid_of, vision_size
@@ -127,17 +128,21 @@ class QueryKontext:
         return getattr(self, tower).apply(variables, *args, **kwargs)
 
     def states(
-        self, params: Tree, batch: Prompt, rng: Key[Array, ""] | None = None
+        self, params: Tree, batch: Prompt | StepBatch, rng: Key[Array, ""] | None = None
     ) -> tuple[Float[Array, "B T states"], Float[Array, "B K states"]]:
         """VLM states of the window (`data.prompts`) and of the queries, the kontext.
 
         Sequences are left-padded, so both are static slices: the window ends right before the
         queries or before the assistant header, and the queries end the sequence. Its length T is
         the batch's own. The last states come first, those of `vlm_layers` follow along the last
-        axis. `rng` draws the noise of the queries, where there is one.
+        axis. The pictures of a padded batch are those of its `windows`. `rng` draws the noise of
+        the queries, where there is one.
         """
         cfg, words = self.config, batch["text_mask"].shape[1]
-        grids = cfg.vision_grids([x.shape[1:3] for x in batch["conditions"]])
+        asked: Any = batch
+        pictures = asked.get("windows")
+        if pictures is None:
+            pictures = cfg.vision_grids([x.shape[1:3] for x in asked["conditions"]])
         queries = params["queries"]["embedding"]
         if cfg.query_noise:
             queries = noisy(queries, cfg.query_noise, rng, len(batch["text_mask"]))
@@ -148,7 +153,7 @@ class QueryKontext:
             batch["position_ids"],
             batch["attention_mask"],
             batch["pixel_values"],
-            grids,
+            pictures,
             queries=queries,
         )
         end = hidden.shape[1] - cfg.num_queries - (0 if cfg.keep_tail else cfg.tail_tokens)
@@ -185,26 +190,26 @@ class QueryKontext:
         pipelines take it for condition pictures."""
         return vae.normalize(self.posterior(params, pictures)[0], self.config.vae)
 
-    def encode(self, params: Tree, batch: Batch) -> Encoded:
-        """What the autoencoder makes of a batch, all that a loss needs of its pixels."""
-        return {
-            "posterior": self.posterior(params, batch["target"]),
-            "latents": self.condition_latents(params, batch),
-        }
+    def posterior_tokens(
+        self, params: Tree, pictures: UInt8[Array, "B H W 3"], tokens: int
+    ) -> tuple[Float[Array, "B tokens packed"], Float[Array, "B tokens packed"]]:
+        """Mean and standard deviation of the normalised latents of pictures, packed and padded
+        with zeros to so many tokens."""
+        mean, logvar = self.posterior(params, pictures)
+        mean = vae.normalize(mean, self.config.vae)
+        deviation = jnp.exp(0.5 * logvar) * self.config.vae.shift_and_scale()[1]
+
+        def padded(z: vae.Latents) -> Array:
+            packed = mmdit.pack(z)
+            return jnp.pad(packed, ((0, 0), (0, tokens - packed.shape[1]), (0, 0)))
+
+        return padded(mean), padded(deviation)
 
     def decode(self, params: Tree, latents: vae.Latents) -> vae.Pictures:
         """Normalised latents -> pictures in [-1, 1], float32."""
         z = vae.denormalize(latents, self.config.vae)
         x = self._apply("vae", params, z, method="decode")
         return jnp.clip(x.astype(jnp.float32), -1.0, 1.0)
-
-    def condition_latents(
-        self, params: Tree, batch: Prompt
-    ) -> tuple[Float[Array, "B _h _w C"], ...]:
-        """Latents of the condition pictures, or () for a model without VAE tokens."""
-        if not self.config.condition_latents:
-            return ()
-        return tuple(self.encode_pictures(params, picture) for picture in batch["conditions"])
 
     def velocity(
         self,
@@ -231,25 +236,50 @@ class QueryKontext:
           roles: SOURCE or REFERENCE for each of `latents`.
           condition_mask: False hides all condition tokens of a slot.
         """
-        law = self.config.law
-        grids = tuple((z.shape[1] // 2, z.shape[2] // 2) for z in latents)
+        grids = np.array([grid, *((z.shape[1] // 2, z.shape[2] // 2) for z in latents)], np.int32)
         if roles is None or not latents:
             roles = jnp.zeros((x_t.shape[0], 0), jnp.int32)
-        stream = jnp.concatenate([x_t, *(mmdit.pack(z) for z in latents)], axis=1)
-        hidden_mask = None
-        if latents and condition_mask is not None:
-            is_target = jnp.arange(stream.shape[1]) < x_t.shape[1]
-            hidden_mask = is_target[None, :] | condition_mask[:, None]
+        conditions = tuple(mmdit.pack(z) for z in latents)
+        return self.velocity_of_tokens(
+            params, x_t, t, context, mask, grids, conditions, roles, condition_mask
+        )
+
+    def velocity_of_tokens(
+        self,
+        params: Tree,
+        x_t: Float[Array, "B target packed"],
+        t: Float[Array, " B"],
+        context: Float[Array, "B L J"],
+        mask: Bool[Array, "B L"],
+        grids: Int[Array | np.ndarray, "*B_or_none pictures 2"],
+        conditions: tuple[Float[Array, "B _tokens packed"], ...],
+        roles: Int[Array, "B n"],
+        condition_mask: Bool[Array, " B"] | None = None,
+    ) -> Float[Array, "B target packed"]:
+        """`velocity` of pictures whose sizes are data; the result at padding is of no meaning.
+
+        Args:
+          params, t, context, mask, roles, condition_mask: as there.
+          x_t: packed noisy target, with padding behind it.
+          grids: (rows, columns) of the target and of the condition pictures in packed tokens, of
+            all slots alike or of each. Tokens of a picture beyond its grid are padding.
+          conditions: packed latents of the condition pictures, each with padding behind it.
+        """
+        law, tokens = self.config.law, tuple(x.shape[1] for x in (x_t, *conditions))
+        shown = rotary.real_tokens(grids, tokens)
+        if condition_mask is not None:
+            is_target = jnp.arange(sum(tokens)) < tokens[0]
+            shown = shown & (is_target | condition_mask[:, None])
         out = self._apply(
             "mmdit",
             params,
-            stream,
+            jnp.concatenate([x_t, *conditions], axis=1),
             context,
             mask,
             t,
-            rotary.image_positions(law, grid, grids, roles),
-            rotary.text_positions(law, mask, grid, grids),
-            hidden_mask,
-            x_t.shape[1],
+            rotary.padded_positions(law, grids, tokens, roles),
+            rotary.text_positions_after(law, mask, grids),
+            jnp.broadcast_to(shown, (x_t.shape[0], sum(tokens))),
+            tokens[0],
         )
-        return out[:, : x_t.shape[1]].astype(jnp.float32)
+        return out[:, : tokens[0]].astype(jnp.float32)

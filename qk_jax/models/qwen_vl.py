@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qk_jax.models.layers import Dense
 from qk_jax.models.qwen_text import TextConfig, TextModel
-from qk_jax.models.qwen_vision import VisionConfig, VisionTower
-from qk_jax.pictures.grids import MERGE, PATCH_DIM, Grids, picture_tokens
+from qk_jax.models.qwen_vision import VisionConfig, VisionTower, Windows
+from qk_jax.pictures.grids import MERGE, PATCH_DIM, Grids
 from qk_jax.sharding.rules import Activations
 from qk_jax.sharding.specs import constrain
 
@@ -106,7 +106,7 @@ class QwenVL(nn.Module):
         position_ids: Int[Array, "B 3 S"],
         attention_mask: Bool[Array, "B S"],
         pixel_values: Float[Array, "B P 1176"] | Float[Array, "P 1176"],
-        grids: Grids,
+        pictures: Grids | Windows,
         queries: Float[Array, "K D"] | Float[Array, "B K D"] | None = None,
     ) -> Float[Array, "B S states"]:
         """Last hidden states after the final norm, and those of `read_layers` beside them.
@@ -118,22 +118,23 @@ class QwenVL(nn.Module):
           attention_mask: False on padding.
           pixel_values: patches of the pictures of each slot, or [P, 1176] of the whole batch;
             P = 0 without pictures.
-          grids: the pictures (rows, columns) in patches, static: those of every slot alike, or all
-            of the batch one after another.
+          pictures: their grids (rows, columns) in patches, static: those of every slot alike, or
+            all of the batch one after another; or, with pixels of each slot, their windows, of
+            pictures with padding behind them.
           queries: replace the last K embeddings (sequences are left-padded), of all slots alike
             or of each.
         """
         embeds = self.language_model.embed(input_ids)
-        if grids:
+        if pictures:
             pictured = input_ids == self.config.image_token_id
-            last = picture_tokens(grids) - 1
-            if pixel_values.ndim == 3:
-                features = self.visual(pixel_values, grids).astype(embeds.dtype)
+            last = pixel_values.shape[-2] // MERGE**2 - 1
+            if isinstance(pictures, Windows) or pixel_values.ndim == 3:
+                features = self.visual(pixel_values, pictures).astype(embeds.dtype)
                 nth = jnp.clip(jnp.cumsum(pictured, axis=1) - 1, 0, last)
                 features = jnp.take_along_axis(features, nth[..., None], axis=1)
             else:
                 nth = jnp.clip(jnp.cumsum(pictured).reshape(pictured.shape) - 1, 0, last)
-                features = self._features(pixel_values, grids).astype(embeds.dtype)[nth]
+                features = self._features(pixel_values, pictures).astype(embeds.dtype)[nth]
             embeds = jnp.where(pictured[..., None], features, embeds)
         elif self.is_initializing():  # so that a batch without pictures makes the whole tree
             self.visual(jnp.zeros((1, MERGE**2, PATCH_DIM), self.dtype), ((MERGE, MERGE),))
@@ -173,6 +174,14 @@ class QwenVL(nn.Module):
             return self.language_model.attend(hidden)
         return self.lm_head(hidden)
 
-    def pool(self, pixel_values: Float[Array, "B P 1176"], grids: Grids) -> Float[Array, "B D"]:
+    def pool(
+        self, pixel_values: Float[Array, "B P 1176"], pictures: Grids | Windows
+    ) -> Float[Array, "B D"]:
         """Mean of the pictures' features."""
-        return jnp.mean(self.visual(pixel_values, grids), axis=1)
+        features = self.visual(pixel_values, pictures)
+        if not isinstance(pictures, Windows):
+            return jnp.mean(features, axis=1)
+        # Padding is last in either order. Of each picture the mean is over its own tokens.
+        real = (pictures.picture[..., :: MERGE**2] >= 0)[..., None]
+        total = jnp.sum(jnp.where(real, features, 0), axis=1, dtype=jnp.float32)
+        return (total / jnp.sum(real, axis=-2)).astype(features.dtype)

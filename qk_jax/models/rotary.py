@@ -55,19 +55,29 @@ class PositionLaw:
             raise ValueError(f"index_base {self.index_base!r} is not 0 or 1")
 
 
-def _cells(grid: Grid) -> np.ndarray:
-    """(row, column) of a picture's tokens in row-major order: int [rows * columns, 2], from 0."""
-    return np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), -1).reshape(-1, 2)
+def _cells(grid: Array, tokens: int) -> Array:
+    """(row, column) of a picture's tokens in row-major order, from 0: [*any, tokens, 2].
+
+    Args:
+      grid: [*any, 2].
+      tokens: of the picture, with its padding, whose cells are below the last row.
+    """
+    number, columns = jnp.arange(tokens), grid[..., 1, None]
+    return jnp.stack([number // columns, number % columns], axis=-1)
 
 
-def _centred(frame: int, grid: Grid) -> np.ndarray:
-    """Rows and columns around zero, the picture's number as frame: [rows * columns, 3]."""
-    cells = _cells(grid) - [side - side // 2 for side in grid]
-    return np.pad(cells, ((0, 0), (1, 0)), constant_values=frame)
+def _centred(grids: Array, tokens: Sequence[int]) -> Array:
+    """The Qwen-Image law: rows and columns around zero, a picture's number as frame [*any, N, 3]"""
+    parts = []
+    for frame, count in enumerate(tokens):
+        grid = grids[..., frame, :]
+        cells = _cells(grid, count) - (grid - grid // 2)[..., None, :]
+        parts.append(jnp.concatenate([jnp.full_like(cells[..., :1], frame), cells], axis=-1))
+    return jnp.concatenate(parts, axis=-2)
 
 
 def _shifted(
-    law: PositionLaw, target: Grid, conditions: Sequence[Grid], roles: Array | np.ndarray
+    law: PositionLaw, grids: Array, tokens: Sequence[int], roles: Array | np.ndarray
 ) -> Array:
     """The shifted law: rows and columns [B, N, 2].
 
@@ -75,18 +85,16 @@ def _shifted(
     ended, on both axes: for equal sizes that is the paper's (i + w n, j + h n) with n from 1,
     and unequal sizes never overlap. Further sources move on in the negative quadrant likewise.
     """
-    batch = roles.shape[0]
-    cells = jnp.asarray(_cells(target) + law.index_base, jnp.int32)
-    parts = [jnp.broadcast_to(cells, (batch, *cells.shape))]
-    past_references = jnp.broadcast_to(jnp.asarray(target, jnp.int32), (batch, 2))
-    past_sources = jnp.zeros((batch, 2), jnp.int32)
-    for index, grid in enumerate(conditions):
-        size = jnp.asarray(grid, jnp.int32)
-        cells = jnp.asarray(_cells(grid) + law.index_base, jnp.int32)
+    grids = jnp.broadcast_to(grids, (roles.shape[0], *grids.shape[-2:]))
+    parts = [_cells(grids[:, 0], tokens[0]) + law.index_base]
+    past_references, past_sources = grids[:, 0], jnp.zeros_like(grids[:, 0])
+    for index, count in enumerate(tokens[1:]):
+        size = grids[:, index + 1]
+        cells = _cells(size, count) + law.index_base
         negative = {
             "reflect": -cells,
             "reflect_minus_one": -1 - cells,
-            "translate": cells - size,
+            "translate": cells - size[:, None],
         }[law.source_mode]
         is_reference = (roles[:, index] == REFERENCE)[:, None]
         parts.append(
@@ -119,15 +127,44 @@ def image_positions(
     Raises:
       ValueError: the roles are not those of the condition pictures.
     """
-    if roles.shape[1] != len(condition_grids):
-        raise ValueError(f"roles {roles.shape} are not those of {len(condition_grids)} pictures")
+    grids = (target_grid, *condition_grids)
+    return padded_positions(law, np.array(grids, np.int32), tuple(map(math.prod, grids)), roles)
+
+
+def padded_positions(
+    law: PositionLaw,
+    grids: Int[Array | np.ndarray, "*B_or_none pictures 2"],
+    tokens: Sequence[int],
+    roles: Int[Array | np.ndarray, "B n"],
+) -> Int[Array, "B N 3"]:
+    """`image_positions` of pictures whose grids are data, each padded to so many tokens.
+
+    Args:
+      law: the position law.
+      grids: of the target and of the condition pictures, of all slots alike or of each.
+      tokens: of each picture, at least those of its grid; the positions of padding are of no
+        meaning.
+      roles: of the condition pictures.
+
+    Raises:
+      ValueError: the roles are not those of the condition pictures.
+    """
+    if roles.shape[1] != len(tokens) - 1:
+        raise ValueError(f"roles {roles.shape} are not those of {len(tokens) - 1} pictures")
+    grids = jnp.asarray(grids, jnp.int32)
     if law.kind == "qwen_image":
-        grids = (target_grid, *condition_grids)
-        centred = np.concatenate([_centred(n, grid) for n, grid in enumerate(grids)])
-        positions = jnp.asarray(centred, jnp.int32)
-        return jnp.broadcast_to(positions, (roles.shape[0], *positions.shape))
-    cells = _shifted(law, target_grid, condition_grids, roles)
-    return jnp.pad(cells, ((0, 0), (0, 0), (1, 0)))
+        positions = _centred(grids, tokens)
+        return jnp.broadcast_to(positions, (roles.shape[0], *positions.shape[-2:]))
+    return jnp.pad(_shifted(law, grids, tokens, roles), ((0, 0), (0, 0), (1, 0)))
+
+
+def real_tokens(
+    grids: Int[Array | np.ndarray, "*B_or_none pictures 2"], tokens: Sequence[int]
+) -> Bool[Array, "*B_or_none N"]:
+    """False on the padding of `padded_positions`."""
+    areas = jnp.prod(jnp.asarray(grids), axis=-1)
+    parts = [jnp.arange(count) < areas[..., index, None] for index, count in enumerate(tokens)]
+    return jnp.concatenate(parts, axis=-1)
 
 
 def text_positions(
@@ -143,11 +180,20 @@ def text_positions(
     Qwen-Image law the k-th real token has the same index on all axes, k beyond the largest half
     side, wherever the padding is.
     """
+    return text_positions_after(law, mask, np.array((target_grid, *condition_grids), np.int32))
+
+
+def text_positions_after(
+    law: PositionLaw,
+    mask: Bool[Array | np.ndarray, "B L"],
+    grids: Int[Array | np.ndarray, "*slots pictures 2"],
+) -> Int[Array, "*B_or_none L 3"]:
+    """`text_positions` beside pictures whose grids are data, of all slots alike or of each."""
     if law.kind == "shifted":
         return jnp.zeros((mask.shape[1], 3), jnp.int32)
-    start = max(side // 2 for grid in (target_grid, *condition_grids) for side in grid)
+    start = jnp.max(jnp.asarray(grids, jnp.int32) // 2, axis=(-2, -1))
     number = jnp.maximum(jnp.cumsum(jnp.asarray(mask, jnp.int32), axis=1) - 1, 0)
-    return jnp.broadcast_to(start + number[..., None], (*mask.shape, 3))
+    return jnp.broadcast_to((start[..., None] + number)[..., None], (*mask.shape, 3))
 
 
 def cos_sin(

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from qk_jax import painting
 from qk_jax.base import files, trees
 from qk_jax.base.errors import BadRecord, InputError
-from qk_jax.base.types import Batch, Tree
+from qk_jax.base.types import PaddedBatch, Tree
 from qk_jax.data import pipeline
 from qk_jax.data.example import TASKS, Example, Source
 from qk_jax.data.importers import registry
@@ -29,6 +29,7 @@ from qk_jax.experiment.train_state import TrainState
 from qk_jax.painting import sheets
 from qk_jax.training import metrics
 from qk_jax.training import step as step_lib
+from qk_jax.training.padding import Padding
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class Evaluator(abc.ABC):
 class ValidationLoss(Evaluator):
     """Loss on the fixed validation batches, per task and per t-bin.
 
-    Pictures are encoded by the train step's own program where both batches have one size.
+    Pictures are encoded by the train step's own programs where both batches are as large.
     """
 
     def __init__(self, *args: Any):
@@ -97,17 +98,18 @@ class ValidationLoss(Evaluator):
         config = copy.deepcopy(self.plan.config)
         config.data.max_groups = config.validation.max_groups
         config.optimizer.accumulation = 1  # a validation batch is no larger than a micro-batch
-        self.data = pipeline.Pipeline(config, "validation", prompts=self.plan.prompts)
+        self.data = pipeline.Pipeline(
+            config, "validation", prompts=self.plan.prompts, finish=Padding.from_config(config)
+        )
         self.eval_step = step_lib.make_eval_step(self.plan)
-        self.encode = step_lib.make_encoder(dataclasses.replace(self.plan, config=config))
+        self.encode = step_lib.Encoder(dataclasses.replace(self.plan, config=config))
 
     def run(self, step: int, params: Tree, frozen: Tree) -> None:
         window = metrics.Window()
         for index, batch in enumerate(self.data.fixed()):
             number = jax.device_put(np.int32(index), self.plan.replicated)
             examples = global_batch(self.plan, batch)
-            encoded = examples | self.encode(frozen, examples)
-            values = self.eval_step(params, frozen, encoded, number)
+            values = self.eval_step(params, frozen, self.encode(frozen, examples), number)
             window.add(jax.device_get(values))
         if window.steps:
             self.writers.write(step, "validation", window.take())
@@ -208,7 +210,7 @@ def build(plan: Plan, folder: files.Path, writers: metrics.Writers) -> list[Eval
     ]
 
 
-def global_batch(plan: Plan, batch: Batch) -> Batch:
+def global_batch(plan: Plan, batch: PaddedBatch) -> PaddedBatch:
     """This host's slots -> global arrays sharded over (data, fsdp)."""
     where = plan.batch_sharding
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, x), batch)

@@ -7,6 +7,7 @@ multiplies: once in the forward pass, once for the gradient of its input where t
 anything trained, and once for its own gradient where it is trained. A product of attention costs
 as much again for the gradient of each factor. Masked attention is counted as if it were full.
 Recomputation is not counted, nor is a product with a constant matrix, such as a permutation.
+Pictures count with their own tokens, not with those that a batch is padded to (`padding`).
 
 `tests/training/jaxpr_flops.py` counts the same in the traced gradient of the loss.
 """
@@ -22,11 +23,11 @@ from typing import Any
 
 from qk_jax import sharding
 from qk_jax.base import trees
-from qk_jax.base.types import Batch
+from qk_jax.base.types import Batch, PaddedBatch
 from qk_jax.experiment.plan import Plan
 from qk_jax.models.query_kontext import ModelConfig
 from qk_jax.models.qwen_vision import VisionConfig, windows_of
-from qk_jax.pictures.grids import MERGE, Grids, grid_of, vision_size
+from qk_jax.pictures.grids import MERGE, Grids, grid_of, picture_tokens, vision_size
 from qk_jax.pictures.sizes import PACKED
 
 # bfloat16 peak of one JAX device in TFLOP/s by device_kind (vendors' published figures; a TPU7x
@@ -57,12 +58,12 @@ def peak(device: Any) -> float | None:
     return tera * 1e12 if tera else None
 
 
-def of_step(plan: Plan, batch: Batch) -> int:
-    """Model FLOPs of one training step on a batch (arrays or shapes)."""
+def of_step(plan: Plan, batch: Batch | PaddedBatch) -> int:
+    """Model FLOPs of one training step on a batch (arrays or shapes), padded or not."""
     return sum(by_tower_of_step(plan, batch).values())
 
 
-def by_tower_of_step(plan: Plan, batch: Batch) -> Counter[str]:
+def by_tower_of_step(plan: Plan, batch: Batch | PaddedBatch) -> Counter[str]:
     """Model FLOPs of one training step by the towers of `sharding.TOWERS`, and OTHER.
 
     Raises:
@@ -72,8 +73,9 @@ def by_tower_of_step(plan: Plan, batch: Batch) -> Counter[str]:
     rest = {name for name in shapes if _kind(name) not in NO_WEIGHTS}
     count = _Count(shapes, frozenset(trees.flatten(plan.params)), Counter(), rest)
     config = plan.model.config
-    reached = _context(count, config, batch)
-    _generator(count, config, batch, reached)
+    length, window = _lengths(plan, batch)
+    reached = _context(count, config, batch, length, window)
+    _generator(count, config, batch, window + config.num_queries, reached)
     _encoder(count, config.vae.downscale, [x.shape[:3] for x in _encoded(config, batch)])
     for unused in ("vlm/lm_head/", "vae/(decoder|post_quant_conv)/"):
         count.products(unused, 0)
@@ -142,15 +144,24 @@ def _kind(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def _encoded(config: ModelConfig, batch: Batch) -> tuple[Any, ...]:
+def _encoded(config: ModelConfig, batch: Batch | PaddedBatch) -> tuple[Any, ...]:
     """The pictures that reach the generator as latents."""
     return (batch["target"], *(batch["conditions"] if config.condition_latents else ()))
 
 
-def _context(count: _Count, config: ModelConfig, batch: Batch) -> bool:
-    """VLM, connector and alignment term; whether the context depends on anything trained."""
-    text, (examples, length) = config.vlm.text, batch["input_ids"].shape
+def _lengths(plan: Plan, batch: Batch | PaddedBatch) -> tuple[int, int]:
+    """Tokens of the VLM's sequence and of the text window, without those that pad pictures."""
+    shown = plan.model.config.vision_grids([x.shape[1:3] for x in batch["conditions"]])
+    spare = batch["pixel_values"].shape[1] // MERGE**2 - picture_tokens(shown)
+    window = batch["text_mask"].shape[1] - (spare if plan.config.prompt.keep_pictures else 0)
+    return batch["input_ids"].shape[1] - spare, window
 
+
+def _context(
+    count: _Count, config: ModelConfig, batch: Batch | PaddedBatch, length: int, window: int
+) -> bool:
+    """VLM, connector and alignment term; whether the context depends on anything trained."""
+    text, examples = config.vlm.text, batch["input_ids"].shape[0]
     grids = config.vision_grids([picture.shape[1:3] for picture in batch["conditions"]])
     seen = _vision(count, config.vlm.vision, examples, grids)
     # The queries, and the words and pictures before them, are two segments: the latter have no
@@ -172,7 +183,7 @@ def _context(count: _Count, config: ModelConfig, batch: Batch) -> bool:
         shown = vision_size(height, width, config.vlm_pixels)
         _vision(teacher, config.vlm.vision, examples, (grid_of(*shown),))
         count.products("alignment/", examples, reached)
-    states = examples * (batch["text_mask"].shape[1] + queries)
+    states = examples * (window + queries)
     reached = count.products("connector/(layers_)?fc1/", states, reached)
     return count.products("connector/(layers_)?fc2/", states, reached)
 
@@ -196,11 +207,12 @@ def _vision(count: _Count, config: VisionConfig, examples: int, grids: Grids) ->
     return reached and bool(grids)
 
 
-def _generator(count: _Count, config: ModelConfig, batch: Batch, reached: bool) -> None:
-    """The MMDiT; `reached` says whether its context depends on anything trained."""
+def _generator(
+    count: _Count, config: ModelConfig, batch: Batch | PaddedBatch, context: int, reached: bool
+) -> None:
+    """The MMDiT; `reached` says whether its `context` tokens depend on anything trained."""
     pictures, examples = _encoded(config, batch), batch["target"].shape[0]
     tokens = sum(math.prod(side // PACKED for side in x.shape[1:3]) for x in pictures)
-    context = batch["text_mask"].shape[1] + config.num_queries
     # The time t = 0 of clean pictures is embedded once for all examples.
     times = examples + (config.mmdit.zero_cond_t and len(pictures) > 1)
     embedder, blocks = "mmdit/time_text_embed/timestep_embedder/", "mmdit/transformer_blocks/"

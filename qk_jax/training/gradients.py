@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from qk_jax.base import trees
 from qk_jax.base.errors import InputError
-from qk_jax.base.types import Batch, Tree
+from qk_jax.base.types import StepBatch, Tree
 from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
 from qk_jax.training.objectives.flow_matching import LossFn
@@ -41,7 +41,7 @@ def gradients(
     loss: LossFn,
     params: Tree,
     frozen: Tree,
-    batch: Batch,
+    batch: StepBatch,
     rng: jax.Array,
     accumulation: int,
     constrain: Callable[[Tree], Tree] = lambda tree: tree,
@@ -63,11 +63,11 @@ def gradients(
       gradients like `params`, float32; {'loss', 'task', every aux of `loss`} with B values each.
     """
 
-    def mean_loss(params: Tree, part: Batch, key: jax.Array) -> tuple[jax.Array, Values]:
+    def mean_loss(params: Tree, part: StepBatch, key: jax.Array) -> tuple[jax.Array, Values]:
         values, aux = loss(trees.join(params, frozen), part, key)
         return jnp.mean(values), {"loss": values, "task": part["task"], **aux}
 
-    def grad(part: Batch, index: Any) -> tuple[Tree, Values]:
+    def grad(part: StepBatch, index: Any) -> tuple[Tree, Values]:
         key = jax.random.fold_in(rng, index)
         found, values = jax.grad(mean_loss, has_aux=True)(params, part, key)
         return jax.tree.map(lambda g: g.astype(jnp.float32), constrain(found)), values
@@ -75,7 +75,7 @@ def gradients(
     if accumulation == 1:
         return grad(batch, 0)
 
-    def body(total: Tree, inputs: tuple[Batch, jax.Array]) -> tuple[Tree, Values]:
+    def body(total: Tree, inputs: tuple[StepBatch, jax.Array]) -> tuple[Tree, Values]:
         grads, values = grad(*inputs)
         return constrain(jax.tree.map(lambda t, g: t + g / accumulation, total, grads)), values
 

@@ -27,6 +27,7 @@ from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
 from qk_jax.training import evals, flops, metrics, start
 from qk_jax.training import step as step_lib
+from qk_jax.training.padding import Padding
 from qk_jax.training.phases import Limits, Phases
 from qk_jax.training.profiling import Profiler
 from qk_jax.training.saving import Saver
@@ -65,7 +66,8 @@ def train(config: ConfigDict, workdir: files.PathLike) -> None:
         with contextlib.closing(store), jax.set_mesh(plan.mesh):
             for line in plan.describe():
                 log.info("%s", line)
-            data = pipeline.Pipeline(config, "train", prompts=plan.prompts)
+            pad = Padding.from_config(config)
+            data = pipeline.Pipeline(config, "train", prompts=plan.prompts, finish=pad)
             distributed.agree("data", {"the digest of the data's plan": data.digest()})
             with phases.doing("restore" if store.steps() else "start"):
                 begun = start.restore_or_start(plan, folder, store)

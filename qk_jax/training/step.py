@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import optax
 
 from qk_jax.base import trees
 from qk_jax.base.errors import InputError
-from qk_jax.base.types import Batch, Encoded, EncodedBatch, Tree
+from qk_jax.base.types import PaddedBatch, Pictures, StepBatch, Tree
 from qk_jax.data.example import TASKS
 from qk_jax.diffusion import flow
 from qk_jax.experiment import optimizer
@@ -20,6 +20,7 @@ from qk_jax.experiment.train_state import TrainState
 from qk_jax.training import flops
 from qk_jax.training.gradients import gatherer, gradients, micro_batches, one_batch
 from qk_jax.training.objectives.flow_matching import loss_fn
+from qk_jax.training.padding import Padding
 
 Metrics = dict[str, jax.Array]
 
@@ -47,44 +48,74 @@ def summaries(values: Mapping[str, jax.Array], bins: int) -> Metrics:
     return out
 
 
-def make_encoder(plan: Plan) -> jax.stages.Wrapped:
-    """The compiled (frozen, batch) -> what `QueryKontext.encode` makes of the pictures.
+class Encoder:
+    """(frozen, padded batch) -> what a step reads: the pictures through the frozen autoencoder.
 
-    A program of its own beside the train step, which therefore has no convolutions: the compiler
-    for v6e, when it may use the VMEM that makes large matrix products fast, never finishes
-    compiling those. As many examples are encoded at a time as a micro-batch has.
+    Programs of their own beside the train step, one for each size of a picture. The step therefore
+    has no convolutions: the compiler for v6e, when it may use the VMEM that makes large matrix
+    products fast, never finishes compiling those. As many examples are encoded at a time as a
+    micro-batch has.
 
-    Raises:
-      InputError: the autoencoder is trained.
+    Attributes:
+      program: the compiled (frozen, pictures [B, H, W, 3], tokens) -> mean and deviation of their
+        latents, of `QueryKontext.posterior_tokens`.
     """
-    if "vae" in plan.params:
-        raise InputError(
-            "config.rules train the autoencoder, whose latents the loss is made of; freeze vae/.*"
-        )
-    model, accumulation = plan.model, plan.config.optimizer.accumulation
 
-    def encode(frozen: Tree, batch: Batch) -> Encoded:
-        if accumulation == 1:
-            return model.encode(frozen, batch)
-        parts = micro_batches(
-            {"target": batch["target"], "conditions": batch["conditions"]}, accumulation
-        )
-        return one_batch(jax.lax.map(lambda part: model.encode(frozen, part), parts))
+    def __init__(self, plan: Plan):
+        """Compiles nothing yet.
 
-    return jax.jit(
-        encode,
-        in_shardings=(trees.shardings(plan.frozen), plan.batch_sharding),
-        out_shardings=plan.batch_sharding,
-        compiler_options=plan.compiler_options(),
-    )
+        Raises:
+          InputError: the autoencoder is trained.
+        """
+        if "vae" in plan.params:
+            raise InputError(
+                "config.rules train the autoencoder, whose latents the loss is made of; freeze "
+                "vae/.*"
+            )
+        model, accumulation = plan.model, plan.config.optimizer.accumulation
+        self._padding = Padding.from_config(plan.config)
+        self._reads_conditions = model.config.condition_latents
+
+        def encode(frozen: Tree, pictures: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array]:
+            if accumulation == 1:
+                return model.posterior_tokens(frozen, pictures, tokens)
+            parts = micro_batches(pictures, accumulation)
+            found = jax.lax.map(lambda part: model.posterior_tokens(frozen, part, tokens), parts)
+            return one_batch(found)
+
+        self.program = jax.jit(
+            encode,
+            static_argnums=2,
+            in_shardings=(trees.shardings(plan.frozen), plan.batch_sharding),
+            out_shardings=plan.batch_sharding,
+            compiler_options=plan.compiler_options(),
+        )
+
+    def pictures(self, batch: PaddedBatch) -> list[tuple[Any, int]]:
+        """What the program is called with: the target, then the condition pictures that reach the
+        generator, each with the tokens that it is padded to."""
+        conditions = batch["conditions"] if self._reads_conditions else ()
+        tokens = self._padding.tokens(batch)
+        return list(zip((batch["target"], *conditions), tokens, strict=False))
+
+    def __call__(self, frozen: Tree, batch: PaddedBatch) -> StepBatch:
+        """The batch with latents instead of pixels."""
+        return step_batch(batch, [self.program(frozen, *one) for one in self.pictures(batch)])
+
+
+def step_batch(batch: PaddedBatch, encoded: Sequence[tuple[Any, Any]]) -> StepBatch:
+    """What a step reads of a batch, with what `Encoder.program` made of each of its pictures."""
+    rest: Any = {name: x for name, x in batch.items() if name not in Pictures.__annotations__}
+    posterior, *conditions = encoded
+    return rest | {"posterior": posterior, "latents": tuple(mean for mean, _ in conditions)}
 
 
 def make_train_step(plan: Plan) -> jax.stages.Wrapped:
     """The compiled (state, frozen, batch) -> (state, metrics); it consumes the state.
 
-    The batch may hold what `make_encoder` makes of its pictures; otherwise they are encoded here.
     Every random number comes from fold_in(key(seed), step), so the step number alone decides them.
-    A batch of new shapes compiles anew. Metrics are device arrays; reading them waits.
+    A batch of new shapes, as with another number of condition pictures, compiles anew. Metrics are
+    device arrays; reading them waits.
 
     An update whose gradient or loss is not finite is not applied ('applied' in the metrics), on all
     devices alike; 'finite' [B] tells the examples apart.
@@ -104,7 +135,7 @@ def make_train_step(plan: Plan) -> jax.stages.Wrapped:
     def constrain(grads: Tree) -> Tree:
         return jax.lax.with_sharding_constraint(grads, plan.gradients)
 
-    def step(state: TrainState, frozen: Tree, batch: EncodedBatch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: Tree, batch: StepBatch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         state = moved(state, "device")
         weights = gather(state.params)
@@ -142,38 +173,55 @@ def make_train_step(plan: Plan) -> jax.stages.Wrapped:
 
 
 class Compiled:
-    """Encoder and train step, compiled once per batch shape, with the model FLOPs of each shape."""
+    """Encoder and train step, each compiled once for shapes that it has not met before.
+
+    The step has a program for each number of condition pictures, the encoder for each size.
+    """
 
     def __init__(self, plan: Plan):
         self._plan = plan
-        self._encode, self._step = make_encoder(plan), make_train_step(plan)
-        self._known: dict[Any, tuple[Any, Any, int]] = {}
+        self._encoder, self._step = Encoder(plan), make_train_step(plan)
+        self._programs: dict[Any, Any] = {}
+        self._work: dict[Any, int] = {}
 
-    def is_new(self, batch: Batch) -> bool:
-        """Whether a batch has to be compiled for."""
-        return self._key(batch) not in self._known
+    def is_new(self, batch: PaddedBatch) -> bool:
+        """Whether something has to be compiled for a batch."""
+        return not self._programs.keys() >= {*self._encoder_keys(batch), self._step_key(batch)}
 
     def __call__(
-        self, state: TrainState, frozen: Tree, batch: Batch
+        self, state: TrainState, frozen: Tree, batch: PaddedBatch
     ) -> tuple[TrainState, Metrics, int]:
         """(state, metrics, FLOPs of this step)."""
-        key = self._key(batch)
-        if key not in self._known:
-            self._known[key] = self._compiled(state, frozen, batch)
-        encode, step, work = self._known[key]
-        state, values = step(state, frozen, batch | encode(frozen, batch))
-        return state, values, work
+        pictures = self._encoder.pictures(batch)
+        for key, one in zip(self._encoder_keys(batch), pictures, strict=True):
+            if key not in self._programs:
+                self._programs[key] = self._encoder.program.lower(frozen, *one).compile()
+        encoded = [
+            self._programs[key](frozen, picture)
+            for key, (picture, _) in zip(self._encoder_keys(batch), pictures, strict=True)
+        ]
+        inputs, key = step_batch(batch, encoded), self._step_key(batch)
+        if key not in self._programs:
+            self._programs[key] = self._step.lower(state, frozen, inputs).compile()
+        state, values = self._programs[key](state, frozen, inputs)
+        return state, values, self._flops(batch)
 
-    @staticmethod
-    def _key(batch: Batch) -> tuple[Any, ...]:
-        return tuple((name, x.shape) for name, x in trees.named(batch).items())
+    def _encoder_keys(self, batch: PaddedBatch) -> list[Any]:
+        return [(x.shape, tokens) for x, tokens in self._encoder.pictures(batch)]
 
-    def _compiled(self, state: TrainState, frozen: Tree, batch: Batch) -> tuple[Any, Any, int]:
-        """Encoder, step and FLOPs for batches of these shapes."""
-        encode = self._encode.trace(frozen, batch)
-        step = self._step.lower(state, frozen, batch | encode.out_info)
-        work = flops.of_step(self._plan, batch)
-        return encode.lower().compile(), step.compile(), work
+    def _step_key(self, batch: PaddedBatch) -> Any:
+        tokens = [tokens for _, tokens in self._encoder.pictures(batch)]
+        return _shapes(step_batch(batch, [((), ())])), *tokens
+
+    def _flops(self, batch: PaddedBatch) -> int:
+        key = _shapes(batch)
+        if key not in self._work:
+            self._work[key] = flops.of_step(self._plan, batch)
+        return self._work[key]
+
+
+def _shapes(tree: Any) -> tuple[Any, ...]:
+    return tuple((name, x.shape) for name, x in trees.named(tree).items())
 
 
 def make_eval_step(plan: Plan) -> jax.stages.Wrapped:
@@ -183,7 +231,7 @@ def make_eval_step(plan: Plan) -> jax.stages.Wrapped:
     """
     loss, bins, seed = loss_fn(plan), plan.config.log.t_bins, plan.config.validation.seed
 
-    def step(params: Tree, frozen: Tree, batch: Batch, index: jax.Array) -> Metrics:
+    def step(params: Tree, frozen: Tree, batch: StepBatch, index: jax.Array) -> Metrics:
         rng = jax.random.fold_in(jax.random.key(seed), index)
         _, aux = loss(trees.join(params, frozen), batch, rng)
         return summaries({"task": batch["task"], **aux}, bins)

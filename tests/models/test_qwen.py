@@ -121,8 +121,11 @@ def test_windows_and_vision_rotary_equal_transformers(grids):
     positions = vision_utils.get_vision_position_ids(thw, 2)
     model, _ = reference()
     cos, sin = model.model.visual.rotary_pos_emb(torch.zeros(1), positions)
-    close(mrope.vision_rotary(grids, 16)[0], cos)
-    close(mrope.vision_rotary(grids, 16)[1], sin)
+    places = np.concatenate([mrope.patch_positions(*grid) for grid in grids])
+    close(mrope.vision_rotary(places, 16)[0], cos)
+    close(mrope.vision_rotary(places, 16)[1], sin)
+    sorted_by_window = places.reshape(-1, 4, 2)[order].reshape(-1, 2)
+    np.testing.assert_array_equal(ours.positions, sorted_by_window)
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])

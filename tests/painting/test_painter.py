@@ -331,7 +331,7 @@ def test_merged_adapters_paint_as_separate_ones():
 
     def velocity(model, params):
         context, mask = model.context(params, batch)
-        latents = model.condition_latents(params, batch)
+        latents = tuple(model.encode_pictures(params, x) for x in batch["conditions"])
         roles, shown = batch["roles"], batch["condition_mask"]
         return model.velocity(params, x, t, context, mask, (2, 2), latents, roles, shown)
 

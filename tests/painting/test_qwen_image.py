@@ -194,6 +194,6 @@ def test_edits_equal_the_pipeline(folders, monkeypatch, preset, sizes, zero_cond
     roles = (SOURCE, REFERENCE)[: len(pictures)]
     batch = builder_of(ours, template).batch(PROMPTS[1:], [pictures], [roles], [True])
     batch = jax.tree.map(jnp.asarray, batch)
-    latents = ours.condition_latents(params, batch)
+    latents = tuple(ours.encode_pictures(params, x) for x in batch["conditions"])
     v = ours_at(ours, params, batch, jnp.asarray(noise), 1.0, (4, 6), latents)
     np.testing.assert_allclose(v, found[0][:, :24], atol=2e-5, rtol=1e-5)

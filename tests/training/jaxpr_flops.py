@@ -17,6 +17,8 @@ from jax.extend import core
 from qk_jax.base import trees
 from qk_jax.models.query_kontext import QueryKontext
 from qk_jax.training.objectives.flow_matching import loss_fn
+from qk_jax.training.padding import Padding
+from qk_jax.training.step import step_batch
 
 # Towers by the scope in which their products are traced, which starts with the module's class; the
 # first that is found decides.
@@ -32,15 +34,25 @@ SCOPES = {
 
 def by_tower_of_step(plan, batch):
     """FLOPs by tower of the gradient of the mean loss on a batch (arrays or shapes)."""
-    model = dataclasses.replace(plan.model.config, remat=None)
-    loss = loss_fn(dataclasses.replace(plan, model=QueryKontext(model, plan.model.dtype)))
+    model = QueryKontext(dataclasses.replace(plan.model.config, remat=None), plan.model.dtype)
+    loss = loss_fn(dataclasses.replace(plan, model=model))
+    padding = Padding.from_config(plan.config).exact()
+    latents = model.config.condition_latents
 
     def gradient(params, frozen, batch):
+        pictures = (batch["target"], *(batch["conditions"] if latents else ()))
+        encoded = [
+            model.posterior_tokens(frozen, one, tokens)
+            for one, tokens in zip(pictures, padding.tokens(batch), strict=False)
+        ]
+        inputs = step_batch(batch, encoded)
+
         def mean_loss(params):
-            return jnp.mean(loss(trees.join(params, frozen), batch, jax.random.key(0))[0])
+            return jnp.mean(loss(trees.join(params, frozen), inputs, jax.random.key(0))[0])
 
         return jax.grad(mean_loss)(params)
 
+    batch = padding.abstract(batch)
     return by_tower(jax.make_jaxpr(gradient)(plan.params, plan.frozen, batch).jaxpr)
 
 

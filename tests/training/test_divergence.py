@@ -15,6 +15,7 @@ from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
 from qk_jax.training import loop
 from qk_jax.training import step as step_lib
+from qk_jax.training.padding import Padding
 
 NANO = "tests/training/nano.py:stage1"
 POISON = 3  # a record whose loss is not a number
@@ -31,7 +32,7 @@ class Pipeline(batches.Pipeline):
             made["record"] += 100
             if step + 1 in self.poisoned:
                 made["record"][5] = POISON
-            yield made
+            yield self.finish(made)
 
     def records(self, step):
         return [f"text_to_image {i if i == 5 else 100 + i}" for i in range(8)]
@@ -70,7 +71,8 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts():
     made = batches.batch(plan.config, 0)
     made["record"] = np.array([0, 1, 2, 4, 4, POISON, 6, 7])
     with jax.set_mesh(plan.mesh):
-        left, values, _ = step_lib.Compiled(plan)(jax.device_put(state), frozen, made)
+        padded = Padding.from_config(plan.config)(made)
+        left, values, _ = step_lib.Compiled(plan)(jax.device_put(state), frozen, padded)
     assert not values["applied"] and np.flatnonzero(~values["finite"]).tolist() == [5]
     for name, leaf in trees.named(left).items():
         counted = np.issubdtype(leaf.dtype, np.integer)

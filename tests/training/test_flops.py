@@ -17,6 +17,7 @@ from qk_jax.experiment.plan import Plan
 from qk_jax.models import attention
 from qk_jax.training import flops
 from qk_jax.training import step as step_lib
+from qk_jax.training.padding import Padding
 
 NANO = "tests/training/nano.py"
 SIZES = ((64, 64), (48, 80))  # of condition pictures
@@ -95,11 +96,25 @@ def test_a_step_that_trains_something_else(rules):
 def test_the_train_step_has_no_other_products():
     plan = plan_of(f"{NANO}:stage3")
     batch = batch_of(plan, 1)
+    padded = Padding.from_config(plan.config).exact().abstract(batch)
+    encoder = step_lib.Encoder(plan)
     with jax.set_mesh(plan.mesh):
-        traced = step_lib.make_train_step(plan).trace(plan.state, plan.frozen, batch)
+        encoders = [encoder.program.trace(plan.frozen, *x) for x in encoder.pictures(padded)]
+        inputs = step_lib.step_batch(padded, [one.out_info for one in encoders])
+        traced = step_lib.make_train_step(plan).trace(plan.state, plan.frozen, inputs)
     whole = jaxpr_flops.by_tower(traced.jaxpr.jaxpr)
+    for one in encoders:
+        whole += jaxpr_flops.by_tower(one.jaxpr.jaxpr)
     assert whole.pop("other") == 2 * 8 * (len(TASKS) + plan.config.log.t_bins)  # sums for the log
     assert flops.by_tower_of_step(plan, batch) == whole
+
+
+def test_padding_does_not_count():
+    plan = plan_of(f"{NANO}:stage3")
+    batch = batches.abstract(plan.config, (80, 48), [(64, 64)], 8)
+    padded = Padding.from_config(plan.config).abstract(batch)
+    assert padded["input_ids"].shape[1] > batch["input_ids"].shape[1]
+    assert flops.by_tower_of_step(plan, padded) == flops.by_tower_of_step(plan, batch)
 
 
 def test_flops_grow_with_pictures_and_with_examples():

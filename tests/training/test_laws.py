@@ -22,9 +22,9 @@ from qk_jax.diffusion import flow
 from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
 from qk_jax.models.query_kontext import QueryKontext
-from qk_jax.pictures.sizes import PACKED
 from qk_jax.training import evals
 from qk_jax.training import step as step_lib
+from qk_jax.training.padding import Padding
 
 NANO = pathlib.Path(__file__).parent / "nano.py"
 SLOTS, SIDE = 256, 2  # slots of a batch, packed tokens along a side of the target
@@ -42,7 +42,7 @@ class Probe(QueryKontext):
     def connect(self, params, text, kontext, text_mask):
         return kontext, None
 
-    def velocity(self, params, x_t, t, context, *rest):
+    def velocity_of_tokens(self, params, x_t, t, context, *rest):
         a, b, c = (x.reshape(x_t.shape) for x in jnp.moveaxis(context, 1, 0))
         return a + t[:, None, None] * b + x_t * c
 
@@ -73,10 +73,11 @@ def nano_plan(stage, devices):
 
 def batch_of(plan, mean=0.0, logvar=-30.0, slots=SLOTS):
     """Encoded targets whose posteriors are known; normally points, so that x0 is the mean."""
-    shape = (slots, 2 * SIDE, 2 * SIDE, CHANNELS)
-    posterior = (np.full(shape, mean, np.float32), np.full(shape, logvar, np.float32))
+    shape, scale = (slots, SIDE * SIDE, 4 * CHANNELS), shift_and_scale(plan)[1]
+    moments = normalised(plan, mean), np.exp(0.5 * logvar) * scale
+    posterior = tuple(np.full(shape, x, np.float32) for x in moments)
     batch = {
-        "target": np.zeros((slots, PACKED * SIDE, PACKED * SIDE, 3), np.uint8),
+        "grids": np.full((slots, 1, 2), SIDE, np.int32),
         "record": np.arange(slots),
         "task": np.zeros(slots, np.int32),
         "text_mask": np.ones((slots, 1), bool),
@@ -365,7 +366,7 @@ def test_the_evaluator_numbers_its_batches_alike_each_time(monkeypatch):
 
     monkeypatch.setattr(evals.pipeline, "Pipeline", batches.Pipeline)
     monkeypatch.setattr(evals.step_lib, "make_eval_step", lambda plan: record)
-    monkeypatch.setattr(evals.step_lib, "make_encoder", lambda plan: lambda frozen, batch: {})
+    monkeypatch.setattr(evals.step_lib, "Encoder", lambda plan: lambda frozen, batch: {})
     monkeypatch.setattr(evals.metrics.Window, "take", lambda self: {})
     monkeypatch.setattr(evals.metrics.Window, "add", lambda self, values: None)
     evaluator = evals.ValidationLoss(plan, plan.config.evals.loss, None, None)
@@ -392,9 +393,10 @@ def test_every_slot_of_a_real_step_has_a_time_of_its_own():
     random = functools.partial(
         jax.tree.map, lambda x: (0.1 * rng.normal(size=x.shape)).astype(x.dtype)
     )
-    batch, frozen, state = batches.batch(config, 0), random(plan.frozen), state_of(plan)
+    padded = Padding.from_config(config)(batches.batch(config, 0))
+    batch, frozen, state = {**padded}, random(plan.frozen), state_of(plan)
     state = jax.device_put(state.replace(params=random(plan.params)))
-    batch |= {name: batch_of(plan, slots=8)[name] for name in ("posterior", "latents")}
+    batch = step_lib.step_batch(batch, [batch_of(plan, slots=8)["posterior"]])
     found = []
     with jax.set_mesh(plan.mesh):
         step = step_lib.make_train_step(plan)

@@ -32,11 +32,12 @@ STAGES = ("stage1", "stage2", "stage3")
 
 
 class Pipeline(batches.Pipeline):
-    """One picture at every step, so that a stage has one program."""
+    """One picture at every step, so that a stage has one program, whatever the sizes."""
 
     def batches(self, first):
         for step in range(first, self.config.steps):
-            yield batches.batch(self.config, step, pictures=1)
+            size = ((64, 64), (80, 48))[step % 2]
+            yield self.finish(batches.batch(self.config, step, pictures=1, size=size))
 
 
 def config_of(name, **changes):
@@ -51,7 +52,7 @@ class Reuse(step_lib.Compiled):
 
     def __init__(self, plan):
         super().__init__(plan)
-        self._known = self.programs.setdefault((plan.stage.name, plan.config.optimizer.lr), {})
+        self._programs = self.programs.setdefault((plan.stage.name, plan.config.optimizer.lr), {})
 
 
 @pytest.fixture(autouse=True)

@@ -62,12 +62,10 @@ def prepared(config, mesh):
         opt_state=jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), target.opt_state),
         ema=params,
     )
-    arguments = (
-        jax.device_put(state, trees.shardings(target)),
-        jax.device_put(values(plan.frozen), trees.shardings(plan.frozen)),
-        jax.device_put(batches.batch(config, 0, pictures=1), plan.batch_sharding),
-    )
-    return step_lib.make_train_step(plan), arguments
+    frozen = jax.device_put(values(plan.frozen), trees.shardings(plan.frozen))
+    inputs = batches.encoded(plan, frozen, batches.batch(config, 0, pictures=1))
+    state = jax.device_put(state, trees.shardings(target))
+    return step_lib.make_train_step(plan), (state, frozen, inputs)
 
 
 def stepped(config, mesh):

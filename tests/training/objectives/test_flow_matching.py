@@ -16,7 +16,7 @@ from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
 from qk_jax.models import qwen_vl
 from qk_jax.pictures.grids import grid_of, vision_size
-from qk_jax.training.objectives import flow_matching
+from qk_jax.training.objectives import flow_matching, regions
 from qk_jax.training.objectives.flow_matching import agreement, loss_fn
 
 KINDS = (None, 0.1)  # cosine, and InfoNCE at this temperature
@@ -111,7 +111,7 @@ def test_an_unknown_kind_is_refused():
 
 @pytest.mark.parametrize(("kind", "temperature"), [("cosine", None), ("infonce", 0.3)])
 def test_kind_and_temperature_of_the_config_reach_the_term(kind, temperature, monkeypatch):
-    def term(model, params, batch, kontext, pixels, temperature):
+    def term(model, params, batch, kontext, temperature):
         seen.append(temperature)
         return jnp.ones(2)
 
@@ -120,7 +120,8 @@ def test_kind_and_temperature_of_the_config_reach_the_term(kind, temperature, mo
     monkeypatch.setattr(flow_matching, "alignment", term)
     changes = {"alignment.kind": kind, "alignment.temperature": "0.3", "alignment.weight": "0.5"}
     plan = Plan.build(config_lib.load(f"{NANO}:stage1", changes), check=False)
-    values, aux = loss_fn(plan)({}, {}, jax.random.key(0))
+    grids = np.full((2, 1, 2), (1, 3))
+    values, aux = loss_fn(plan)({}, {"grids": grids}, jax.random.key(0))
     assert seen == [temperature]
     assert values.tolist() == [0.5, 0.5] and aux["alignment"].tolist() == [1, 1]
 
@@ -163,14 +164,14 @@ def edits():
 
 
 def test_changed_tokens_of_an_edit_weigh_more():
-    weights = np.asarray(flow_matching.region(edits(), 1.0)).reshape(4, 4, 3)
+    weights = np.asarray(regions.region(edits(), 1.0)).reshape(4, 4, 3)
     assert weights[0, 1, 2] == pytest.approx(1 + np.log2(12))
     assert weights[0].sum() == pytest.approx(12 + np.log2(12))
     assert (weights[1:] == 1).all()
-    half = flow_matching.region(edits(), 0.5)
+    half = regions.region(edits(), 0.5)
     assert half.max() == pytest.approx(1 + np.log2(12) / 2)
     smaller = edits() | {"conditions": (np.zeros((4, 32, 32, 3), np.uint8),)}
-    assert (np.asarray(flow_matching.region(smaller, 1.0)) == 1).all()
+    assert (np.asarray(regions.region(smaller, 1.0)) == 1).all()
 
 
 def test_the_region_weight_changes_what_is_trained_and_not_what_is_logged(monkeypatch):
@@ -184,7 +185,10 @@ def test_the_region_weight_changes_what_is_trained_and_not_what_is_logged(monkey
     for weight in ("0", "1"):
         changes = {"loss.region_weight": weight}
         plan = Plan.build(config_lib.load(f"{NANO}:stage3", changes), check=False)
-        values[weight], aux = loss_fn(plan)({}, edits(), jax.random.key(0))
+        batch = {"grids": np.full((4, 1, 2), (4, 3))}
+        if plan.config.loss.region_weight:
+            batch["region"] = regions.region(edits(), plan.config.loss.region_weight)
+        values[weight], aux = loss_fn(plan)({}, batch, jax.random.key(0))
         plain = np.square(prediction - target).mean((1, 2))
         np.testing.assert_allclose(aux["flow"], plain, rtol=1e-5)
     np.testing.assert_allclose(values["0"], plain, rtol=1e-5)
