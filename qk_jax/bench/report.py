@@ -24,8 +24,9 @@ ESTIMATE = f"""\
 **What the estimate is.** The real train step in its programs, the autoencoder's encoder for each
 size of a picture and everything else, padded as in training, optimizer and all, compiled by the
 compiler that the slice would use, for that slice's devices and links; their times add up. Whether
-they fit into HBM, each beside what the others take, is that compiler's own answer. Compute is the sum of its cycle estimates for every op
-that it scheduled, loop bodies as often as they run, at the clock of the generation. Attention
+they fit into HBM, each beside what the others take, is that compiler's own answer. Compute is the
+sum of its cycle estimates for every op that it scheduled, loop bodies as often as they run, at
+the clock of the generation. Attention
 kernels, for which it has no estimate, are priced from their FLOPs at
 {kernels.FORWARD_EFFICIENCY:.0%} (forward) and {kernels.BACKWARD_EFFICIENCY:.0%} (backward) of the
 peak that their heads can fill, or from their bytes. A collective takes its bytes over the
