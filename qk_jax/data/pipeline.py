@@ -329,7 +329,7 @@ class Pipeline:
         """Of every shape and its examples: equal where all steps read the same."""
         found = hashlib.sha256()
         for group in self.groups:
-            found.update(repr(group._replace(numbers=None)).encode())
+            found.update(repr({**group._asdict(), "numbers": None}).encode())
             found.update(np.ascontiguousarray(group.numbers, np.int64).tobytes())
         return found.hexdigest()[:16]
 

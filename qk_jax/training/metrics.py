@@ -27,6 +27,9 @@ _SLOW_WAIT = 0.1  # part of its time that a process may wait for data and be no 
 class Window:
     """Collects the metrics of several steps and gives their means, per task and per t-bin."""
 
+    _sums: dict[str, np.ndarray]
+    _last: dict[str, float]
+
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
         """Empty, or going on from what `state` returned, so that a resumed run's lines are those of
         one that never stopped."""
@@ -42,8 +45,7 @@ class Window:
         return {"sums": sums, "last": self._last, "steps": self.steps, "skipped": self.skipped}
 
     def _clear(self) -> None:
-        self._sums: dict[str, np.ndarray] = {}
-        self._last: dict[str, float] = {}
+        self._sums, self._last = {}, {}
         self.steps = self.skipped = 0
 
     def add(self, metrics: Mapping[str, np.ndarray]) -> None:

@@ -14,7 +14,7 @@ import statistics
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -62,7 +62,7 @@ class Phases:
           stacks: the file that gets the stacks of a hang, besides stderr.
           hung: is called in the watchdog's thread with a line that names the phase.
         """
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self._limits, self._stacks, self._hung = limits, stacks, hung
         self._earlier: dict[str, deque[float]] = {}
         self._open: list[Phase] = []
