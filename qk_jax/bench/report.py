@@ -22,8 +22,9 @@ model FLOPs over step time x devices x the vendor's bfloat16 peak.
 """
 ESTIMATE = f"""\
 **What the estimate is.** The real train step in its programs, the autoencoder's encoder for each
-size of a picture and everything else, padded as in training, optimizer and all, compiled by the compiler that the slice would use, for that
-slice's devices and links; their times add up. Whether they fit into HBM, each beside what the
+size of a picture and everything else, padded as in training, optimizer and all, compiled by the
+compiler that the slice would use, for that slice's devices and links; their times add up. Whether
+they fit into HBM, each beside what the
 other takes, is that compiler's own answer. Compute is the sum of its cycle estimates for every op
 that it scheduled, loop bodies as often as they run, at the clock of the generation. Attention
 kernels, for which it has no estimate, are priced from their FLOPs at
