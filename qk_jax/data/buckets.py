@@ -1,6 +1,6 @@
 """Aspect-ratio buckets: which picture sizes exist, and which one a picture goes to.
 
-Sizes are (height, width) in pixels. Each size is one compiled shape, so there are few.
+Sizes are (height, width) in pixels. Each size is one program of the autoencoder.
 """
 
 from __future__ import annotations

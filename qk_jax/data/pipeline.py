@@ -208,10 +208,7 @@ def _planned(
 def _log_shapes(when: str, groups: Groups) -> None:
     shapes = by_shape(groups)
     shared = sum(len({groups[i].task for i in x}) > 1 for x in shapes.values())
-    log.info(
-        "%s: %d shapes of batches, each is compiled once (%d shared by several tasks)",
-        when, len(shapes), shared,
-    )  # fmt: skip
+    log.info("%s: %d shapes of batches (%d shared by several tasks)", when, len(shapes), shared)
 
 
 def unchanged(batch: Batch) -> Batch:
@@ -223,7 +220,7 @@ class Pipeline:
     """All batches of one split of one experiment.
 
     Attributes:
-      groups: every shape that occurs, so every program that is compiled (tasks share shapes).
+      groups: every shape that occurs (tasks share shapes).
       plan: step -> int [B, 2], (index of a group, into its numbers), the same on all hosts.
       bad: how many records were bad so far, by (task, kind).
     """

@@ -7,7 +7,7 @@ number of condition pictures, sizes of references). A batch is of one task, or o
   batches are shuffled over the task's groups and repeated in another order each epoch, and the
   mixture of the tasks (`pipeline`) says whose batch a step takes.
 - Of one shape (`mixed_batches`): groups of several tasks with the same target size and sizes of
-  condition pictures make one shape, and one compiled program. A group's share is its task's weight
+  condition pictures make one shape. A group's share is its task's weight
   times its part of the task's examples. A step takes a batch of a shape by the sum of the shares
   of its groups, and the slots of that shape's batches, counted on from one to the next, take the
   groups by their shares: over many steps every task has its weight. Each group's examples are
@@ -62,7 +62,7 @@ class Group(NamedTuple):
 
     @property
     def shape(self) -> tuple[Size, ...]:
-        """What a program is compiled for: the sizes of the target and of the condition pictures."""
+        """The sizes of the target and of the condition pictures."""
         return (self.size, *self.conditions)
 
 

@@ -7,7 +7,7 @@ A sequence is left-padded and ends with the K queries:
 
 The *window* is what the generator reads of it besides the queries: the text, and with some
 templates the pictures before and the tail behind it. The length depends on the picture sizes only,
-so a bucket compiles once, and window and queries are static slices counted from the end.
+and window and queries are static slices counted from the end.
 """
 
 from __future__ import annotations

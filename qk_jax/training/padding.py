@@ -79,8 +79,8 @@ class Padding:
         """The sizes that share a program with `size`: the smallest table that has it.
 
         Args:
-          size: of a target, or of one of so many condition pictures. One that is in no table, as
-            for an edit of two sources, is a family of its own.
+          size: of a target, or of one of so many condition pictures. One that is in no table is a
+            family of its own.
           pictures: condition pictures, 0 for a target.
         """
         own = for_number(self.conditions, pictures) if pictures and self.conditions else ()

@@ -123,7 +123,7 @@ def test_shapes_of_several_tasks_are_told(builder, caplog):
     with caplog.at_level(logging.INFO):
         made = pipeline.Pipeline(config(), "train", 0, 1, builder)
     shapes = len(plan.by_shape(dict(enumerate(made.groups))))
-    assert f"train: {shapes} shapes of batches, each is compiled once (1 shared" in caplog.text
+    assert f"train: {shapes} shapes of batches (1 shared" in caplog.text
     assert shapes < len(made.groups)
 
 

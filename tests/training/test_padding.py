@@ -150,7 +150,7 @@ def unpadded_loss(plan, batch, tokens):
         mean, logvar = (mmdit.pack(x) for x in model.posterior(tree, batch["target"]))
         shift, scale = (np.repeat(x, 4) for x in model.config.vae.shift_and_scale())
         x0 = (mean + jnp.exp(0.5 * logvar) * drawn[0] - shift) * scale
-        t = flow.sample_timesteps(keys[1], shape[:1], law, rows * columns)
+        t = flow.sample_timesteps(keys[1], shape[:1], law, jnp.full(shape[:1], rows * columns))
         text, kontext = model.states(tree, batch)
         context, mask = model.connect(tree, text, kontext, batch["text_mask"])
         latents = tuple(
@@ -227,13 +227,12 @@ def test_a_padded_step_is_the_unpadded_one(name, shape):
     assert inputs["input_ids"].shape[1] >= batch["input_ids"].shape[1]
     assert inputs["posterior"][0].shape[1] == 16
     wanted_losses, wanted = unpadded(name)
-    np.testing.assert_allclose(losses, wanted_losses, rtol=2e-6)
+    np.testing.assert_allclose(losses, wanted_losses, rtol=1e-6)
     found = trees.named(grads)
     assert found.keys() == wanted.keys()
-    # t differs by its last bit, of which the time embedding makes a thousand.
     gaps = {leaf: np.asarray(found[leaf]) - other for leaf, other in wanted.items()}
     assert norm(gaps) <= 1e-5 * norm(wanted)
     for leaf, other in wanted.items():
         scale = max(np.abs(other).max(initial=0), 1e-6)
         worst = np.abs(gaps[leaf]).max(initial=0)
-        assert worst <= 1e-4 * scale, f"{leaf}: {worst:.1e} of {scale:.1e}"
+        assert worst <= 1e-5 * scale, f"{leaf}: {worst:.1e} of {scale:.1e}"
