@@ -76,7 +76,7 @@ class Store:
         Raises:
           InputError: the folder cannot be made, or does not exist and `write` is False.
         """
-        self.root = files.Path(root).absolute()
+        self.root = files.absolute(root)
         self.write = write
         if not write and not self.root.is_dir():
             raise InputError(f"{self.root} does not exist; give the folder of a trained stage")
