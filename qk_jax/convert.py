@@ -77,8 +77,9 @@ def size(text: str) -> int:
 def main(argv: Sequence[str]) -> None:
     """The command; see the module's docstring."""
     args = parser().parse_args(argv)
-    from qk_jax.base import runtime
+    from qk_jax.base import buckets, runtime
 
+    buckets.check(vars(args).values())
     runtime.skip_absent_tpu()
     VERBS[args.verb](args)
 

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import tqdm
 
 from qk_jax import painting
-from qk_jax.base import cli, runtime
+from qk_jax.base import buckets, cli, runtime
 from qk_jax.base.errors import exits
 from qk_jax.diffusion import sampler
 from qk_jax.painting.orders import jobs_of, make_folders, orders, parse_size, texts_of, write_png
@@ -72,6 +72,8 @@ def main(argv: Sequence[str]) -> None:
     """The command; see the module's docstring."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what we ask for
     args = parser().parse_args(argv)
+    buckets.check([args.checkpoint, args.source, *args.reference, args.prompts])
+    buckets.check([args.out, args.out_dir])
     runtime.skip_absent_tpu()
     runtime.keep_programs()
     asked = orders(args)

@@ -13,10 +13,16 @@ from typing import Any
 
 from etils.epath import Path as Path  # re-exported: what every room calls a path
 
+from qk_jax.base import buckets
 from qk_jax.base.errors import InputError, some
 
 PathLike = str | os.PathLike[str]
 GIGABYTE = 10**9
+
+
+def absolute(path: PathLike) -> Path:
+    """The path from the root of disk or bucket; etils takes gs://a for a folder of this one."""
+    return Path(path) if buckets.is_remote(path) else Path(path).absolute()
 
 
 def read_json(path: PathLike) -> dict[str, Any]:
@@ -60,8 +66,13 @@ def json_object(text: bytes) -> dict[str, Any]:
 
 def write_text(path: PathLike, text: str) -> None:
     """Writes `text`; no half-written file has the name. Raises InputError if it cannot."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: PathLike, data: bytes) -> None:
+    """Writes `data`, as `write_text` does."""
     with beside(path) as part:
-        part.write_text(text)
+        part.write_bytes(data)
 
 
 def write_json(path: PathLike, value: Any) -> None:
@@ -85,10 +96,8 @@ def beside(path: PathLike) -> Iterator[Path]:
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be written ({error}); free space or choose another folder"
-        ) from None
+    except Exception as error:
+        raise _unwritable(path, error, "free space or choose another folder") from None
 
 
 @contextlib.contextmanager
@@ -102,7 +111,7 @@ def fresh_folder(folder: PathLike, marker: str) -> Iterator[Path]:
     Raises:
       InputError: `folder` exists and is something else, or cannot be written.
     """
-    folder = Path(folder).absolute()
+    folder = absolute(folder)
     occupied = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
     if occupied and not (folder / marker).is_file():
         raise InputError(
@@ -114,15 +123,15 @@ def fresh_folder(folder: PathLike, marker: str) -> Iterator[Path]:
         if part.exists():
             part.rmtree()
         part.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error}); choose another folder") from None
+    except Exception as error:
+        raise _unwritable(folder, error, "choose another folder") from None
     try:
         yield part
         if folder.exists():
             folder.rename(old)
         part.rename(folder)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error}); free space there") from None
+    except Exception as error:
+        raise _unwritable(folder, error, "free space there") from None
     finally:
         for left in (part, old):
             remove_folder(left)
@@ -132,6 +141,13 @@ def below(folder: PathLike) -> Iterator[Path]:
     """Every file of a folder and of the folders in it."""
     for here, _, names in Path(folder).walk():
         yield from (here / name for name in names)
+
+
+def _unwritable(path: Path, error: Exception, mend: str) -> Exception:
+    """An InputError for a failure of disk, bucket or network; any other error as it is."""
+    if not buckets.is_failure(error):
+        return error
+    return InputError(f"{path} cannot be written ({error}); {mend}")
 
 
 def remove_folder(folder: PathLike) -> None:
@@ -154,7 +170,9 @@ def writable_folder(folder: PathLike, what: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except Exception as error:
+        if not buckets.is_failure(error):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"{what} {folder} cannot be written: {reason}; choose another") from None
     return folder

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Iterable
 
-from qk_jax.base import files
+from qk_jax.base import buckets, files
 from qk_jax.base.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ def component_folder(model: files.PathLike, part: str) -> files.Path:
 
 def _local(model: files.PathLike, folders: Iterable[str]) -> files.Path:
     """What exists on disk as it is; else the Hub's model, of a pipeline these folders only."""
+    buckets.check([str(model)])
     if files.Path(model).exists():
         return files.Path(model)
     found = _revision(model)

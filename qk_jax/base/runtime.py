@@ -8,7 +8,6 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import os
 import pathlib
 import platform
 import subprocess
@@ -20,7 +19,7 @@ from typing import Any
 import absl.logging
 import jax
 
-from qk_jax.base import files
+from qk_jax.base import buckets, files
 from qk_jax.base.errors import InputError
 
 log = logging.getLogger("qk_jax")
@@ -88,11 +87,10 @@ def keep_programs(folder: files.PathLike | None = None) -> None:
     if jax.config.values["jax_compilation_cache_dir"]:
         return
     if folder is None:
-        known = os.environ.get("XDG_CACHE_HOME", "")
-        home = known if os.path.isabs(known) else os.path.expanduser("~/.cache")
-        if not os.path.isabs(home):  # a user without a home
+        home = buckets.cache_folder()
+        if home is None:
             return
-        folder = files.Path(home) / "qk_jax" / "compilation_cache"
+        folder = home / "compilation_cache"
     try:
         files.writable_folder(folder, "the folder of compiled programs")
     except InputError:

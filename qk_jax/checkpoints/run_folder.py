@@ -18,7 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from qk_jax import sharding
-from qk_jax.base import files, runtime, trees
+from qk_jax.base import buckets, files, runtime, trees
 from qk_jax.base.errors import InputError
 from qk_jax.base.types import Tree
 from qk_jax.checkpoints.digest import describe
@@ -85,6 +85,7 @@ def load(
       InputError: no such folder, no whole step, or a part is missing; or as `check`.
     """
     folder = files.Path(folder)
+    buckets.check([str(folder)])
     if not (folder / CHECKPOINTS).is_dir():
         raise InputError(f"{folder} holds no {CHECKPOINTS}/; give the folder of a stage, W/stage3")
     store = Store(folder / CHECKPOINTS, write=False)
@@ -163,7 +164,8 @@ def keep_tokenizer(folder: files.Path, prompts: PromptBuilder) -> None:
     """Writes the tokenizer into a stage folder, which then needs no other; once."""
     if jax.process_index() == 0 and not (folder / TOKENIZER).is_dir():
         with files.fresh_folder(folder / TOKENIZER, "tokenizer.json") as part:
-            prompts.tokenizer.save_pretrained(str(part))
+            with buckets.local_folder(part) as here:
+                prompts.tokenizer.save_pretrained(str(here))
 
 
 def check_fits(found: Meta, plan: Plan, folder: files.Path) -> None:

@@ -87,7 +87,7 @@ class Store:
         Raises:
           InputError: the folder cannot be made, or does not exist and `write` is False.
         """
-        self.root = files.Path(root).absolute()
+        self.root = files.absolute(root)
         self.write = write
         self.writing: int | None = None
         if not write and not self.root.is_dir():

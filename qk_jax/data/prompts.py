@@ -23,7 +23,7 @@ import numpy as np
 import tokenizers
 from PIL import Image
 
-from qk_jax.base import files, hub
+from qk_jax.base import buckets, files, hub
 from qk_jax.base.errors import InputError
 from qk_jax.base.types import PaintingBatch
 from qk_jax.data.templates import TAIL, PromptTemplate
@@ -66,7 +66,8 @@ def load_tokenizer(folder: files.PathLike) -> Any:
             f"{folder} has no tokenizer.json; give the folder of a Qwen2.5-VL tokenizer"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        with buckets.staged_folder(folder, (".json", ".txt", ".jinja")) as here:
+            tokenizer = AutoTokenizer.from_pretrained(str(here), local_files_only=True)
     except Exception as error:  # of tokenizers, json or transformers, without a common class
         raise InputError(f"the tokenizer in {folder} cannot be read: {error}") from error
     missing = [token for token in NEEDED if token not in tokenizer.get_vocab()]

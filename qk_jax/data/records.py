@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python import array_record_module
 
-from qk_jax.base import files
+from qk_jax.base import buckets, files
 from qk_jax.base.errors import InputError
 
 _OLD_DTYPE = np.dtype(  # of files that were written before references had sizes of their own
@@ -118,8 +118,12 @@ def write_records(path: files.PathLike, entries: Iterable[Entry]) -> int:
     files.writable_folder(files.Path(path).parent, "the folder")
     index = []
     # The index gets its name first.
-    with files.beside(path) as part, files.beside(index_path(path)) as side:
-        writer = array_record_module.ArrayRecordWriter(str(part), "group_size:1")
+    with (
+        files.beside(path) as part,
+        files.beside(index_path(path)) as side,
+        buckets.local_file(part) as here,
+    ):
+        writer = array_record_module.ArrayRecordWriter(str(here), "group_size:1")
         try:
             for entry in entries:
                 data = encode(entry.header, entry.blobs)
@@ -136,6 +140,9 @@ def write_records(path: files.PathLike, entries: Iterable[Entry]) -> int:
 
 class RecordFile:
     """Random access to one record file. Opened at the first read, so that it pickles to workers.
+
+    One in a bucket is copied to the disk of the host before that: its reader opens local files
+    only, and what is read again and again costs a request for each record only without a copy.
 
     Raises: InputError for a file that is missing, truncated, or does not fit its side index.
     """
@@ -163,6 +170,7 @@ class RecordFile:
                 f"the side index {side} has the columns {self.index.dtype.names}; "
                 "it belongs to another version: write the file again"
             )
+        self._local = buckets.staged(self.path)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_reader": None}
@@ -173,7 +181,7 @@ class RecordFile:
     def _open(self) -> Any:
         try:
             reader = array_record_module.ArrayRecordReader(
-                str(self.path), "readahead_buffer_size:0"
+                str(self._local), "readahead_buffer_size:0"
             )
             count = reader.num_records()
         except (ValueError, RuntimeError, OSError) as error:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 
 from qk_jax import painting
-from qk_jax.base import files, hub
+from qk_jax.base import buckets, files, hub
 from qk_jax.base.errors import InputError
 from qk_jax.base.files import GIGABYTE
 from qk_jax.base.types import Tree
@@ -121,7 +121,8 @@ def _original_vae(loaded: Loaded) -> files.Path | None:
 
 def _export_tokenizer(builder: prompts.PromptBuilder, folder: files.Path) -> None:
     """The tokenizer for transformers 4 and 5, with the training's prompts as its chat template."""
-    builder.tokenizer.save_pretrained(str(folder))
+    with buckets.local_folder(folder) as here:
+        builder.tokenizer.save_pretrained(str(here))
     file = folder / "tokenizer_config.json"
     values = files.read_json(file)
     # transformers 4 knows the list under its old name only, 5 under both.

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from qk_jax import painting
-from qk_jax.base import files
+from qk_jax.base import buckets, files
 from qk_jax.base.errors import InputError
 from qk_jax.base.files import read_json
 from qk_jax.checkpoints.run_folder import Loaded
@@ -56,13 +56,14 @@ def load_pipeline(folder: files.PathLike) -> Any:
         from diffusers import DiffusionPipeline
     except ImportError as error:
         raise InputError(f"{error.name} is not installed; pip install 'qk_jax[torch]'") from None
-    path = str(files.Path(folder).resolve())
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            path, custom_pipeline=path, trust_remote_code=True, local_files_only=True
-        )
-        if (files.Path(folder) / card.LORA_FILE).is_file():
-            pipe.load_lora_weights(path)
+        with buckets.staged_folder(files.absolute(folder)) as here:
+            path = str(here)
+            pipe = DiffusionPipeline.from_pretrained(
+                path, custom_pipeline=path, trust_remote_code=True, local_files_only=True
+            )
+            if (here / card.LORA_FILE).is_file():
+                pipe.load_lora_weights(path)
     except Exception as error:  # of diffusers, transformers or the folder's own code
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"diffusers cannot load {folder}: {first}; export again") from error

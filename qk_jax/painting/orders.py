@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import io
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -199,8 +200,9 @@ def write_png(path: files.Path, pixels: np.ndarray, texts: dict[str, str]) -> No
     info = PngImagePlugin.PngInfo()
     for key, text in texts.items():
         info.add_itxt(key, text)
-    with files.beside(path) as part:
-        Image.fromarray(pixels).save(part, format="PNG", pnginfo=info)
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, format="PNG", pnginfo=info)
+    files.write_bytes(path, data.getvalue())
 
 
 def texts_of(painter: Painter, job: Job, settings: Settings) -> dict[str, str]:

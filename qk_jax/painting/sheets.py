@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Sequence
 
@@ -73,5 +74,6 @@ def of_requests(
 
 def save(sheet: Image.Image, path: files.PathLike) -> None:
     """Writes a PNG. Raises InputError when it cannot be written."""
-    with files.beside(path) as part:
-        sheet.save(part, format="PNG")
+    data = io.BytesIO()
+    sheet.save(data, format="PNG")
+    files.write_bytes(path, data.getvalue())

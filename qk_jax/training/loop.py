@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -18,7 +19,7 @@ import tqdm
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from qk_jax.base import distributed, files, runtime
+from qk_jax.base import buckets, distributed, files, runtime
 from qk_jax.base.errors import InputError, some
 from qk_jax.checkpoints import run_folder
 from qk_jax.checkpoints.store import Meta, Store, Trees
@@ -49,11 +50,13 @@ def train(config: ConfigDict, workdir: files.PathLike) -> None:
       SystemExit: 42 after SIGTERM, 130 after Ctrl-C; the state is saved.
     """
     distributed.agree("run", facts(config))
+    buckets.check([os.fspath(workdir), *(value for _, value in config_lib.fields(config))])
     start.check(config, workdir)
     folder = run_folder.create(workdir, config.stage)
     if config.compilation_cache:
-        runtime.keep_programs(files.Path(workdir).resolve() / "compilation_cache")
-    phases = Phases(Limits(**config.watchdog), folder / "stacks.txt", hung)
+        runtime.keep_programs(files.absolute(workdir) / "compilation_cache")
+    stacks = None if buckets.is_remote(folder) else folder / "stacks.txt"  # stderr has them too
+    phases = Phases(Limits(**config.watchdog), stacks, hung)
     with contextlib.closing(phases), phases.doing("start"):
         start.inherit(config, workdir)
         plan = Plan.build(config)

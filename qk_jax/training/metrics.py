@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from qk_jax.base import files
+from qk_jax.base import buckets, files
 from qk_jax.base.errors import InputError
 from qk_jax.base.files import GIGABYTE
 from qk_jax.data.example import TASKS
@@ -167,15 +167,20 @@ class Writers:
         self._wandb = self._board = None
         if not self.active:
             return
-        self._path = folder / "metrics.jsonl"
-        _drop_after(self._path, first_step)
-        self._file = self._path.open("a")
+        # A bucket's files cannot be appended to: they grow here and are uploaded at log points.
+        self._mirror = buckets.Mirror(folder)
+        here, path = self._mirror.here, folder / "metrics.jsonl"
+        self._path = path
+        _drop_after(path, first_step)
+        if here != folder and path.is_file():
+            path.copy(here / path.name)
+        self._file = (here / path.name).open("a")
         try:
             import tensorboardX  # imports torch where there is one
 
             # Its thread ends when the disk is full; a queue with a bound would then block.
             self._board = tensorboardX.SummaryWriter(
-                str(folder), purge_step=first_step + 1, max_queue=0
+                str(here), purge_step=first_step + 1, max_queue=0
             )
         except ImportError:
             log.warning("tensorboardX is not installed: nothing is written for TensorBoard")
@@ -190,7 +195,7 @@ class Writers:
                 project=config.wandb.project,
                 name=config.wandb.name or folder.name,
                 id=_run_id(folder / "wandb_id"),
-                dir=str(folder),
+                dir=str(here),
                 config=config.to_dict(),
                 resume="allow",
             )
@@ -210,6 +215,7 @@ class Writers:
                 self._board.add_scalar(f"{kind}/{name}", value, step)
         if self._wandb is not None:
             self._wandb.log({f"{kind}/{name}": v for name, v in values.items()}, step=step)
+        self._mirror.changed()
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
         """A picture uint8 [H, W, 3] for TensorBoard."""
@@ -226,6 +232,7 @@ class Writers:
                     self._board.close()
             if self._wandb is not None:
                 self._wandb.finish()
+            self._mirror.close()
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:

@@ -99,7 +99,7 @@ def convert(
     """
     folder, dtype = hub.model_folder(model), leaves.float_dtype(dtype)
     read.refuse_old(folder)
-    if files.Path(out).absolute() == folder.absolute():
+    if files.absolute(out) == files.absolute(folder):
         raise InputError(f"{out} is the model itself; choose another folder to write")
     if is_lora(folder):
         _convert_lora(folder, out, dtype, base, say)

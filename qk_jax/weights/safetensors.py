@@ -22,7 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from qk_jax.base import files
+from qk_jax.base import buckets, files
 from qk_jax.base.errors import InputError, some
 from qk_jax.base.files import GIGABYTE, PathLike, json_object, read_json, write_json
 
@@ -190,9 +190,8 @@ def _read(span: _Span, shape: Shape, bounds: list[tuple[int, int]]) -> np.ndarra
     unsigned = np.dtype(f"u{_SIZES[span.kind]}")
     out = np.empty([stop - start for start, stop in bounds], unsigned)
     slab = math.prod(shape[1:]) * unsigned.itemsize  # bytes of one index along the first axis
-    handle: Any
-    with span.file.open("rb") as handle:
-        handle.seek(span.start + (bounds[0][0] * slab if bounds else 0))
+    first, last = bounds[0] if bounds else (0, 1)
+    with buckets.open_range(span.file, span.start + first * slab, (last - first) * slab) as handle:
         if out.shape[1:] == shape[1:]:
             _fill(handle, out)
         elif out.size:
@@ -206,7 +205,7 @@ def _read(span: _Span, shape: Shape, bounds: list[tuple[int, int]]) -> np.ndarra
 
 
 def _fill(handle: Any, array: np.ndarray) -> None:
-    """Fills a whole contiguous array from where `handle` stands."""
+    """Fills a whole contiguous array with what `handle` gives next."""
     data = array.reshape(-1).view(np.uint8)
     if handle.readinto(data) != len(data):
         raise ValueError("it ends within a tensor")

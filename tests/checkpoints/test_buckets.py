@@ -1,0 +1,80 @@
+"""Checkpoints in a bucket: kept, restored, set aside, and saved while the bucket is away."""
+
+import contextlib
+import threading
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qk_jax.base import files
+from qk_jax.checkpoints.store import Store
+from tests.base import storage
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with storage.served(tmp_path_factory.mktemp("objects")) as running:
+        yield running
+
+
+@pytest.fixture
+def root(request, server):
+    return files.Path(storage.BUCKET) / request.node.name / "checkpoints"
+
+
+def tree(step):
+    return {"a": jnp.full((64, 33), step, jnp.float32), "b": jnp.arange(5.0) * step}
+
+
+def save(root, *steps, **options):
+    with contextlib.closing(Store(root, **options)) as store:
+        for step in steps:
+            store.save(step, {"params": tree(step)}, {"stage": "stage1"})
+
+
+def restored(root, **options):
+    with contextlib.closing(Store(root, **options)) as store:
+        got = store.restore(lambda meta: {"params": tree(0)})
+    np.testing.assert_array_equal(got.items["params"]["a"], tree(got.step)["a"])
+    return got.step
+
+
+def test_steps_are_kept_pruned_and_restored(root):
+    save(root, 1, 2, 3, 4, keep=1, keep_every=2)
+    with contextlib.closing(Store(root, write=False)) as store:
+        assert store.steps() == [2, 4]
+    assert restored(root, write=False) == 4
+    assert {file.name for file in root.iterdir()} == {"2", "4"}
+
+
+def test_a_damaged_step_is_set_aside(root, server):
+    save(root, 1, 2, keep=2)
+    inside = f"{root}/2/params".removeprefix(f"{storage.BUCKET}/")
+    data = [name for name in server.names(inside) if "/d/" in name]
+    assert data
+    for name in data:
+        server.put(name, b"not what was written")
+    assert restored(root, keep=2) == 1
+    assert {file.name for file in root.iterdir()} == {"1", "damaged-2"}
+    with contextlib.closing(Store(root, keep=2)) as store:
+        assert store.steps() == [1]
+
+
+def test_a_step_without_its_mark_was_never_finished(root, server):
+    """A killed save leaves objects under the step's name, and no commit_success.txt."""
+    save(root, 1, 2, keep=2)
+    (root / "2" / "commit_success.txt").unlink()
+    assert restored(root, keep=2) == 1
+
+
+def test_a_save_waits_for_a_bucket_that_is_away(root, server):
+    save(root, 1, keep=2)
+    with contextlib.closing(Store(root, keep=2)) as store:
+        server.stop()
+        again = threading.Timer(6, server.start)
+        again.start()
+        store.save(2, {"params": tree(2)}, {"stage": "stage1"})
+        store.wait()
+        again.join()
+    assert restored(root, write=False) == 2
