@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 from pods.settings import Settings
@@ -13,7 +12,6 @@ APIS = {
     "tpu_vm": ("tpu", "compute", "storage"),
     "gke": ("container", "compute", "storage", "artifactregistry", "cloudbuild"),
 }
-START = "qk_jax.base.distributed"  # what starts a run on several hosts
 ZONES = "see cloud.google.com/tpu/docs/regions-zones"
 
 
@@ -25,7 +23,7 @@ def check(settings: Settings, shell: Shell) -> None:
     """
     checks, wrong = Checks(settings, shell), 0
     checks.project()  # without one there is nothing to ask
-    for name in ("trainer", "apis", "slice", "runtime", "cluster", "quota", "bucket", "records"):
+    for name in ("apis", "slice", "runtime", "cluster", "quota", "bucket", "records"):
         try:
             shell.say(f"{name}: {getattr(checks, name)() or 'ok'}")
         except InputError as error:
@@ -67,14 +65,6 @@ class Checks:
             raise InputError("gcloud is not logged in; gcloud auth login")
         absent = f"there is no project {name} that {login} may see; check its id"
         self.describe("projects", "describe", name, absent=absent, assumed={})
-
-    def trainer(self) -> None:
-        """Of this checkout: hosts that do not know of each other would train apart, and be paid."""
-        if not self.shell.dry and not importlib.util.find_spec(START):
-            raise InputError(
-                "that of this version does not find other hosts and writes to no bucket; --dry-run "
-                "prints what a later one is started with"
-            )
 
     def apis(self) -> None:
         wanted = [f"{name}.googleapis.com" for name in APIS[self.settings.route]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 import shlex
@@ -94,11 +95,12 @@ class Gke(Route):
             assumed="NUMBER",
         ).strip()  # fmt: skip
         pool = f"projects/{number}/locations/global/workloadIdentityPools"
-        for bucket in sorted({settings.bucket, f"gs://{settings.mounted}"}):
+        member = f"{pool}/{settings.project}.svc.id.goog/subject/ns/default/sa/default"
+        buckets = sorted({settings.bucket, f"gs://{settings.mounted}"})
+        for bucket, role in itertools.product(buckets, ("objectUser", "bucketViewer")):
             self.gcloud(
                 "storage", "buckets", "add-iam-policy-binding", bucket,
-                "--role=roles/storage.objectUser", f"--member=principal://iam.googleapis.com/{pool}"
-                f"/{settings.project}.svc.id.goog/subject/ns/default/sa/default",
+                f"--role=roles/storage.{role}", f"--member=principal://iam.googleapis.com/{member}",
             )  # fmt: skip
 
     def make_image(self) -> None:

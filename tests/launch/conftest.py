@@ -10,7 +10,7 @@ import time
 
 import pod
 import pytest
-from pods import checks, settings, shell, staging
+from pods import settings, shell, staging
 
 from tests.launch import fake_cloud
 
@@ -108,7 +108,6 @@ def cloud(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     (tmp_path / "stage").mkdir()
     monkeypatch.setattr(staging, "build", lambda *_: (tmp_path / "stage", "abc123"))
-    monkeypatch.setattr(checks, "START", "qk_jax.base.runtime")  # as if the trainer could
     return fake
 
 
@@ -126,5 +125,4 @@ def cloud_on_path(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     (tmp_path / "stage").mkdir()
     monkeypatch.setattr(staging, "build", lambda *_: (tmp_path / "stage", "abc123"))
-    monkeypatch.setattr(checks, "START", "qk_jax.base.runtime")  # as if the trainer could
     return FakeCloud(tmp_path, capsys)

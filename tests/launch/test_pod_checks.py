@@ -97,11 +97,3 @@ def test_records(cloud):
 def test_all_that_is_wrong_is_said_at_once(cloud):
     cloud.set(apis=[], objects=[])
     assert len(wrong(cloud, zone="us-west1-c")) == 4
-
-
-def test_a_trainer_that_knows_one_host_is_not_paid_for(cloud, monkeypatch):
-    monkeypatch.setattr(checks, "START", "qk_jax.base.nowhere")
-    status, out, err = cloud.pod("up", cloud.settings())
-    assert status == 2 and "1 of the checks failed" in err and "nothing was made" in err
-    assert "trainer: WRONG, that of this version does not find other hosts" in out
-    assert not cloud.ran("create")
