@@ -250,6 +250,7 @@ def files_of_the_docs(tmp_path, monkeypatch):
     (tmp_path / "many.jsonl").write_text("".join(blocks), encoding="utf-8")
     for name in ("configs", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "T2I").mkdir()  # a generator that another command of the figures writes
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", None)
