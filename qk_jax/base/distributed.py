@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 from jax._src import distributed as _service  # the client has no public name
+from jax._src import xla_bridge
 
 from qk_jax.base import errors
 from qk_jax.base.errors import InputError
@@ -202,6 +203,8 @@ def start(given: Given, *, timeout_s: int = 1800, slices: int = 1) -> None:
         reached.
     """
     global _peers
+    if given == Given() and xla_bridge.backends_are_initialized():
+        return  # called from a program that has used its devices: one process
     _check_slices(slices)
     if given.process:
         _reach(str(given.coordinator), timeout_s)

@@ -23,7 +23,7 @@ class Pipeline(batches.Pipeline):
 
     def batches(self, first):
         for step in range(first, self.config.steps):
-            yield batches.batch(self.config, step, pictures=1)
+            yield self.finish(batches.batch(self.config, step, pictures=1))
 
 
 @pytest.fixture(scope="module")

@@ -29,12 +29,10 @@ def loss_fn(plan: Plan) -> LossFn:
     so that runs compare.
 
     Raises:
-      InputError: alignment.kind is unknown, or loss.region_weight is negative.
+      InputError: alignment.kind is unknown.
     """
     law, section = config_lib.time_law(plan.config), plan.config.alignment
-    model, weight, regions = plan.model, section.weight, plan.config.loss.region_weight
-    if regions < 0:
-        raise InputError(f"loss.region_weight is {regions}; give 0 for none, or 1")
+    model, weight = plan.model, section.weight
     if section.kind not in ("cosine", "infonce"):
         raise InputError(f"alignment.kind is {section.kind!r}; give cosine or infonce")
     temperature = section.temperature if section.kind == "infonce" else None
