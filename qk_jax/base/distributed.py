@@ -203,9 +203,9 @@ def start(given: Given, *, timeout_s: int = 1800, slices: int = 1) -> None:
         reached.
     """
     global _peers
+    _check_slices(slices)
     if given == Given() and xla_bridge.backends_are_initialized():
         return  # called from a program that has used its devices: one process
-    _check_slices(slices)
     if given.process:
         _reach(str(given.coordinator), timeout_s)
     jax.config.update("jax_enable_recoverability", True)
