@@ -235,4 +235,4 @@ def test_a_padded_step_is_the_unpadded_one(name, shape):
     for leaf, other in wanted.items():
         scale = max(np.abs(other).max(initial=0), 1e-6)
         worst = np.abs(gaps[leaf]).max(initial=0)
-        assert worst <= 1e-5 * scale, f"{leaf}: {worst:.1e} of {scale:.1e}"
+        assert worst <= 3e-5 * scale, f"{leaf}: {worst:.1e} of {scale:.1e}"
