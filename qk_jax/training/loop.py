@@ -26,11 +26,10 @@ from qk_jax.checkpoints.store import Meta, Store, Trees
 from qk_jax.data import pipeline
 from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
-from qk_jax.training import evals, flops, metrics, start
+from qk_jax.training import evals, flops, metrics, profiling, start
 from qk_jax.training import step as step_lib
 from qk_jax.training.padding import Padding
 from qk_jax.training.phases import Limits, Phases
-from qk_jax.training.profiling import Profiler
 from qk_jax.training.saving import Saver
 
 log = logging.getLogger(__name__)
@@ -61,6 +60,7 @@ def train(config: ConfigDict, workdir: files.PathLike) -> None:
         start.inherit(config, workdir)
         plan = Plan.build(config)
         evals.check(plan)
+        profiling.check(config.profile.steps)
         store = Store(
             folder / run_folder.CHECKPOINTS,
             keep=config.checkpoint.keep,
@@ -118,7 +118,7 @@ class Trainer:
         self.data = data
         self.window, self.clock = metrics.Window(begun.window), metrics.Clock()
         self.phases = phases
-        self.profiler = Profiler(folder / "profile", plan.config.profile.steps)
+        self.profiler = profiling.Profiler(folder / "profile", plan.config.profile.steps)
         self.peak = flops.peak(jax.devices()[0])
         self.signal = 0
         self.skipped = 0  # updates in a row

@@ -5,16 +5,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 
-from qk_jax.base import files
+from qk_jax.base import buckets, files
 from qk_jax.base.errors import InputError
 
 log = logging.getLogger(__name__)
 AFTER_SIGNAL = 3  # steps
+
+
+def check(steps: Sequence[int]) -> None:
+    """Raises InputError unless `steps` are the first and the last of a trace, or ()."""
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        raise InputError(
+            f"profile.steps is {tuple(steps)}; give the first and the last step, such as 10,12"
+        )
 
 
 class Profiler:
@@ -27,16 +36,12 @@ class Profiler:
         """Traces nothing yet.
 
         Args:
-          folder: gets plugins/profile/TIME/HOST.xplane.pb.
+          folder: gets plugins/profile/TIME/HOST.xplane.pb. JAX writes to disks alone: a bucket's
+            trace stays in this machine's temporary folder.
           steps: the first and the last step of a trace, counted from 1; () for none.
-
-        Raises:
-          InputError: `steps` are no such two numbers.
         """
-        if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
-            raise InputError(
-                f"profile.steps is {tuple(steps)}; give the first and the last step, such as 10,12"
-            )
+        if buckets.is_remote(folder):
+            folder = files.Path(tempfile.gettempdir()) / "qk_jax" / folder.name
         self._folder = folder
         self._first, self._last = steps or (0, 0)
         self._tracing = self._asked = False

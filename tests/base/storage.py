@@ -36,11 +36,9 @@ def _binaries() -> list[pathlib.Path]:
 
 def need() -> None:
     """Skips by name where there is no server; fails instead in CI."""
-    why = missing()
-    if why and os.environ.get("CI") == "true":
-        pytest.fail(f"CI tests buckets: {why}")
-    if why:
-        pytest.skip(f"needs a bucket server: {why}")
+    if why := missing():
+        end = pytest.fail if os.environ.get("CI") else pytest.skip
+        end(f"needs a bucket server: {why}; pip install 'qk_jax[test]'")
 
 
 class Server:

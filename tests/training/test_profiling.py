@@ -51,6 +51,13 @@ def test_a_run_that_ends_within_a_trace_writes_it(tmp_path):
 
 
 @pytest.mark.parametrize("steps", [(3,), (0, 2), (5, 4)])
-def test_other_steps_are_refused(tmp_path, steps):
+def test_other_steps_are_refused(steps):
     with pytest.raises(InputError, match="profile.steps is .*such as 10,12"):
-        profiling.Profiler(files.Path(tmp_path), steps)
+        profiling.check(steps)
+
+
+def test_a_trace_of_a_run_in_a_bucket_is_on_the_disk(traced, monkeypatch, caplog):
+    monkeypatch.setattr(profiling.jax.profiler, "start_trace", traced.append)
+    profiler = profiling.Profiler(files.Path("gs://bucket/run/stage1/profile"), (1, 1))
+    run(profiler, traced, 1)
+    assert traced[0].endswith("/qk_jax/profile") and "gs:" not in traced[0]

@@ -86,7 +86,7 @@ def small_disk(tmp_path):
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
     if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("a small tmpfs cannot be mounted here: that needs root")
+        pytest.skip("a small tmpfs cannot be mounted here, that needs root; others inject ENOSPC")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
