@@ -1,286 +1,174 @@
 """Trains three stages over several processes while disasters befall them, and compares the bits.
 
-    python tests/chaos.py [--disasters 60] [--seed 0] [--steps 12] [--out DIR]
+    python tests/chaos.py [--disasters 60] [--seed 0] [--out DIR]
 
 The stages of tests/training/nano.py run twice with two processes of two devices each, which read
-made pictures with one data worker each: once undisturbed, and once with a disaster in every start
-until there were enough. Each must end with a status that the launchers know, within LIMIT_S; in the
-end every leaf of every stage's last checkpoint, weights, moments and averages, must be the same to
-the bit. Exits with 1 where one is not.
+record files with one data worker each; stage 3 has its work directory in a bucket. Once nothing
+happens to them, and once the disasters of tests/disasters.py, one start after another, do. Each
+start must end with a status that its disaster allows. In the end every leaf of every stage's last
+checkpoint, weights, moments and averages, must be the same to the bit. Exits with 1 where one is
+not.
 
-The machine's clock is not stepped and no disk is filled that others use: "full disk" needs the
-right to mount a tmpfs, and is left out, and said so, where it is missing.
+What the machine lacks for a disaster is said, and fails the program where the variable CI is set.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import json
 import os
 import pathlib
 import random
-import signal
-import socket
-import subprocess
+import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-ROOT = pathlib.Path(__file__).parent.parent
-NANO = "tests/training/nano.py"
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from qk_jax.data.example import TASKS
+from qk_jax.data.importers import record_files
+from qk_jax.data.synthesis import tasks
+from qk_jax.experiment import stages
+from tests import disasters
+from tests.base import storage
+from tests.disasters import DISASTERS, FINE, Place, Start
+
 STAGES = ("stage1", "stage2", "stage3")
-PROCESSES, DEVICES = 2, 2
-LIMIT_S = 600  # of one start: it hangs
-FINE, STOPPED, AGAIN = 0, 1, 42  # statuses
-KILLED, ABORTED = -signal.SIGKILL, -signal.SIGABRT  # the latter where the coordinator is gone
-DISK_MB = 64
+IN_BUCKET = "stage3"
+RECORDS = 96  # of each task
 
 
-class Start:
-    """One start of a stage: all its processes."""
+def write_records(folder: pathlib.Path) -> None:
+    """One record file with every task."""
+    examples = (x for name in TASKS for x in tasks.examples("train", name, RECORDS))
+    record_files.write_examples(folder / "train.array_record", examples)
 
-    def __init__(self, stage: str, workdir: pathlib.Path, steps: int):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        fields = {
-            "steps": steps, "checkpoint.every": 2, "data.workers": 1, "checkpoint.keep": 3,
-            "watchdog.floor_s": 30, "watchdog.first_s": 300, "data.sizes": "64x64",
-        }  # fmt: skip
-        self.stage, self.workdir = stage, workdir
-        self.logs = [workdir.parent / f"{workdir.name}-{i}.log" for i in range(PROCESSES)]
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
-            "PYTHONPATH": str(ROOT),
-        }
-        self.processes = [
-            subprocess.Popen(
-                [
-                    sys.executable, "-m", "qk_jax.train", "--config", f"{NANO}:{stage}",
-                    "--workdir", str(workdir), "--coordinator", address,
-                    "--processes", str(PROCESSES), "--process", str(i),
-                    *(f"--config.{name}={value}" for name, value in fields.items()),
-                ],
-                cwd=ROOT, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT,
-            )
-            for i, log in enumerate(self.logs)
-        ]  # fmt: skip
 
-    @property
-    def checkpoints(self) -> pathlib.Path:
-        return self.workdir / self.stage / "checkpoints"
+class Run:
+    """The three stages, with or without disasters.
 
-    def step(self) -> int:
-        """The last step in the metrics, 0 before there is one."""
-        path, last = self.workdir / self.stage / "metrics.jsonl", 0
-        for line in path.read_text().splitlines() if path.is_file() else ():
-            with contextlib.suppress(ValueError):  # torn
-                last = json.loads(line)["step"]
-        return last
+    Attributes:
+      happened: how often each disaster did.
+      ended_s: by disaster, the longest time from it to the end of the last process.
+    """
 
-    def wait_for(self, step: int) -> bool:
-        """Whether `step` is reached before a process ends."""
-        while all(process.poll() is None for process in self.processes):
-            if self.step() >= step:
-                return True
-            time.sleep(0.05)
-        return False
+    def __init__(self, out: pathlib.Path, name: str, server: storage.Server | None, steps: int):
+        self.out, self.steps = out / name, steps
+        clock = self.out / "clock" if disasters.faketime() else None
+        self.records = self.out / "records"
+        write_records(self.records)
+        local = self.out / "run"
+        self.local = Place(str(local), local, self.records, clock)
+        self.bucket = self.local
+        if server is not None:
+            here = server.root / storage.BUCKET.removeprefix("gs://") / name
+            workdir = f"{storage.BUCKET}/{name}"
+            self.bucket = Place(workdir, here, self.records, clock, server)
+        self.happened: collections.Counter[str] = collections.Counter()
+        self.ended_s: dict[str, float] = {}
 
-    def signal(self, number: int, *which: int) -> None:
-        for index in which:
-            self.processes[index].send_signal(number)
+    def place(self, stage: str) -> Place:
+        return self.bucket if stage == IN_BUCKET else self.local
 
-    def statuses(self) -> list[int]:
-        """Of all processes, once they have ended.
+    @contextlib.contextmanager
+    def disk(self) -> Iterator[None]:
+        """The work directory on a disk that may be filled, where it can be had."""
+        with disasters.small_disk(self.local.here) as mounted:
+            self.local.has_small_disk = mounted
+            yield
+
+    def train(self, count: int, rng: random.Random) -> None:
+        """All stages, while `count` disasters happen, as many to each."""
+        kinds = {stage: disasters.possible(self.place(stage)) for stage in STAGES}
+        if count and (missing := DISASTERS.keys() - {x for each in kinds.values() for x in each}):
+            print(f"left out, for want of what they need: {', '.join(sorted(missing))}", flush=True)
+            if os.environ.get("CI"):
+                raise SystemExit("error: in CI none may be left out; see tests/disasters.py")
+        for number, stage in enumerate(STAGES):
+            left = count * (number + 1) // len(STAGES) - count * number // len(STAGES)
+            ended = False
+            while not ended:
+                ended, happened = self.start(stage, left, kinds[stage], rng)
+                left -= happened
+
+    def start(
+        self, stage: str, left: int, kinds: list[str], rng: random.Random
+    ) -> tuple[bool, int]:
+        """One start of a stage, with at most `left` disasters.
+
+        Returns:
+          Whether it reached its last step, and how many disasters happened.
 
         Raises:
-          TimeoutError: one hangs.
+          SystemExit: it ended as it may not; its logs are printed.
         """
-        end = time.monotonic() + LIMIT_S
-        while any(process.poll() is None for process in self.processes):
-            if time.monotonic() > end:
-                self.signal(signal.SIGKILL, *range(PROCESSES))
-                raise TimeoutError(f"a process of {self.stage} has not ended")
-            time.sleep(0.1)
-        return [process.returncode for process in self.processes]
+        fields: dict[str, object] = {"steps": self.steps}
+        previous = stages.get(stage).previous
+        if previous and self.place(stage) is not self.place(previous):
+            fields["init.checkpoint"] = self.place(previous).here / previous
+        start, begun = Start(stage, self.place(stage), self.out, fields), time.monotonic()
+        allowed, names = {FINE}, []
+        while len(names) < left and len(allowed) == 1:
+            early = not names and rng.random() < 0.2
+            if early:
+                moment = begun + rng.uniform(0, 20)
+                reached = start.wait(lambda moment=moment: time.monotonic() > moment)
+            else:
+                goal = start.step() + rng.randrange(1, 4)
+                reached = start.wait(lambda goal=goal: start.step() >= goal)
+            if not reached:
+                break
+            names.append(self.next(kinds, rng, early))
+            befell = time.monotonic()
+            # all may have ended well just before
+            allowed |= DISASTERS[names[-1]](start, rng)
+            if early:
+                allowed |= {disasters.TERMINATED, disasters.STOPPED}
+        found = start.statuses()
+        if len(allowed) > 1:  # the last disaster has ended it
+            seconds = time.monotonic() - befell
+            self.ended_s[names[-1]] = max(self.ended_s.get(names[-1], 0), seconds)
+        print(f"{stage} to step {start.step()} of {self.steps}: {', '.join(names) or 'nothing'}, "
+              f"{found}, {time.monotonic() - begun:.0f} s", flush=True)  # fmt: skip
+        if not set(found) <= allowed:
+            for log in start.logs:
+                print(f"---- {log}\n{log.read_text()[-4000:]}")
+            raise SystemExit(f"error: expected statuses {sorted(allowed)}")
+        return set(found) == {FINE}, len(names)
+
+    def next(self, kinds: list[str], rng: random.Random, early: bool) -> str:
+        """A disaster that has happened least often so far."""
+        kinds = [name for name in kinds if name in disasters.EARLY] if early else kinds
+        least = min(self.happened[name] for name in kinds)
+        name = rng.choice([name for name in kinds if self.happened[name] == least])
+        self.happened[name] += 1
+        return name
+
+    def digests(self) -> dict[str, str]:
+        """Of every leaf of the last checkpoint of every stage."""
+        return {
+            f"{stage}/{name}": digest
+            for stage in STAGES
+            for name, digest in _digests(self.place(stage).here / stage / "checkpoints").items()
+        }
+
+    def takes_programs_of(self, other: Run) -> None:
+        """Copies what `other` has compiled, so that a start takes less time."""
+        for mine, theirs in ((self.local, other.local), (self.bucket, other.bucket)):
+            shutil.copytree(
+                theirs.here / "compilation_cache",
+                mine.here / "compilation_cache",
+                dirs_exist_ok=True,
+            )
 
 
-Disaster = Callable[[Start, random.Random], set[int]]  # gives the statuses that may follow
-DISASTERS: dict[str, Disaster] = {}
-
-
-def disaster(function: Disaster) -> Disaster:
-    DISASTERS[function.__name__.replace("_", " ")] = function
-    return function
-
-
-@disaster
-def SIGTERM_to_one(start: Start, rng: random.Random) -> set[int]:
-    start.signal(signal.SIGTERM, rng.randrange(PROCESSES))
-    return {AGAIN}
-
-
-@disaster
-def SIGTERM_to_all(start: Start, rng: random.Random) -> set[int]:
-    start.signal(signal.SIGTERM, *range(PROCESSES))
-    return {AGAIN}
-
-
-@disaster
-def SIGKILL_of_one(start: Start, rng: random.Random) -> set[int]:
-    start.signal(signal.SIGKILL, PROCESSES - 1)
-    return {AGAIN, KILLED}
-
-
-@disaster
-def SIGKILL_of_the_coordinator(start: Start, rng: random.Random) -> set[int]:
-    start.signal(signal.SIGKILL, 0)
-    return {AGAIN, KILLED, ABORTED}
-
-
-@disaster
-def SIGKILL_of_all(start: Start, rng: random.Random) -> set[int]:
-    start.signal(signal.SIGKILL, *range(PROCESSES))
-    return {KILLED}
-
-
-@disaster
-def SIGSTOP_of_a_data_worker(start: Start, rng: random.Random) -> set[int]:
-    main = start.processes[rng.randrange(PROCESSES)].pid
-    children = pathlib.Path(f"/proc/{main}/task/{main}/children").read_text().split()
-    workers = [pid for pid in map(int, children) if "spawn_main" in command_of(pid)]
-    for pid in workers:
-        os.kill(pid, signal.SIGSTOP)
-    return {STOPPED} if workers else {FINE}
-
-
-@disaster
-def a_flipped_bit_in_the_newest_checkpoint(start: Start, rng: random.Random) -> set[int]:
-    allowed = SIGKILL_of_all(start, rng)
-    start.statuses()
-    if file := a_file_of_the_newest(start, rng):
-        data = bytearray(file.read_bytes())
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        file.write_bytes(data)
-    return allowed
-
-
-@disaster
-def a_truncated_file_in_the_newest_checkpoint(start: Start, rng: random.Random) -> set[int]:
-    allowed = SIGKILL_of_all(start, rng)
-    start.statuses()
-    if file := a_file_of_the_newest(start, rng):
-        os.truncate(file, rng.randrange(file.stat().st_size))
-    return allowed
-
-
-@disaster
-def a_torn_line_in_the_metrics(start: Start, rng: random.Random) -> set[int]:
-    allowed = SIGKILL_of_all(start, rng)
-    start.statuses()
-    with (start.workdir / start.stage / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "ki')
-    return allowed
-
-
-@disaster
-def a_damaged_compiled_program(start: Start, rng: random.Random) -> set[int]:
-    allowed = SIGTERM_to_all(start, rng)
-    start.statuses()
-    files = sorted((start.workdir / "compilation_cache").glob("*-cache"))
-    if files:
-        file = rng.choice(files)
-        os.truncate(file, file.stat().st_size // 2)
-    return allowed
-
-
-@disaster
-def full_disk(start: Start, rng: random.Random) -> set[int]:
-    filler = start.workdir / "filler"
-    with contextlib.suppress(OSError), filler.open("wb") as file:
-        while True:
-            file.write(bytes(1 << 20))
-            file.flush()
-    start.wait_for(start.step() + 4)
-    allowed = SIGKILL_of_all(start, rng)
-    start.statuses()
-    filler.unlink()
-    return allowed | {1, 2}
-
-
-def command_of(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return pathlib.Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-    return ""
-
-
-def a_file_of_the_newest(start: Start, rng: random.Random) -> pathlib.Path | None:
-    """A file with bytes of the newest step, where another step is older than it."""
-    steps = sorted(int(x.name) for x in start.checkpoints.glob("*") if x.name.isdecimal())
-    if len(steps) < 2:
-        return None
-    folder = start.checkpoints / str(steps[-1])
-    return rng.choice(sorted(x for x in folder.rglob("*") if x.is_file() and x.stat().st_size))
-
-
-@contextlib.contextmanager
-def small_disk(folder: pathlib.Path) -> Iterator[bool]:
-    """A tmpfs over `folder`; gives whether it could be mounted."""
-    folder.mkdir(parents=True)
-    options = ["-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(folder)]
-    mounted = not subprocess.run(["mount", *options], capture_output=True).returncode
-    try:
-        yield mounted
-    finally:
-        if mounted:
-            subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def trained(workdir: pathlib.Path, steps: int, disasters: int, rng: random.Random) -> dict:
-    """The digests of every stage, trained while so many disasters happen.
-
-    Raises:
-      SystemExit: a start ended as none may; its logs are printed.
-    """
-    with small_disk(workdir) as mounted:
-        kinds = [name for name in DISASTERS if mounted or name != "full disk"]
-        if disasters and not mounted:
-            print("left out, for want of the right to mount: full disk", flush=True)
-        for number, stage in enumerate(STAGES):
-            left = disasters * (number + 1) // len(STAGES) - disasters * number // len(STAGES)
-            while not one_start(stage, workdir, steps, kinds if left > 0 else [], rng):
-                left -= 1
-        return {stage: digests(workdir / stage) for stage in STAGES}
-
-
-def one_start(
-    stage: str, workdir: pathlib.Path, steps: int, kinds: list[str], rng: random.Random
-) -> bool:
-    """Whether the stage reached its last step; else a disaster, if any of `kinds`, ended it."""
-    start, begun = Start(stage, workdir, steps), time.monotonic()
-    allowed, name = {FINE}, "nothing"
-    if kinds and start.wait_for(start.step() + rng.randrange(1, 4)):
-        name = rng.choice(kinds)
-        time.sleep(rng.random())
-        # all may have ended well just before
-        allowed |= DISASTERS[name](start, rng)
-    found = start.statuses()
-    seconds = time.monotonic() - begun
-    print(f"{stage} to step {start.step()}: {name}, {found}, {seconds:.0f} s", flush=True)
-    if not set(found) <= allowed:
-        for log in start.logs:
-            print(f"---- {log}\n{log.read_text()[-4000:]}")
-        raise SystemExit(f"error: expected statuses {sorted(allowed)}")
-    return set(found) == {FINE}
-
-
-def digests(folder: pathlib.Path) -> dict[str, str]:
-    """Of every leaf of the last checkpoint of a stage."""
-    steps = [int(x.name) for x in (folder / "checkpoints").glob("*") if x.name.isdecimal()]
-    meta = json.loads((folder / "checkpoints" / str(max(steps)) / "meta/metadata").read_text())
+def _digests(checkpoints: pathlib.Path) -> dict[str, str]:
+    steps = [int(x.name) for x in checkpoints.glob("*") if x.name.isdecimal()]
+    meta = json.loads((checkpoints / str(max(steps)) / "meta/metadata").read_text())
     return {
         f"{meta['step']}/{item}/{name}": leaf["digest"]
         for item, leaves in meta["leaves"].items()
@@ -292,24 +180,32 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--disasters", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=12, help="of each stage")
     parser.add_argument("--out", type=pathlib.Path, help="default: a folder that is removed")
     args = parser.parse_args(argv)
+    # Each stage must last longer than its disasters take steps.
+    steps = 8 + 2 * args.disasters // len(STAGES)
     with contextlib.ExitStack() as stack:
         out = args.out or pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        rng = random.Random(args.seed)
-        wanted = trained(out / "undisturbed", args.steps, 0, rng)
-        found = trained(out / "disturbed", args.steps, args.disasters, rng)
-    differ = [
-        f"{stage}/{name}"
-        for stage, leaves in wanted.items()
-        for name in leaves.keys() | found[stage].keys()
-        if leaves.get(name) != found[stage].get(name)
-    ]
-    total = sum(map(len, wanted.values()))
-    print(f"{args.disasters} disasters: {total - len(differ)} of {total} leaves are the same bits")
+        server = None
+        if why := storage.missing():
+            print(f"no stage is in a bucket: {why}", flush=True)
+        else:
+            (out / "objects").mkdir(parents=True)
+            server = stack.enter_context(storage.served(out / "objects"))
+        quiet, loud = (Run(out, name, server, steps) for name in ("undisturbed", "disturbed"))
+        with quiet.disk(), loud.disk():
+            quiet.train(0, random.Random(args.seed))
+            loud.takes_programs_of(quiet)
+            loud.train(args.disasters, random.Random(args.seed))
+            wanted, found = quiet.digests(), loud.digests()
+    differ = sorted(x for x in wanted.keys() | found.keys() if wanted.get(x) != found.get(x))
+    for name, count in sorted(loud.happened.items()):
+        ended = f", ended within {loud.ended_s[name]:.1f} s" if name in loud.ended_s else ""
+        print(f"{count:3d} x {name}{ended}")
+    print(f"{loud.happened.total()} disasters: {len(wanted) - len(differ)} of {len(wanted)} leaves "
+          "are the same bits")  # fmt: skip
     if differ:
-        raise SystemExit(f"error: {', '.join(sorted(differ)[:5])} differ")
+        raise SystemExit(f"error: {', '.join(differ[:5])} differ")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""A digest of every leaf, the same however it is sharded: what tells a flipped bit."""
+"""Digests, which tell a flipped bit: of every leaf, however it is sharded, and of metadata."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -64,3 +67,9 @@ def describe(tree: Any) -> dict[str, dict[str, Any]]:
         }
         for (name, leaf), pair in zip(leaves.items(), sums, strict=True)
     }
+
+
+def of_metadata(meta: Mapping[str, Any]) -> str:
+    """16 hex digits of JSON values, but for their own entry 'digest'."""
+    own = {key: value for key, value in meta.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]

@@ -22,7 +22,7 @@ from qk_jax.base.errors import InputError
 from qk_jax.base.trees import named
 from qk_jax.checkpoints import run_folder
 from qk_jax.checkpoints.digest import describe
-from qk_jax.checkpoints.store import META, Meta, first_line
+from qk_jax.checkpoints.store import META, Meta, first_line, is_intact
 
 GROUP_BYTES = files.GIGABYTE  # of the leaves that are read together
 
@@ -52,8 +52,8 @@ class Step(NamedTuple):
             meta = files.json_object((self.path / META / "metadata").read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             raise Damage(f"its metadata cannot be read ({first_line(error)})") from None
-        if meta.get("step") != self.number or "leaves" not in meta:
-            raise Damage("its metadata is of another format or step")
+        if not is_intact(meta, self.number) or "leaves" not in meta:
+            raise Damage("its metadata is damaged, or of another format or step")
         return meta
 
     def size(self) -> int:

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from qk_jax.base import files
 from qk_jax.base.errors import Failure, InputError
 from qk_jax.base.trees import named
-from qk_jax.checkpoints.digest import describe
+from qk_jax.checkpoints.digest import describe, of_metadata
 
 log = logging.getLogger(__name__)
 META = "meta"
@@ -30,6 +30,13 @@ Trees = dict[str, Any]
 
 class SaveError(Failure):
     """A step could not be written; those before it are as they were."""
+
+
+def is_intact(meta: Meta, step: int) -> bool:
+    """Whether the metadata of `step` is what was written; steps of 0.1.0 have no digest of it."""
+    digest = meta.get("digest")
+    same = digest is None or digest == of_metadata(meta)
+    return same and meta.get("format") == FORMAT and meta.get("step") == step
 
 
 class Restored(NamedTuple):
@@ -128,6 +135,7 @@ class Store:
             return
         leaves = {name: describe(tree) for name, tree in items.items()}
         meta = meta | {"format": FORMAT, "step": step, "leaves": leaves}
+        meta["digest"] = of_metadata(meta)
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         try:
             self.manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)))
@@ -209,8 +217,8 @@ class Store:
         """
         read = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
         meta = read[META]
-        if meta.get("format") != FORMAT or meta["step"] != step:
-            raise ValueError("its metadata is of another format or step")
+        if not is_intact(meta, step):
+            raise ValueError("its metadata is damaged, or of another format or step")
         wanted = targets(meta)
         for item, target in wanted.items():
             check_complete(meta, item, target)
