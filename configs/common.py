@@ -202,6 +202,7 @@ def base(stage: str, size: str) -> ConfigDict:
         "keep": 2,
         "keep_every": 0,
         "max_failures": 3,
+        "grace_s": 30.0,
     })  # fmt: skip
     config.evals = ConfigDict({
         "loss": {"type": "loss", "every": pick(size, 125, 250, 6, 2000)},

@@ -167,6 +167,7 @@ MEANINGS = {
     "checkpoint.keep": "newest checkpoints that are kept",
     "checkpoint.keep_every": "steps divisible by it are kept for good; 0 for none",
     "checkpoint.max_failures": "saves that fail in a row before the run stops",
+    "checkpoint.grace_s": "seconds from SIGTERM to the end of a host; 0 where it never comes",
     "evals.NAME.type": "which evaluator an entry is: 'loss' or 'sheets'",
     "evals.NAME.every": "steps between its runs; 0 is off",
     "evals.NAME.records": "validation examples of each task that are painted",

@@ -19,7 +19,7 @@ import tqdm
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from qk_jax.base import buckets, distributed, files, runtime
+from qk_jax.base import buckets, distributed, files, notices, runtime
 from qk_jax.base.errors import InputError, some
 from qk_jax.checkpoints import run_folder
 from qk_jax.checkpoints.store import Meta, Store, Trees
@@ -135,7 +135,7 @@ class Trainer:
             disable=jax.process_index() != 0, mininterval=0.5 if sys.stderr.isatty() else 20,
         )  # fmt: skip
         pending: Pending | None = None
-        with bar, self.signals(), self.profiler.signals():
+        with bar, self.signals(), notices.passed_on(), self.profiler.signals():
             batches = self.data.batches(first)
             for step in range(first + 1, config.steps + 1):
                 self.clock.begin()
@@ -178,6 +178,12 @@ class Trainer:
     def leave(self, step: int, status: int) -> NoReturn:
         """Saves and ends with `status`."""
         log.info("asked to stop: saving step %d", step)
+        if status == PREEMPTED and self.saver.is_too_slow():
+            log.warning(
+                "the last save took %.0f s: this one is not likely to be complete when the host "
+                "ends; if it is not, the run goes on from step %s",
+                self.saver.took_s, (self.store.steps() or ["none"])[-1],
+            )  # fmt: skip
         begun = time.monotonic()
         with self.phases.doing("save", f"step {step}"):
             self.saver.save_whole(step, *self.checkpoint())

@@ -23,12 +23,14 @@ class Saver:
 
     Attributes:
       failures: saves in a row that failed.
+      took_s: seconds that the last save took until it was on disk, to within a step.
     """
 
     def __init__(self, store: Store, config: ConfigDict):
         """`config` is that of the run; the minutes of `checkpoint.minutes` begin now."""
         self.store, self.config = store, config
         self.failures = 0
+        self.took_s = 0.0
         self._since = time.monotonic()
 
     def is_due(self, step: int) -> bool:
@@ -91,6 +93,18 @@ class Saver:
             self._failed(error)
         else:
             self.failures = 0
+            told = self.is_too_slow()
+            self.took_s = time.monotonic() - self._since
+            if self.is_too_slow() and not told:
+                log.warning(
+                    "a save takes %.0f s, and a host ends %.0f s after SIGTERM "
+                    "(checkpoint.grace_s): a preemption will lose the steps since the last save",
+                    self.took_s, self.config.checkpoint.grace_s,
+                )  # fmt: skip
+
+    def is_too_slow(self) -> bool:
+        """Whether a save that begins at SIGTERM is likely not to be complete in time."""
+        return 0 < self.config.checkpoint.grace_s < self.took_s
 
     def settle(self) -> None:
         """Waits for what is being written because the run ends for another reason: only tells."""

@@ -32,10 +32,12 @@ def items(step):
     return {"params": {name: jnp.array(draw(size=SHAPE), "float32") for name in NAMES}}
 
 
-def config_of(every=1, minutes=0.0, max_failures=3, log_every=1, steps=100):
+def config_of(every=1, minutes=0.0, max_failures=3, log_every=1, steps=100, grace_s=30.0):
     return ConfigDict({
         "steps": steps, "log": {"every": log_every},
-        "checkpoint": {"every": every, "minutes": minutes, "max_failures": max_failures},
+        "checkpoint": {
+            "every": every, "minutes": minutes, "max_failures": max_failures, "grace_s": grace_s,
+        },
     })  # fmt: skip
 
 
@@ -184,6 +186,16 @@ def test_other_reasons_are_told_in_one_line(tmp_path):
         'Failed to write 185420 bytes: No space left on device [os_error_code="28"]'
     )
     assert store_lib._reason(theirs, tmp_path).startswith("the disk is full, ")
+
+
+@pytest.mark.parametrize(("grace_s", "lines"), [(1e-6, 1), (3600.0, 0), (0.0, 0)])
+def test_a_save_longer_than_a_preempted_host_has_is_told_once(tmp_path, caplog, grace_s, lines):
+    saver = saving.Saver(Store(tmp_path), config_of(grace_s=grace_s))
+    for step in (1, 2):
+        saver.save_whole(step, items(step), META)
+        assert saver.took_s > 0 and saver.is_too_slow() == bool(lines)
+    saver.store.close()
+    assert caplog.text.count("(checkpoint.grace_s)") == lines
 
 
 @pytest.mark.parametrize(
