@@ -10,13 +10,14 @@ from __future__ import annotations
 import errno
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
 
-from qk_jax.base import files
+from qk_jax.base import distributed, files
 from qk_jax.base.errors import Failure, InputError
 from qk_jax.base.trees import named
 from qk_jax.checkpoints.digest import describe
@@ -74,7 +75,13 @@ class Store:
     """
 
     def __init__(
-        self, root: files.PathLike, *, keep: int = 1, keep_every: int = 0, write: bool = True
+        self,
+        root: files.PathLike,
+        *,
+        keep: int = 1,
+        keep_every: int = 0,
+        keep_last: tuple[int, int] | None = None,
+        write: bool = True,
     ):
         """Opens `root`.
 
@@ -82,6 +89,7 @@ class Store:
           root: the folder; made when `write`.
           keep: newest steps that are kept.
           keep_every: steps divisible by it are kept for good; 0 for none.
+          keep_last: (n, count): so many of the newest steps that n divides are kept, too.
           write: False leaves everything on disk as it is.
 
         Raises:
@@ -92,9 +100,13 @@ class Store:
         self.writing: int | None = None
         if not write and not self.root.is_dir():
             raise InputError(f"{self.root} does not exist; give the folder of a trained stage")
+        kept: list[Any] = [policies.LatestN(keep)]
+        if keep_every:
+            kept.append(policies.EveryNSteps(keep_every))
+        if keep_last:
+            kept.append(policies.EveryNSteps(keep_last[0], max_to_keep=keep_last[1]))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep if write else None,
-            keep_period=keep_every or None,
+            preservation_policy=policies.AnyPreservationPolicy(kept) if write else None,
             save_interval_steps=1 if write else 0,
             create=write,
             cleanup_tmp_directories=write,
@@ -221,6 +233,14 @@ class Store:
                 if leaf["digest"] != meta["leaves"][item][name]["digest"]:
                     raise ValueError(f"the digest of {item}/{name} does not agree")
         return Restored(step, items, meta)
+
+    def drop(self, steps: Iterable[int]) -> None:
+        """Removes steps for good; all processes call it alike, while nothing is being written."""
+        for step in steps:
+            if jax.process_index() == 0:
+                files.remove_folder(self.root / str(step))
+            distributed.told(f"dropped/{step}", "")  # before others look
+        self.manager.reload()
 
     def _set_aside(self, step: int) -> None:
         """Renames a damaged step, so that it is not found again and can be looked at."""
