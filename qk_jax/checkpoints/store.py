@@ -20,11 +20,13 @@ from orbax.checkpoint import checkpoint_managers as policies
 from qk_jax.base import distributed, files
 from qk_jax.base.errors import Failure, InputError
 from qk_jax.base.trees import named
+from qk_jax.checkpoints.barrier import barrier
 from qk_jax.checkpoints.digest import describe
 
 log = logging.getLogger(__name__)
 META = "meta"
 FORMAT = 1
+RESTORE_GB = 32  # of host memory for what is read and not yet on its device; the largest shard fits
 Meta = dict[str, Any]
 Trees = dict[str, Any]
 
@@ -58,6 +60,17 @@ def check_complete(meta: Meta, item: str, target: Any) -> None:
                 f"{', '.join(found[:3])}{f' and {len(found) - 3} more' if len(found) > 3 else ''}; "
                 "it cannot be restored in full, use the config it was trained with"
             )
+
+
+def _handlers() -> Any:
+    """What reads and writes items: arrays with a bound on what is on its way to the devices."""
+    arrays = ocp.StandardCheckpointHandler(restore_concurrent_gb=RESTORE_GB)
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for args in (ocp.args.StandardSave, ocp.args.StandardRestore):
+        registry.add(None, args, arrays)
+    for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
+        registry.add(None, args, ocp.JsonCheckpointHandler())
+    return registry
 
 
 def _saved(meta: Meta, item: str) -> dict[str, tuple[list[int], str]]:
@@ -111,10 +124,13 @@ class Store:
             create=write,
             cleanup_tmp_directories=write,
             enable_async_checkpointing=write,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=barrier),
             read_only=not write,
         )
         try:
-            self.manager = ocp.CheckpointManager(self.root, options=options)
+            self.manager = ocp.CheckpointManager(
+                self.root, options=options, handler_registry=_handlers()
+            )
         except OSError as error:
             raise InputError(f"{self.root} cannot be written: {error.strerror}") from error
 
