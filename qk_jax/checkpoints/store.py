@@ -17,7 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from qk_jax.base import distributed, files
+from qk_jax.base import buckets, distributed, files
 from qk_jax.base.errors import Failure, InputError
 from qk_jax.base.trees import named
 from qk_jax.checkpoints.barrier import barrier
@@ -111,6 +111,8 @@ class Store:
         self.root = files.absolute(root)
         self.write = write
         self.writing: int | None = None
+        self._stale = False  # what Orbax knows of the disk, after a failure
+        buckets.check_folders(self.root)
         if not write and not self.root.is_dir():
             raise InputError(f"{self.root} does not exist; give the folder of a trained stage")
         kept: list[Any] = [policies.LatestN(keep)]
@@ -152,6 +154,11 @@ class Store:
           SaveError: this step, or the one that was still being written, cannot be written.
         """
         self.wait()
+        try:
+            if self._stale:
+                self._reload()
+        except Exception as error:  # as in `restore`
+            raise self._failed(step, error) from error
         if step in self.manager.all_steps():
             return
         leaves = {name: describe(tree) for name, tree in items.items()}
@@ -189,11 +196,23 @@ class Store:
 
     def _failed(self, step: int | None, error: Exception) -> SaveError:
         """Removes what there is of a step that could not be written; says why in one line."""
-        if jax.process_index() == 0:
-            for left in self.root.glob(f"{step}.*tmp*"):  # else a full disk would stay full
-                files.remove_folder(left)
-        self.manager.reload()  # Orbax has forgotten what it meant to delete after this step
+        self._stale = True
+        try:
+            if jax.process_index() == 0:
+                for left in self.root.glob(f"{step}.*tmp*"):  # else a full disk would stay full
+                    files.remove_folder(left)
+            self._reload()
+        except Exception as problem:  # the bucket is still away
+            if not buckets.is_failure(problem):
+                raise
+            log.warning("%s cannot be cleared of step %s: %s", self.root, step, first_line(problem))
         return SaveError(f"{self.root}: step {step} was not saved: {_reason(error, self.root)}")
+
+    def _reload(self) -> None:
+        """Looks what is on disk: after a failure Orbax takes its step for saved, and has forgotten
+        what it meant to delete after it."""
+        self.manager.reload()
+        self._stale = False
 
     def restore(self, targets: Callable[[Meta], Trees], step: int | None = None) -> Restored:
         """The newest step (or `step`) that is whole, with the items that `targets` asks for.
