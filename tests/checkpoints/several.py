@@ -5,6 +5,7 @@ Prints a line of JSON on stdout.
 
 import argparse
 import errno
+import faulthandler
 import gc
 import json
 import os
@@ -24,6 +25,7 @@ from qk_jax.base import distributed, errors, runtime
 from qk_jax.checkpoints.store import Store
 from qk_jax.training import saving
 
+STACKS_S = 170  # before test_several gives up
 META = {"stage": "stage1", "size": "nano", "config": {}}
 
 
@@ -137,6 +139,7 @@ def restores(folder, megabytes):
 @errors.exits
 def main(port, processes, process, what, folder):
     runtime.start_logging()
+    faulthandler.dump_traceback_later(STACKS_S)  # says where a hang is
     given = argparse.Namespace(
         coordinator=f"127.0.0.1:{port}", processes=int(processes), process=int(process)
     )

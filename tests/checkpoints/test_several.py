@@ -30,11 +30,13 @@ def found(what, folder):
         )
         for i in range(PROCESSES)
     ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=LIMIT_S) for process in running]
-    finally:
-        for process in running:
+    outputs = []
+    for process in running:
+        try:
+            outputs.append(process.communicate(timeout=LIMIT_S))
+        except subprocess.TimeoutExpired:  # its stacks are on stderr
             process.send_signal(signal.SIGKILL)
+            outputs.append(process.communicate())
     for process, (_, errors) in zip(running, outputs, strict=True):
         assert process.returncode == 0, errors
     return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
