@@ -204,6 +204,9 @@ def base(stage: str, size: str) -> ConfigDict:
         "max_failures": 3,
         "grace_s": 30.0,
     })  # fmt: skip
+    # Off: the losses of one task scatter with t, and what is far out depends on the batch. Try 10
+    # with a few hundred examples a batch.
+    config.spike = ConfigDict({"zscore": 0.0, "window": 100, "max_rollbacks": 10})
     config.evals = ConfigDict({
         "loss": {"type": "loss", "every": pick(size, 125, 250, 6, 2000)},
         "sheets": {

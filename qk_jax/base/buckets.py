@@ -70,6 +70,12 @@ def file_system(path: PathLike) -> Any:
     return fsspec.filesystem(os.fspath(path).partition("://")[0])
 
 
+def found(folder: PathLike) -> list[str]:
+    """The path of every object below a folder in a bucket."""
+    scheme = os.fspath(folder).partition("://")[0]
+    return [f"{scheme}://{name}" for name in file_system(folder).find(os.fspath(folder))]
+
+
 def check(values: Iterable[Any]) -> None:
     """Proves that every bucket among `values` can be reached; asks for each once in a process.
 
@@ -84,6 +90,18 @@ def check(values: Iterable[Any]) -> None:
     for bucket in known:
         if bucket is not None:
             _check_bucket(bucket)
+
+
+def check_folders(path: PathLike) -> None:
+    """Raises InputError for an s3:// path that should hold checkpoints or an export.
+
+    Orbax reads and writes disks and gs:// alone, and s3fs renames no folders.
+    """
+    if os.fspath(path).startswith("s3://"):
+        raise InputError(
+            f"{path}: checkpoints and exported folders lie on a disk or in a gs:// bucket; mount "
+            "the s3:// bucket and name the mounted folder"
+        )
 
 
 def _bucket(text: str) -> str | None:

@@ -330,6 +330,46 @@ def told(what: str, text: str) -> str:
     return _peers.client.blocking_key_value_get(key, 600_000)
 
 
+def everyone() -> set[int]:
+    """The numbers of all processes."""
+    return {0} if _peers is None else set(range(len(_peers.hosts)))
+
+
+def named(process: int) -> str:
+    """A process in words."""
+    return f"process {process}" if _peers is None else _peers.name(process)
+
+
+def meet(where: str, timeout_s: float) -> None:
+    """Waits until all processes are `where`, a name of its own for each call.
+
+    Raises:
+      JaxRuntimeError: they are not within `timeout_s`.
+    """
+    if _peers is not None:
+        _peers.client.wait_at_barrier(f"qk_jax/{where}", int(1000 * timeout_s))
+
+
+def arrive(where: str) -> None:
+    """Says that this process is `where`, a name of its own; waits for nobody."""
+    if _peers is not None:
+        _peers.client.key_value_set(f"qk_jax/at/{where}/{_peers.me}", "")
+
+
+def arrived(where: str) -> set[int]:
+    """The processes that have been `where`."""
+    if _peers is None:
+        return {0}
+    found = _peers.client.key_value_dir_get(f"qk_jax/at/{where}/")
+    return {int(key.rpartition("/")[2]) for key, _ in found}
+
+
+def forget(where: str) -> None:
+    """Lets process 0 drop who was `where`, and wherever begins so."""
+    if _peers is not None and _peers.me == 0:
+        _peers.client.key_value_delete(f"qk_jax/at/{where}/")
+
+
 def _difference(said: Mapping[int, Mapping[str, str]], hosts: Sequence[str]) -> str:
     """The first fact in which a process differs from process 0, in words; '' where all agree."""
     first, absent = said[0], "absent"

@@ -32,11 +32,17 @@ def read_json(path: PathLike) -> dict[str, Any]:
       InputError: the file is missing, unreadable, no JSON, no object, or has a key twice.
     """
     path = Path(path)
-    if not path.is_file():
+    try:
+        text = path.read_bytes() if path.is_file() else None
+    except Exception as error:
+        if not buckets.is_failure(error):
+            raise
+        raise InputError(f"{path} cannot be read ({error}); try again") from None
+    if text is None:
         raise InputError(f"{path} is missing; give a complete model folder")
     try:
-        return json_object(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        return json_object(text)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not readable as JSON ({error}); download it again") from None
 
 
@@ -112,6 +118,7 @@ def fresh_folder(folder: PathLike, marker: str) -> Iterator[Path]:
       InputError: `folder` exists and is something else, or cannot be written.
     """
     folder = absolute(folder)
+    buckets.check_folders(folder)
     occupied = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
     if occupied and not (folder / marker).is_file():
         raise InputError(
@@ -139,6 +146,9 @@ def fresh_folder(folder: PathLike, marker: str) -> Iterator[Path]:
 
 def below(folder: PathLike) -> Iterator[Path]:
     """Every file of a folder and of the folders in it."""
+    if buckets.is_remote(folder):  # where etils' walk drops the scheme
+        yield from map(Path, buckets.found(folder))
+        return
     for here, _, names in Path(folder).walk():
         yield from (here / name for name in names)
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from qk_jax.base import cli, runtime
+from qk_jax.base import buckets, cli, runtime
 from qk_jax.base.errors import InputError, exits
 from qk_jax.checkpoints import copying, tools
 
@@ -68,6 +68,7 @@ def main(argv: Sequence[str]) -> None:
     """The command; see the module's docstring."""
     args = parser().parse_args(argv)
     runtime.start_logging()
+    buckets.check(vars(args).values())
     jax.config.update("jax_platforms", "cpu")  # a TPU may be at work on the run itself
     good = True
     verify = args.verb == "verify"

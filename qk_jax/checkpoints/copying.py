@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from qk_jax.base import files
+from qk_jax.base import buckets, files
 from qk_jax.base.errors import Failure, InputError
 from qk_jax.checkpoints import run_folder, steps
 from qk_jax.checkpoints.steps import Damage, Step
@@ -16,7 +16,7 @@ STEPS = (run_folder.FROZEN, run_folder.CHECKPOINTS)
 
 def stage_folder(folder: files.PathLike) -> files.Path:
     """The folder of a stage. Raises InputError when it is none."""
-    folder = files.Path(folder).absolute()
+    folder = files.absolute(folder)
     if not (folder / run_folder.CHECKPOINTS).is_dir():
         raise InputError(
             f"{folder} holds no {run_folder.CHECKPOINTS}/; give the folder of a stage, W/stage3"
@@ -38,7 +38,7 @@ def copy(folder: files.PathLike, out: files.PathLike, number: int | None = None)
       InputError: there is no such folder or step, it is damaged, or `out` holds another run.
       Failure: `out` cannot be written.
     """
-    folder, out = stage_folder(folder), files.Path(out).absolute()
+    folder, out = stage_folder(folder), files.absolute(out)
     if out == folder or folder in out.parents:
         raise InputError(f"{out} lies in {folder}; give another folder")
     root = folder / run_folder.CHECKPOINTS
@@ -102,8 +102,10 @@ def _copy_step(step: Step, root: files.Path) -> str:
         raise InputError(
             f"the copy of {step.path} is damaged: {damage}; verify where it comes from"
         ) from None
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except Exception as error:
+        if not buckets.is_failure(error):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
         raise Failure(f"{target.path} cannot be written: {reason}; free space there") from None
     finally:
         files.remove_folder(part.path)

@@ -10,20 +10,23 @@ from __future__ import annotations
 import errno
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
 
-from qk_jax.base import files
+from qk_jax.base import buckets, distributed, files
 from qk_jax.base.errors import Failure, InputError
 from qk_jax.base.trees import named
+from qk_jax.checkpoints.barrier import barrier
 from qk_jax.checkpoints.digest import describe, of_metadata
 
 log = logging.getLogger(__name__)
 META = "meta"
 FORMAT = 1
+RESTORE_GB = 32  # of host memory for what is read and not yet on its device; the largest shard fits
 Meta = dict[str, Any]
 Trees = dict[str, Any]
 
@@ -66,6 +69,17 @@ def check_complete(meta: Meta, item: str, target: Any) -> None:
             )
 
 
+def _handlers() -> Any:
+    """What reads and writes items: arrays with a bound on what is on its way to the devices."""
+    arrays = ocp.StandardCheckpointHandler(restore_concurrent_gb=RESTORE_GB)
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for args in (ocp.args.StandardSave, ocp.args.StandardRestore):
+        registry.add(None, args, arrays)
+    for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
+        registry.add(None, args, ocp.JsonCheckpointHandler())
+    return registry
+
+
 def _saved(meta: Meta, item: str) -> dict[str, tuple[list[int], str]]:
     """{name: (shape, dtype)} of a saved item, {} when it is absent."""
     leaves = meta["leaves"].get(item, {})
@@ -81,7 +95,13 @@ class Store:
     """
 
     def __init__(
-        self, root: files.PathLike, *, keep: int = 1, keep_every: int = 0, write: bool = True
+        self,
+        root: files.PathLike,
+        *,
+        keep: int = 1,
+        keep_every: int = 0,
+        keep_last: tuple[int, int] | None = None,
+        write: bool = True,
     ):
         """Opens `root`.
 
@@ -89,6 +109,7 @@ class Store:
           root: the folder; made when `write`.
           keep: newest steps that are kept.
           keep_every: steps divisible by it are kept for good; 0 for none.
+          keep_last: (n, count): so many of the newest steps that n divides are kept, too.
           write: False leaves everything on disk as it is.
 
         Raises:
@@ -97,19 +118,28 @@ class Store:
         self.root = files.absolute(root)
         self.write = write
         self.writing: int | None = None
+        self._stale = False  # what Orbax knows of the disk, after a failure
+        buckets.check_folders(self.root)
         if not write and not self.root.is_dir():
             raise InputError(f"{self.root} does not exist; give the folder of a trained stage")
+        kept: list[Any] = [policies.LatestN(keep)]
+        if keep_every:
+            kept.append(policies.EveryNSteps(keep_every))
+        if keep_last:
+            kept.append(policies.EveryNSteps(keep_last[0], max_to_keep=keep_last[1]))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep if write else None,
-            keep_period=keep_every or None,
+            preservation_policy=policies.AnyPreservationPolicy(kept) if write else None,
             save_interval_steps=1 if write else 0,
             create=write,
             cleanup_tmp_directories=write,
             enable_async_checkpointing=write,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=barrier),
             read_only=not write,
         )
         try:
-            self.manager = ocp.CheckpointManager(self.root, options=options)
+            self.manager = ocp.CheckpointManager(
+                self.root, options=options, handler_registry=_handlers()
+            )
         except OSError as error:
             raise InputError(f"{self.root} cannot be written: {error.strerror}") from error
 
@@ -131,6 +161,11 @@ class Store:
           SaveError: this step, or the one that was still being written, cannot be written.
         """
         self.wait()
+        try:
+            if self._stale:
+                self._reload()
+        except Exception as error:  # as in `restore`
+            raise self._failed(step, error) from error
         if step in self.manager.all_steps():
             return
         leaves = {name: describe(tree) for name, tree in items.items()}
@@ -169,11 +204,23 @@ class Store:
 
     def _failed(self, step: int | None, error: Exception) -> SaveError:
         """Removes what there is of a step that could not be written; says why in one line."""
-        if jax.process_index() == 0:
-            for left in self.root.glob(f"{step}.*tmp*"):  # else a full disk would stay full
-                files.remove_folder(left)
-        self.manager.reload()  # Orbax has forgotten what it meant to delete after this step
+        self._stale = True
+        try:
+            if jax.process_index() == 0:
+                for left in self.root.glob(f"{step}.*tmp*"):  # else a full disk would stay full
+                    files.remove_folder(left)
+            self._reload()
+        except Exception as problem:  # the bucket is still away
+            if not buckets.is_failure(problem):
+                raise
+            log.warning("%s cannot be cleared of step %s: %s", self.root, step, first_line(problem))
         return SaveError(f"{self.root}: step {step} was not saved: {_reason(error, self.root)}")
+
+    def _reload(self) -> None:
+        """Looks what is on disk: after a failure Orbax takes its step for saved, and has forgotten
+        what it meant to delete after it."""
+        self.manager.reload()
+        self._stale = False
 
     def restore(self, targets: Callable[[Meta], Trees], step: int | None = None) -> Restored:
         """The newest step (or `step`) that is whole, with the items that `targets` asks for.
@@ -229,6 +276,14 @@ class Store:
                 if leaf["digest"] != meta["leaves"][item][name]["digest"]:
                     raise ValueError(f"the digest of {item}/{name} does not agree")
         return Restored(step, items, meta)
+
+    def drop(self, steps: Iterable[int]) -> None:
+        """Removes steps for good; all processes call it alike, while nothing is being written."""
+        for step in steps:
+            if jax.process_index() == 0:
+                files.remove_folder(self.root / str(step))
+            distributed.told(f"dropped/{step}", "")  # before others look
+        self.manager.reload()
 
     def _set_aside(self, step: int) -> None:
         """Renames a damaged step, so that it is not found again and can be looked at."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from qk_jax.base import files
+from qk_jax.base import buckets, files
 from qk_jax.base.errors import InputError, some
 from qk_jax.base.trees import unflatten
 from qk_jax.checkpoints import copying, run_folder, steps
@@ -176,8 +176,11 @@ def _delete(step: Step) -> None:
     try:
         step.path.rename(gone)
         gone.rmtree()
-    except OSError as error:
-        raise InputError(f"{step.path} cannot be deleted: {error.strerror or error}") from None
+    except Exception as error:
+        if not buckets.is_failure(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{step.path} cannot be deleted: {reason}") from None
 
 
 def average(
@@ -198,7 +201,7 @@ def average(
       InputError: fewer than two steps, a step is missing or damaged, they do not fit together, or
         `out` exists.
     """
-    folder, out = copying.stage_folder(folder), files.Path(out).absolute()
+    folder, out = copying.stage_folder(folder), files.absolute(out)
     numbers = sorted(set(numbers))
     if len(numbers) < 2:
         raise InputError(f"steps {numbers} have no mean; name two steps or more")

@@ -13,13 +13,13 @@ POSITIVE = frozenset(
     "validation.batches validation.max_groups log.every log.t_bins checkpoint.keep "
     "optimizer.accumulation optimizer.max_skipped optimizer.eps model.num_queries model.max_text "
     "model.vlm_pixels distributed.timeout_s watchdog.factor watchdog.first_s "
-    "checkpoint.max_failures".split()
+    "checkpoint.max_failures spike.window".split()
 )
 NOT_NEGATIVE = frozenset(
     "steps seed data.workers checkpoint.every checkpoint.keep_every optimizer.lr optimizer.warmup "
     "optimizer.clip optimizer.weight_decay optimizer.lr_end alignment.weight loss.region_weight "
     "lora.rank model.query_noise model.query_std watchdog.floor_s validation.seed "
-    "checkpoint.minutes checkpoint.grace_s".split()
+    "checkpoint.minutes checkpoint.grace_s spike.zscore spike.max_rollbacks".split()
 )
 SHARES = frozenset(  # 0 to 1
     "data.max_bad_share data.dropout.text data.dropout.pictures data.dropout.both sharding_limit "

@@ -7,6 +7,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from qk_jax.base import trees
@@ -74,3 +75,15 @@ def create(params: Tree, tx: optax.GradientTransformation, target: TrainState) -
 
     out = trees.shardings(target)
     return jax.jit(make, donate_argnums=0, out_shardings=out)(params)
+
+
+def counted_on(state: TrainState, step: int) -> TrainState:
+    """`state` at a later `step`: as if no update since had changed anything but the counts."""
+    by = step - int(state.step)
+
+    def counted(leaf: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.integer):
+            return leaf
+        return jax.device_put(np.asarray(jax.device_get(leaf) + by, leaf.dtype), leaf.sharding)
+
+    return jax.tree.map(counted, state)

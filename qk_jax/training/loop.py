@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import multiprocessing
@@ -25,8 +26,9 @@ from qk_jax.checkpoints import run_folder
 from qk_jax.checkpoints.store import Meta, Store, Trees
 from qk_jax.data import pipeline
 from qk_jax.experiment import config as config_lib
+from qk_jax.experiment import train_state
 from qk_jax.experiment.plan import Plan
-from qk_jax.training import evals, flops, metrics, profiling, start
+from qk_jax.training import evals, flops, metrics, profiling, spikes, start
 from qk_jax.training import step as step_lib
 from qk_jax.training.padding import Padding
 from qk_jax.training.phases import Limits, Phases
@@ -61,10 +63,12 @@ def train(config: ConfigDict, workdir: files.PathLike) -> None:
         plan = Plan.build(config)
         evals.check(plan)
         profiling.check(config.profile.steps)
+        spikes.check(config)
         store = Store(
             folder / run_folder.CHECKPOINTS,
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every,
+            keep_last=(config.checkpoint.every, spikes.KEPT) if config.spike.zscore else None,
         )
         with contextlib.closing(store), jax.set_mesh(plan.mesh):
             for line in plan.describe():
@@ -122,6 +126,8 @@ class Trainer:
         self.peak = flops.peak(jax.devices()[0])
         self.signal = 0
         self.skipped = 0  # updates in a row
+        self.spikes = spikes.Detector(plan.config, begun.spikes)
+        self.rollback: spikes.Rollback | None = None  # that is about to be done
         self.writers = metrics.Writers(folder, int(begun.state.step), plan.config)
         self.evaluators = evals.build(plan, folder, self.writers)
 
@@ -137,7 +143,9 @@ class Trainer:
         pending: Pending | None = None
         with bar, self.signals(), notices.passed_on(), self.profiler.signals():
             batches = self.data.batches(first)
-            for step in range(first + 1, config.steps + 1):
+            step = first
+            while step < config.steps:
+                step += 1
                 self.clock.begin()
                 self.profiler.begin(step)
                 with self.phases.doing("data", f"step {step}"):
@@ -152,10 +160,14 @@ class Trainer:
                 pending = (step, values, batch["task"].shape[0], work)
                 self.saver.check()
                 leave, saves = self.asked_to_leave(step), self.saver.is_due(step)
-                if leave or saves or self.evaluates(step):
+                if not self.rollback and (leave or saves or self.evaluates(step)):
                     with self.phases.doing("step", f"step {step}"):
                         self.record(*pending, bar, counts=False)
                     pending = None
+                if self.rollback:  # from this step, or the one before it
+                    bar.n = step = self.rollback.step
+                    pending, saves, batches = None, True, self.go_back(self.rollback)
+                if pending is None:
                     self.between(step, saves, leave)
                     self.clock.pause()
             with self.phases.doing("save", f"step {config.steps}"):
@@ -215,6 +227,7 @@ class Trainer:
         if applied:
             self.skipped = 0
             self.window.add(values)
+            self.judge(step, values)
         else:
             self.skip(step, values, finite)
         bar.update()
@@ -248,6 +261,40 @@ class Trainer:
         if self.skipped >= self.plan.config.optimizer.max_skipped:
             self.diverged(step, f"{self.skipped} updates in a row are not finite, the last is")
 
+    def judge(self, step: int, values: Any) -> None:
+        """Notes a spike in the losses of a step, and the step to go back to where there is one;
+        drops the steps between.
+
+        Raises:
+          InputError: it is one of too many.
+        """
+        if not (spike := self.spikes.judge(step, values)):
+            return
+        self.saver.check(wait=True)
+        saved = json.loads(distributed.told(f"saved/{step}", json.dumps(self.store.steps())))
+        records = some(self.data.records(step - 1), 8)
+        if (good := self.spikes.last_good(spike, saved)) is None:
+            log.warning("%s; no checkpoint to go back to, records: %s", spike, records)
+            return
+        self.spikes.count(spike, good)
+        log.warning(
+            "%s; going back to the state of step %d, the data of steps %d to %d is skipped; "
+            "records of step %d: %s", spike, good, good + 1, step, step, records,
+        )  # fmt: skip
+        self.store.drop(s for s in saved if s > good)
+        self.rollback = spikes.Rollback(good, step)
+
+    def go_back(self, back: spikes.Rollback) -> Iterator[Any]:
+        """Takes the state of a checkpoint as that of a later step; the batches that follow."""
+        self.rollback = None
+        del self.state  # there is room for one
+        with self.phases.doing("restore", f"step {back.good}"):
+            state, _ = start.read_state(self.plan, self.store, back.good)
+            self.state = train_state.counted_on(state, back.step)
+        self.data.close()
+        self.writers.write(back.step, "rollback", {"to": back.good})
+        return self.data.batches(back.step)
+
     def diverged(self, step: int, what: str) -> NoReturn:
         """Raises InputError, which names the last checkpoint and the mend."""
         self.saver.settle()
@@ -263,7 +310,7 @@ class Trainer:
         items = {"params": self.state.params, "optimizer": self.state.opt_state}
         if self.state.ema:
             items["ema"] = self.state.ema
-        meta = {"frozen": self.fingerprint, "window": self.window.state()}
+        meta = {"frozen": self.fingerprint, "window": self.window.state(), **self.spikes.meta()}
         return items, run_folder.metadata(self.plan) | meta
 
     @contextlib.contextmanager

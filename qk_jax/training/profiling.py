@@ -51,7 +51,7 @@ class Profiler:
         if self._asked and not self._tracing:
             self._asked = False
             self._first, self._last = step, step + AFTER_SIGNAL - 1
-        if step == self._first:
+        if step == self._first and not self._tracing:  # a step can come twice
             jax.profiler.start_trace(str(self._folder))
             self._tracing = True
 

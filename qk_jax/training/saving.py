@@ -11,7 +11,7 @@ import time
 
 from ml_collections import ConfigDict
 
-from qk_jax.base import distributed
+from qk_jax.base import buckets, distributed
 from qk_jax.base.errors import Failure
 from qk_jax.checkpoints.store import Meta, SaveError, Store, Trees
 
@@ -32,6 +32,7 @@ class Saver:
         self.failures = 0
         self.took_s = 0.0
         self._since = time.monotonic()
+        self._asked = 0  # how often process 0 was; a step can come twice
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is due after `step`; the same on every host.
@@ -45,7 +46,8 @@ class Saver:
         if not section.minutes or step % self.config.log.every:
             return False
         late = time.monotonic() - self._since >= 60 * section.minutes
-        return distributed.told(f"save/{step}", str(late)) == str(True)
+        self._asked += 1
+        return distributed.told(f"save/{self._asked}", str(late)) == str(True)
 
     def save(self, step: int, items: Trees, meta: Meta) -> None:
         """Starts to save, as `Store.save`; tells of a failure and goes on.
@@ -116,8 +118,7 @@ class Saver:
     def _failed(self, error: SaveError) -> None:
         """Tells of a failure, or raises it as the last one."""
         self.failures += 1
-        most, known = self.config.checkpoint.max_failures, self.store.steps()
-        whole = f"the newest whole step is {known[-1]}" if known else "no step is whole"
+        most, whole = self.config.checkpoint.max_failures, self._whole()
         if self.failures >= most:
             raise Failure(
                 f"{error}. It was failure {self.failures} in a row (checkpoint.max_failures), and "
@@ -126,3 +127,13 @@ class Saver:
         log.error(
             "%s. The run goes on, %s (failure %d of %d in a row)", error, whole, self.failures, most
         )  # fmt: skip
+
+    def _whole(self) -> str:
+        """The newest whole step in words."""
+        try:
+            known = self.store.steps()
+        except Exception as error:
+            if not buckets.is_failure(error):
+                raise
+            return "which steps are whole cannot be asked now"
+        return f"the newest whole step is {known[-1]}" if known else "no step is whole"

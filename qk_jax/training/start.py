@@ -22,7 +22,7 @@ from qk_jax.base.errors import InputError
 from qk_jax.base.types import Tree
 from qk_jax.checkpoints import run_folder
 from qk_jax.checkpoints.run_folder import Loaded
-from qk_jax.checkpoints.store import Meta, Store, Trees
+from qk_jax.checkpoints.store import Meta, Restored, Store, Trees
 from qk_jax.experiment import config as config_lib
 from qk_jax.experiment import origins, stages, train_state
 from qk_jax.experiment import plan as plan_lib
@@ -44,12 +44,14 @@ class Start:
       frozen: the frozen tree.
       fingerprint: of the frozen tree; every checkpoint names it.
       window: `metrics.Window.state` of steps that no line of the log has yet.
+      spikes: what `spikes.Detector` goes on from.
     """
 
     state: TrainState
     frozen: Tree
     fingerprint: str
     window: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    spikes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def check(config: ConfigDict, workdir: files.PathLike) -> None:
@@ -92,7 +94,25 @@ def restore_or_start(plan: Plan, folder: files.Path, store: Store) -> Start:
 
 
 def _restore(plan: Plan, folder: files.Path, store: Store) -> Start:
-    """The state of the newest whole checkpoint, in the plan's shardings."""
+    """What the newest whole checkpoint holds."""
+    state, got = read_state(plan, store)
+    ours = config_lib.to_dict(plan.config)
+    for line in config_lib.differences(got.meta["config"], ours):
+        log.warning("config differs from the checkpoint's: %s", line)
+    for line in describe(plan, dict.fromkeys(plan.stage.parts, f"{folder.name} step {got.step}")):
+        log.info("%s", line)
+    frozen = _frozen_again(got.meta, plan, folder)
+    log.info("resuming %s after step %d", folder, got.step)
+    window, known = got.meta.get("window", {}), got.meta.get("spikes", {})
+    return Start(state, frozen, got.meta["frozen"], window, known)
+
+
+def read_state(plan: Plan, store: Store, step: int | None = None) -> tuple[TrainState, Restored]:
+    """The state of a checkpoint, the newest whole one by default, in the plan's shardings.
+
+    Raises:
+      InputError: as `Store.restore`, or it is of another stage or size.
+    """
     target = plan.state
     items = {"params": target.params, "optimizer": target.opt_state}
     if target.ema:
@@ -102,21 +122,14 @@ def _restore(plan: Plan, folder: files.Path, store: Store) -> Start:
         run_folder.check_fits(found, plan, store.root)
         return items
 
-    got = store.restore(wanted)
-    ours = config_lib.to_dict(plan.config)
-    for line in config_lib.differences(got.meta["config"], ours):
-        log.warning("config differs from the checkpoint's: %s", line)
-    for line in describe(plan, dict.fromkeys(plan.stage.parts, f"{folder.name} step {got.step}")):
-        log.info("%s", line)
-    frozen = _frozen_again(got.meta, plan, folder)
-    log.info("resuming %s after step %d", folder, got.step)
+    got = store.restore(wanted, step)
     state = TrainState(
         step=jax.device_put(np.int32(got.step), plan.replicated),
         params=got.items["params"],
         opt_state=got.items["optimizer"],
         ema=got.items.get("ema", {}),
     )
-    return Start(state, frozen, got.meta["frozen"], got.meta.get("window", {}))
+    return state, got
 
 
 def _frozen_again(found: Meta, plan: Plan, folder: files.Path) -> Tree:

@@ -236,6 +236,10 @@ def _clear(file: files.Path) -> Iterator[None]:
         raise InputError(
             f"{file} is truncated or no safetensors file ({error}); download it again"
         ) from None
+    except Exception as error:  # of a bucket's client
+        if not buckets.is_failure(error):
+            raise
+        raise InputError(f"{file} cannot be read ({error}); try again") from None
 
 
 def _shards(path: files.Path) -> dict[files.Path, set[str] | None]:

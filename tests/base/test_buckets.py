@@ -226,3 +226,22 @@ def test_a_staged_folder_has_what_is_asked_for(server):
         assert inside == ["a.json", "inner/b.txt"]
         assert (here / "inner/b.txt").read_text() == "inner/b.txt"
     assert not here.exists()
+
+
+def test_a_bucket_that_fails_while_it_is_read_is_one_line(tmp_path, monkeypatch):
+    """Errors of the clients, which are no OSErrors."""
+    gone = pytest.importorskip("gcsfs.retry").HttpError({"code": 503, "message": "backend error"})
+    assert not isinstance(gone, OSError)
+    (tmp_path / "config.json").write_text("{}")
+    write_tensors(tmp_path, "model", {"x": np.zeros(3, np.float32)})
+
+    def fails(*args, **kwargs):
+        raise gone
+
+    monkeypatch.setattr(type(files.Path(tmp_path)), "read_bytes", fails)
+    with pytest.raises(InputError, match="config.json cannot be read .backend error.*; try again"):
+        files.read_json(tmp_path / "config.json")
+    folder = TensorFolder(tmp_path / "model.safetensors")
+    monkeypatch.setattr(buckets, "open_range", fails)
+    with pytest.raises(InputError, match="model.safetensors cannot be read .backend error"):
+        folder.read("x")

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from qk_jax.base import files
+from qk_jax.base.errors import InputError
+from qk_jax.checkpoints import copying, tools
 from qk_jax.checkpoints.store import Store
 from tests.base import storage
 
@@ -20,7 +22,8 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def root(request, server):
-    return files.Path(storage.BUCKET) / request.node.name / "checkpoints"
+    name = request.node.name.replace("[", "-").rstrip("]")  # Orbax globs
+    return files.Path(storage.BUCKET) / name / "checkpoints"
 
 
 def tree(step):
@@ -78,3 +81,28 @@ def test_a_save_waits_for_a_bucket_that_is_away(root, server):
         store.wait()
         again.join()
     assert restored(root, write=False) == 2
+
+
+@pytest.mark.parametrize("there", ["bucket", "disk"])
+def test_a_stage_is_copied_from_a_bucket_and_looked_after_there(there, root, tmp_path):
+    save(root, 1, 2, keep=2)
+    (root.parent / "samples").mkdir()
+    (root.parent / "samples/a.png").write_bytes(b"a picture")
+    out = files.Path(tmp_path if there == "disk" else f"{storage.BUCKET}/{tmp_path.name}") / "safe"
+    assert list(copying.copy(root.parent, out)) == ["step 1: copied", "step 2: copied"]
+    assert list(copying.copy(root.parent, out))[0] == "step 1: was there"
+    assert (out / "samples/a.png").read_bytes() == b"a picture"
+    assert [whole for whole, _ in tools.verify(out)] == [True, True]
+    lines = list(tools.listing(out))
+    assert len(lines) == 3 and " 0.0 MB" in lines[1]
+    assert list(tools.prune(out, keep=1))[0] == "step 1 was deleted"
+    with contextlib.closing(Store(out / "checkpoints", write=False)) as store:
+        assert store.steps() == [2]
+
+
+def test_s3_is_refused_for_checkpoints_with_the_mend():
+    with pytest.raises(InputError, match="s3://b/run: checkpoints .* mount the s3:// bucket"):
+        Store("s3://b/run")
+    with pytest.raises(InputError, match="s3://b/e: checkpoints and exported folders lie on"):
+        with files.fresh_folder("s3://b/e", "config.json"):
+            pass

@@ -198,6 +198,33 @@ def test_a_save_longer_than_a_preempted_host_has_is_told_once(tmp_path, caplog, 
     assert caplog.text.count("(checkpoint.grace_s)") == lines
 
 
+class Away(Exception):
+    """An error of a bucket's client."""
+
+
+def test_a_bucket_that_is_still_away_costs_the_save_alone(tmp_path, disk, told, monkeypatch):
+    monkeypatch.setattr(Away, "__module__", "gcsfs.retry")
+    saver = saving.Saver(Store(tmp_path), config_of())
+    saver.save(1, items(1), META)
+    ended(saver)
+    disk.full = True
+    reload = saver.store.manager.reload
+    monkeypatch.setattr(saver.store.manager, "reload", lambda: (_ for _ in ()).throw(Away("503")))
+    saver.save(2, items(2), META)
+    ended(saver)
+    (line,) = told
+    assert "The run goes on, which steps are whole cannot be asked now (failure 1 of 3" in line
+    saver.save(2, items(2), META)  # it is not taken for saved
+    ended(saver)
+    assert len(told) == 2 and "(failure 2 of 3" in told[1]
+    disk.full = False
+    monkeypatch.setattr(saver.store.manager, "reload", reload)
+    saver.save(2, items(2), META)
+    ended(saver)
+    assert saver.store.steps() == [2] and saver.failures == 0
+    saver.store.close()
+
+
 @pytest.mark.parametrize(
     ("every", "minutes", "log_every", "due"),
     [

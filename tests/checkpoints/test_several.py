@@ -1,0 +1,73 @@
+"""Checkpoints of two processes: failures that all hear of, one clock, and memory of a restore."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = pathlib.Path(__file__).parent / "several.py"
+PROCESSES, DEVICES = 2, 2
+LIMIT_S = 200  # Orbax alone waits 1,200 s for a process whose write failed
+
+
+def found(what, folder):
+    """What each process prints."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
+    }  # fmt: skip
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), port, str(PROCESSES), str(i), what, str(folder)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(PROCESSES)
+    ]  # fmt: skip
+    outputs = []
+    for process in running:
+        try:
+            outputs.append(process.communicate(timeout=LIMIT_S))
+        except subprocess.TimeoutExpired:  # its stacks are on stderr
+            process.send_signal(signal.SIGKILL)
+            outputs.append(process.communicate())
+    for process, (_, errors) in zip(running, outputs, strict=True):
+        assert process.returncode == 0, errors
+    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_write_that_fails_on_one_process_fails_on_all_at_once(which, tmp_path):
+    ours = found(f"fails{which}", tmp_path)
+    for number, one in enumerate(ours):
+        (line,) = one["said"]
+        assert "step 2 was not saved: " in line and "the newest whole step is 1" in line
+        cause = "the disk is full" if number == which else f"process {which} ("
+        assert cause in line and ("could not write its part" in line) == (number != which)
+        assert one["steps"] == [1, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
+
+
+def test_minutes_are_those_of_process_0(tmp_path):
+    """Whose steps take 35 s, while the other's clock runs quite another way."""
+    for one in found("minutes", tmp_path):
+        assert one == {"due": [2, 4, 6], "steps": [2, 4, 6]}
+
+
+def test_each_process_reads_its_share_and_holds_no_whole_leaf(tmp_path):
+    """A stack of layers, which two processes share. To other devices' shares, pieces on disk are
+    read that hold more than is wanted, and dropped again."""
+    for one in found("200", tmp_path):
+        share, whole = one["share"], one["whole"]
+        assert share == pytest.approx(whole / 2) and whole > 190
+        assert one["same"]["read"] < 1.02 * share
+        assert one["other"]["read"] < 1.05 * whole
+        # The share itself, and on a CPU two numbers beside each of its own for the digest.
+        for name in ("same", "other"):
+            assert one[name]["held"] < 3 * share + 0.25 * whole, one
