@@ -5,6 +5,7 @@
     python -m qk_jax.bench shardings --config stage2:20b --mesh fsdp=64,tensor=4
     python -m qk_jax.bench peer --size small --device cpu
     python -m qk_jax.bench layouts --config stage3:20b --slice v5p-128 --search --out D
+    python -m qk_jax.bench precompile --config stage3:20b@v5p-128 --slice v5p-128 --out D
 
 `cost` prints parameters, state bytes and model FLOPs for the config's target sizes with 0 to
 `--pictures` condition pictures, on any machine. With --measure N the real train step also runs N
@@ -15,7 +16,8 @@ device of a mesh that need not be here. `peer` times a training and a sampling s
 against diffusers' in PyTorch, on a CPU or one GPU. `layouts` compiles the train step ahead of time
 for TPU slices that need not be here, and says of every layout whether it fits, how long the
 compiler thinks a step takes and where the time goes; with --measure it also runs on the devices at
-hand. A config is a shipped one's name, or the path of a file (mine.py:tiny); any field of it can
+hand. `precompile` compiles all programs of a stage for a slice that need not be here, or for the
+devices at hand, and keeps them for runs. A config is a shipped one's name, or the path of a file (mine.py:tiny); any field of it can
 be given as --config.FIELD=VALUE.
 """
 
@@ -26,7 +28,7 @@ from collections.abc import Sequence
 
 from qk_jax.base import cli, runtime
 from qk_jax.base.errors import exits
-from qk_jax.bench import cost, layouts, peer, shardings
+from qk_jax.bench import cost, layouts, peer, precompile, shardings
 
 
 def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -43,7 +45,9 @@ def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str,
     peer.add_arguments(verbs.add_parser("peer", help="step time against PyTorch"))
     table = verbs.add_parser("layouts", help="what fits a TPU slice, and how fast it would be")
     layouts.add_arguments(table)
-    for verb in (price, spread, table):
+    programs = verbs.add_parser("precompile", help="a stage's programs, kept for its runs")
+    precompile.add_arguments(programs)
+    for verb in (price, spread, table, programs):
         verb.add_argument("--config", required=True, help="NAME:SIZE, or FILE.py:SIZE")
     args, overrides = cli.parse_with_overrides(parser, argv)
     if args.verb == "peer" and overrides:
@@ -56,7 +60,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     args, overrides = arguments(argv)
     runtime.skip_absent_tpu()
-    verbs = {"cost": cost, "layouts": layouts, "peer": peer, "shardings": shardings}
+    verbs = {
+        "cost": cost, "layouts": layouts, "peer": peer, "precompile": precompile,
+        "shardings": shardings,
+    }  # fmt: skip
     verbs[args.verb].command(args, overrides)
 
 
