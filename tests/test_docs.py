@@ -35,6 +35,7 @@ COMMANDS = {
     "qk_jax.bench shardings": "docs/bench.md",
     "qk_jax.bench peer": "docs/bench.md",
     "qk_jax.bench layouts": "docs/layouts.md",
+    "qk_jax.bench precompile": "docs/bench.md",
 }
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")

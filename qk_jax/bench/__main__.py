@@ -17,8 +17,8 @@ against diffusers' in PyTorch, on a CPU or one GPU. `layouts` compiles the train
 for TPU slices that need not be here, and says of every layout whether it fits, how long the
 compiler thinks a step takes and where the time goes; with --measure it also runs on the devices at
 hand. `precompile` compiles all programs of a stage for a slice that need not be here, or for the
-devices at hand, and keeps them for runs. A config is a shipped one's name, or the path of a file (mine.py:tiny); any field of it can
-be given as --config.FIELD=VALUE.
+devices at hand, and keeps them for runs. A config is a shipped one's name, or the path of a file
+(mine.py:tiny); any field of it can be given as --config.FIELD=VALUE.
 """
 
 from __future__ import annotations

@@ -35,9 +35,7 @@ log = logging.getLogger(__name__)
 PREEMPTED, INTERRUPTED = 42, 130  # exit statuses after SIGTERM and Ctrl-C
 
 
-def train(
-    config: ConfigDict, workdir: files.PathLike, *, imported_s: float | None = None
-) -> None:
+def train(config: ConfigDict, workdir: files.PathLike, *, imported_s: float | None = None) -> None:
     """Runs the config's stage to its last step, from its start or from where it stopped.
 
     Args:
@@ -158,7 +156,7 @@ class Trainer:
                         self.record(*pending, bar, counts=not new)
                 pending = (step, values, batch["task"].shape[0], work)
                 if step == first + 1:
-                    with self.phases.doing("first step"):
+                    with self.phases.doing("step", f"step {step}"):
                         jax.block_until_ready(values)
                     log.info("the first step ended %s", self.phases.since_start(imported_s))
                 self.saver.check()
