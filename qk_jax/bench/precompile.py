@@ -47,8 +47,7 @@ def command(args: argparse.Namespace, overrides: Mapping[str, str]) -> None:
         devices = topologies.devices(topologies.parse(args.slice))
     out = files.writable_folder(args.out, "--out")
     config = config_lib.load(args.config, dict(overrides))
-    with config.unlocked():
-        config.programs.folder = str(out) if ahead.is_made(out) else ""
+    config.programs.folder = ""  # of a run; this one compiles
     plan = Plan.build(config, sharding.build_mesh(config.mesh, devices, config.slices))
     with tempfile.TemporaryDirectory(prefix="qk-programs-") as cache, jax.set_mesh(plan.mesh):
         runtime.keep_programs(cache, instead=True)
@@ -56,7 +55,8 @@ def command(args: argparse.Namespace, overrides: Mapping[str, str]) -> None:
         batches = (
             pipeline.abstract(config, plan.prompts, shape, pad) for shape in settings.shapes(config)
         )
-        made = Programs(plan).compile(batches, digests=True)
-        path = ahead.keep(out, plan, {one.digest: one.name for one in made})
-    print(f"{len(made)} programs of {plan.stage.name}: {path}")
+        old = ahead.kept(out, plan)
+        made = Programs(plan).compile(batches, digests=True, skip=old.programs)
+        path = ahead.keep(out, plan, {one.digest: one.name for one in made}, old)
+    print(f"{len(old.programs) + len(made)} programs, {len(made)} of them new: {path}")
     print(f"a run takes them by --config.programs.folder={args.out}")

@@ -68,23 +68,25 @@ class Manifest(NamedTuple):
     Attributes:
       facts: what has to be equal where they run.
       programs: {digest of the StableHLO: name}.
-      files: {name of a file: its digest}.
+      digests: {name of a file: its digest}.
     """
 
     facts: Mapping[str, str]
     programs: Mapping[str, str]
-    files: Mapping[str, str]
+    digests: Mapping[str, str]
 
     @classmethod
     def read(cls, path: files.Path) -> Manifest:
         """Raises ValueError or OSError when it is damaged."""
         found = files.json_object(path.read_bytes())
-        parts = [found.get(name) for name in cls._fields]
-        for part in parts:
+        parts: list[dict[str, str]] = []
+        for name in cls._fields:
+            part = found.get(name)
             if not isinstance(part, dict) or not all(isinstance(x, str) for x in part.values()):
                 raise ValueError("it is no manifest of programs")
+            parts.append(part)
         manifest = cls(*parts)
-        if any(name != files.Path(name).name for name in manifest.files):
+        if any(name != files.Path(name).name for name in manifest.digests):
             raise ValueError("it names files of other folders")
         return manifest
 
@@ -121,7 +123,7 @@ def take(plan: Plan) -> Ahead:
         distributed.told("programs", "")
     fitting, reasons = _fitting(folder, facts(plan))
     for manifest in fitting:
-        for name, digest in manifest.files.items():
+        for name, digest in manifest.digests.items():
             _copy(files.Path(folder) / name, digest)
     if not jax.process_index():
         distributed.told("programs", "copied")
@@ -131,22 +133,33 @@ def take(plan: Plan) -> Ahead:
     return Ahead(folder, found)
 
 
-def keep(folder: files.Path, plan: Plan, programs: Mapping[str, str]) -> files.Path:
+def kept(folder: files.Path, plan: Plan) -> Manifest:
+    """What `keep` has written for such a plan, all of it whole; else nothing."""
+    found = facts(plan)
+    for manifest in _fitting(folder, found)[0]:
+        paths = {folder / name: digest for name, digest in manifest.digests.items()}
+        if all(path.exists() and _digest(path.read_bytes()) == x for path, x in paths.items()):
+            return manifest
+    return Manifest(found, {}, {})
+
+
+def keep(folder: files.Path, plan: Plan, programs: Mapping[str, str], old: Manifest) -> files.Path:
     """Writes what JAX's cache holds into a folder, then the manifest; the manifest's path.
 
     Args:
       folder: to write to.
       plan: that all programs of the cache were compiled for.
       programs: {digest of the StableHLO: name}.
+      old: of `kept`; its programs stay.
     """
-    found, whole = facts(plan), {}
+    found, digests = facts(plan), dict(old.digests)
     kind = re.sub(r"\W+", "-", f"{found[DEVICES]} {found[KIND]}")
     path = folder / f"{plan.stage.name}-{plan.config.size}-{kind}.json"
     for source in sorted(_cache().glob(f"*{SUFFIX}")):
         data = source.read_bytes()
-        whole[source.name] = _digest(data)
+        digests[source.name] = _digest(data)
         files.write_bytes(folder / source.name, data)
-    files.write_json(path, {"facts": found, "programs": dict(programs), "files": whole})
+    files.write_json(path, Manifest(found, {**old.programs, **programs}, digests)._asdict())
     return path
 
 
@@ -198,7 +211,7 @@ def _manifests(folder: files.PathLike) -> Iterator[files.Path]:
         raise InputError(f"config.programs.folder {folder} cannot be read: {error}") from None
 
 
-def _fitting(folder: str, ours: Mapping[str, str]) -> tuple[list[Manifest], list[str]]:
+def _fitting(folder: files.PathLike, ours: Mapping[str, str]) -> tuple[list[Manifest], list[str]]:
     """The manifests whose facts are ours, and why the others are not used."""
     found, reasons = [], []
     for path in _manifests(folder):

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -92,7 +92,13 @@ class Programs:
         )
         return found
 
-    def compile(self, batches: Iterable[PaddedBatch], *, digests: bool = False) -> list[Program]:
+    def compile(
+        self,
+        batches: Iterable[PaddedBatch],
+        *,
+        digests: bool = False,
+        skip: Collection[str] = (),
+    ) -> list[Program]:
         """Compiles what is new for these batches, config.programs.at_once programs at a time.
 
         Tracing and lowering are Python's, one after another; each program is compiled in a thread
@@ -102,20 +108,21 @@ class Programs:
         Args:
           batches: real or abstract.
           digests: also take the digest of each program.
+          skip: digests of programs that need not be compiled.
 
         Returns:
           the new ones.
         """
         digests = digests or bool(self._ahead.programs)
-        begun, waiting = time.monotonic(), dict[Any, Future[Program]]()
+        begun, waiting = time.monotonic(), dict[Any, Future[Program | None]]()
         with ThreadPoolExecutor(max(1, self._plan.config.programs.at_once)) as pool:
             for batch in batches:
                 # The step first: it takes longest.
                 for key, one in reversed(self.traced(batch).items()) if self.is_new(batch) else ():
                     if key not in self._programs and key not in waiting:
                         lowered = one.traced.lower()
-                        waiting[key] = pool.submit(_compiled, one.name, lowered, digests)
-        made = {key: future.result() for key, future in waiting.items()}
+                        waiting[key] = pool.submit(_compiled, one.name, lowered, digests, skip)
+        made = {key: one for key, future in waiting.items() if (one := future.result())}
         self._programs |= made
         if made and jax.process_index() == 0:
             log.info("%s", described(list(made.values()), time.monotonic() - begun))
@@ -183,10 +190,14 @@ def _listen() -> None:
     jax.monitoring.register_event_listener(hear)
 
 
-def _compiled(name: str, lowered: jax.stages.Lowered, digests: bool) -> Program:
-    """Compiles a program, or loads it; in a thread of the pool."""
+def _compiled(
+    name: str, lowered: jax.stages.Lowered, digests: bool, skip: Collection[str]
+) -> Program | None:
+    """Compiles a program, or loads it; in a thread of the pool. None for one to skip."""
     _listen()
     digest = digest_of(lowered) if digests else ""
+    if digest in skip:
+        return None
     begun, before = time.monotonic(), _heard.hits
     call = lowered.compile()
     return Program(name, call, time.monotonic() - begun, _heard.hits > before, digest)

@@ -70,7 +70,7 @@ def test_programs_are_compiled_at_once(at_once, monkeypatch):
     shapes = [(64, 64)], [(64, 64), (64, 64)], [(80, 48)]
     together, running = [], []
 
-    def compiled(name, lowered, digests):
+    def compiled(name, lowered, digests, skip):
         running.append(name)
         threading.Event().wait(0.5)
         together.append(len(running))
@@ -103,7 +103,10 @@ def folder(tmp_path, monkeypatch):
     cache.mkdir()
     monkeypatch.setattr(ahead, "_cache", lambda: files.Path(cache))
     (cache / "jit_step-1-cache").write_bytes(b"program")
-    ahead.keep(files.Path(made), plan_of(tmp_path), {"abc": "step"})
+    plan = plan_of(tmp_path)
+    nothing = ahead.kept(files.Path(made), plan)
+    assert not nothing.programs
+    ahead.keep(files.Path(made), plan, {"abc": "step"}, nothing)
     (cache / "jit_step-1-cache").unlink()
     return made
 
@@ -132,6 +135,18 @@ def taken(tmp_path, monkeypatch, **changes):
 def test_programs_of_the_same_devices_are_taken(folder, tmp_path, monkeypatch):
     assert taken(tmp_path, monkeypatch) == ({"abc": "step"}, ["jit_step-1-cache"], [])
     ahead.check(plan_of(tmp_path).config)
+
+
+def test_what_is_kept_is_compiled_once_and_added_to(folder, tmp_path):
+    plan, cache = plan_of(tmp_path), tmp_path / "cache"
+    old = ahead.kept(files.Path(folder), plan)
+    assert old.programs == {"abc": "step"}
+    (cache / "jit_encode-2-cache").write_bytes(b"another")
+    ahead.keep(files.Path(folder), plan, {"def": "encoder"}, old)
+    new = ahead.kept(files.Path(folder), plan)
+    assert set(new.programs) == {"abc", "def"} and len(new.digests) == 2
+    (folder / "jit_step-1-cache").unlink()
+    assert not ahead.kept(files.Path(folder), plan).programs
 
 
 @pytest.mark.parametrize(
@@ -165,7 +180,7 @@ def test_damaged_files_are_not_taken(folder, tmp_path, monkeypatch):
     )  # fmt: skip
     (folder / "jit_step-1-cache").unlink()
     assert "it cannot be read" in taken(tmp_path, monkeypatch)[2][0]
-    for text in ("{", "[]", '{"facts": {}}', '{"facts": {"a": 1}, "programs": {}, "files": {}}'):
+    for text in ("{", "[]", '{"facts": {}}', '{"facts": {"a": 1}, "programs": {}, "digests": {}}'):
         next(folder.glob("*.json")).write_text(text)
         found, copied, said = taken(tmp_path, monkeypatch)
         assert (found, copied) == ({}, []) and "is damaged" in said[0]
@@ -173,7 +188,7 @@ def test_damaged_files_are_not_taken(folder, tmp_path, monkeypatch):
 
 def test_a_manifest_cannot_name_files_of_other_folders(folder, tmp_path, monkeypatch):
     (tmp_path / "other").write_bytes(b"program")
-    changed(folder, "files", "../other", ahead._digest(b"program"))
+    changed(folder, "digests", "../other", ahead._digest(b"program"))
     assert "is damaged" in taken(tmp_path, monkeypatch)[2][0]
 
 
