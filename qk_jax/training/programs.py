@@ -122,7 +122,8 @@ class Programs:
                     if key not in self._programs and key not in waiting:
                         lowered = one.traced.lower()
                         waiting[key] = pool.submit(_compiled, one.name, lowered, digests, skip)
-        made = {key: one for key, future in waiting.items() if (one := future.result())}
+        found = {key: future.result() for key, future in waiting.items()}
+        made = {key: program for key, program in found.items() if program is not None}
         self._programs |= made
         if made and jax.process_index() == 0:
             log.info("%s", described(list(made.values()), time.monotonic() - begun))
