@@ -188,6 +188,8 @@ def base(stage: str, size: str) -> ConfigDict:
     config.watchdog = ConfigDict({"floor_s": 600.0, "factor": 20.0, "first_s": 7200.0})
 
     config.compilation_cache = True
+    # Compiling a step of the real sizes takes up to 10 GB; a stage has at most four, first of all.
+    config.programs = ConfigDict({"at_once": 4, "folder": ""})
     # On a CPU the older emitter at level 1 makes programs that are as fast in a quarter of the
     # time.
     config.compiler = ConfigDict({

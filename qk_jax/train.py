@@ -26,6 +26,7 @@ from qk_jax.training import loop
 @errors.exits
 def main(argv: Sequence[str]) -> None:
     """The command; see the module's docstring."""
+    imported_s = runtime.age()
     runtime.start_logging()
     runtime.skip_absent_tpu()
     args, overrides = arguments(argv)
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
         timeout_s=config.distributed.timeout_s,
         slices=math.prod(config.slices.values()),
     )
-    loop.train(config, args.workdir)
+    loop.train(config, args.workdir, imported_s=imported_s)
 
 
 def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:

@@ -35,6 +35,7 @@ COMMANDS = {
     "qk_jax.bench shardings": "docs/bench.md",
     "qk_jax.bench peer": "docs/bench.md",
     "qk_jax.bench layouts": "docs/layouts.md",
+    "qk_jax.bench precompile": "docs/bench.md",
 }
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
@@ -303,10 +304,12 @@ def run_convert(argv):
 
 
 def run_bench(argv):
+    from qk_jax import sharding
     from qk_jax.bench import __main__ as bench
     from qk_jax.bench import layouts, search, shardings
     from qk_jax.bench.cases import Case, Target
     from qk_jax.bench.schedule import topologies
+    from qk_jax.data import settings
     from qk_jax.experiment import config as config_lib
 
     args, overrides = bench.arguments(argv)
@@ -317,6 +320,11 @@ def run_bench(argv):
         planned(args.config, tuple(overrides.items()))
     elif args.verb == "shardings":
         shardings.command(args, overrides)
+    elif args.verb == "precompile":
+        assert settings.shapes(config)
+        if args.slice:
+            devices = Target.of(topologies.parse(args.slice)).slice_devices
+            assert math.prod(sharding.filled(config.mesh, devices).values()) == devices
     else:
         layouts.check(args)
         shape = layouts.shape(args, config)

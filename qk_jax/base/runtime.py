@@ -8,10 +8,12 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import os
 import pathlib
 import platform
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -23,6 +25,7 @@ from qk_jax.base import buckets, files
 from qk_jax.base.errors import InputError
 
 log = logging.getLogger("qk_jax")
+_IMPORTED = time.monotonic()
 
 
 def start_logging() -> None:
@@ -74,17 +77,21 @@ def skip_absent_tpu() -> None:
     jax.config.update("jax_platforms", "cuda,cpu" if has_gpu else "cpu")
 
 
-def keep_programs(folder: files.PathLike | None = None) -> None:
+def keep_programs(folder: files.PathLike | None = None, *, instead: bool = False) -> None:
     """Keeps compiled programs between processes, the small ones too: JAX's persistent cache.
 
     A folder that JAX was already given (JAX_COMPILATION_CACHE_DIR) stays, with its own settings.
-    One that cannot be written is no error: programs are then compiled anew.
+    One that cannot be written is no error: programs are then compiled anew. The folder may move:
+    the key of a program does not depend on it.
 
     Args:
       folder: None for qk_jax/compilation_cache in the user's cache folder, which is XDG_CACHE_HOME
         or ~/.cache.
+      instead: of a folder that JAX was given.
     """
-    if jax.config.values["jax_compilation_cache_dir"]:
+    # XLA's own caches on GPUs: their path would be part of every key.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    if jax.config.values["jax_compilation_cache_dir"] and not instead:
         return
     if folder is None:
         home = buckets.cache_folder()
@@ -97,6 +104,16 @@ def keep_programs(folder: files.PathLike | None = None) -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def age() -> float:
+    """Seconds since this process began, where Linux tells; else since JAX was imported."""
+    try:
+        fields = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        begun = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - begun
+    except (OSError, AttributeError):
+        return time.monotonic() - _IMPORTED
 
 
 @functools.cache

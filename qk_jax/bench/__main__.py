@@ -5,6 +5,7 @@
     python -m qk_jax.bench shardings --config stage2:20b --mesh fsdp=64,tensor=4
     python -m qk_jax.bench peer --size small --device cpu
     python -m qk_jax.bench layouts --config stage3:20b --slice v5p-128 --search --out D
+    python -m qk_jax.bench precompile --config stage3:20b@v5p-128 --slice v5p-128 --out D
     python -m qk_jax.bench checkpoints --gigabytes 4 --out gs://BUCKET/measured
 
 `cost` prints parameters, state bytes and model FLOPs for the config's target sizes with 0 to
@@ -16,8 +17,10 @@ device of a mesh that need not be here. `peer` times a training and a sampling s
 against diffusers' in PyTorch, on a CPU or one GPU. `layouts` compiles the train step ahead of time
 for TPU slices that need not be here, and says of every layout whether it fits, how long the
 compiler thinks a step takes and where the time goes; with --measure it also runs on the devices at
-hand. `checkpoints` times saves and restores on a disk or a bucket. A config is a shipped one's
-name, or the path of a file (mine.py:tiny); any field of it can be given as --config.FIELD=VALUE.
+hand. `precompile` compiles all programs of a stage for a slice that need not be here, or for the
+devices at hand, and keeps them for runs. `checkpoints` times saves and restores on a disk or a
+bucket. A config is a shipped one's name, or the path of a file (mine.py:tiny); any field of it can
+be given as --config.FIELD=VALUE.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from collections.abc import Sequence
 
 from qk_jax.base import cli, runtime
 from qk_jax.base.errors import exits
-from qk_jax.bench import checkpoints, cost, layouts, peer, shardings
+from qk_jax.bench import checkpoints, cost, layouts, peer, precompile, shardings
 
 
 def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -45,7 +48,9 @@ def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str,
     checkpoints.add_arguments(verbs.add_parser("checkpoints", help="speed of saves and restores"))
     table = verbs.add_parser("layouts", help="what fits a TPU slice, and how fast it would be")
     layouts.add_arguments(table)
-    for verb in (price, spread, table):
+    programs = verbs.add_parser("precompile", help="a stage's programs, kept for its runs")
+    precompile.add_arguments(programs)
+    for verb in (price, spread, table, programs):
         verb.add_argument("--config", required=True, help="NAME:SIZE, or FILE.py:SIZE")
     args, overrides = cli.parse_with_overrides(parser, argv)
     if args.verb in ("checkpoints", "peer") and overrides:
@@ -58,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     args, overrides = arguments(argv)
     runtime.skip_absent_tpu()
-    modules = (checkpoints, cost, layouts, peer, shardings)
+    modules = (checkpoints, cost, layouts, peer, precompile, shardings)
     verbs = {module.__name__.rpartition(".")[2]: module for module in modules}
     verbs[args.verb].command(args, overrides)
 

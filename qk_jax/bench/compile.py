@@ -10,6 +10,7 @@ import jax
 from qk_jax.base.types import Batch, PaddedBatch
 from qk_jax.bench.schedule.topologies import GIB
 from qk_jax.experiment.plan import Plan
+from qk_jax.training import programs
 from qk_jax.training import step as step_lib
 from qk_jax.training.padding import Padding
 
@@ -44,19 +45,13 @@ def compiled(plan: Plan, batch: Batch) -> Executables:
       InputError: the plan trains the autoencoder.
       JaxRuntimeError: the compiler fails, for lack of memory or otherwise.
     """
-    encoder, train_step = step_lib.Encoder(plan), step_lib.make_train_step(plan)
+    stage = programs.Programs(plan)
     padded = Padding.from_config(plan.config).abstract(batch)
     with jax.set_mesh(plan.mesh):
-        keys = [(x.shape, tokens) for x, tokens in encoder.pictures(padded)]
-        traced = {
-            key: encoder.program.trace(plan.frozen, *one)
-            for key, one in zip(keys, encoder.pictures(padded), strict=True)
-        }
-        inputs = step_lib.step_batch(padded, [traced[key].out_info for key in keys])
-        step = train_step.trace(plan.state, plan.frozen, inputs)
-        large = step.lower().compile()  # first: it is the one that may not fit
-        encoders = {key: one.lower().compile() for key, one in traced.items()}
-        return Executables(tuple(encoders[key] for key in keys), large)
+        *encoders, step = stage.traced(padded).items()
+        large = step[1].traced.lower().compile()  # first: it is the one that may not fit
+        small = {key: one.traced.lower().compile() for key, one in encoders}
+        return Executables(tuple(small[key] for key in stage.encoder_keys(padded)), large)
 
 
 def memory(executables: Executables) -> dict[str, float]:

@@ -37,6 +37,8 @@ from qk_jax.data.plan import (
     mixed_batches,
 )
 from qk_jax.data.prompts import PromptBuilder, pixel_values, text_tokens
+from qk_jax.pictures.fitting import Size
+from qk_jax.pictures.roles import SOURCE
 
 log = logging.getLogger(__name__)
 _FIRST_JUDGED = 1000  # records read before the share of bad ones is judged by itself
@@ -174,6 +176,32 @@ def collate(
     return batch
 
 
+def abstract(
+    config: Mapping[str, Any],
+    prompts: PromptBuilder,
+    shape: Sequence[Size],
+    finish: Callable[[Batch], Any],
+) -> Any:
+    """What `finish` makes of a global training batch of one shape, without arrays.
+
+    Args:
+      config: of the run.
+      prompts: of the run.
+      shape: (H, W) of the target and of each condition picture.
+      finish: as of `Pipeline`.
+    """
+    target, *pictures = (np.zeros((*size, 3), np.uint8) for size in shape)
+    example = Example("", target, tuple(pictures), (SOURCE,) * len(pictures), TASKS[0], 0)
+    own = dataclasses.replace(prompts, max_text=text_tokens(config, len(pictures)))
+    targets = bool(config["alignment"]["weight"])
+    one, slots = finish(collate([example], [(False, False)], own, targets)), config["data"]["batch"]
+
+    def leaf(x: np.ndarray) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((slots, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype))
+
+    return jax.tree.map(leaf, one)
+
+
 class _Planned(NamedTuple):
     """The plan of a split.
 
@@ -295,6 +323,7 @@ class Pipeline:
             finish=finish,
         )
         self._loaded = self.plan.map_with_index(load)
+        self._prompts, self._finish = prompts, finish
         self._of_task = [plan.map_with_index(load) for plan in planned.of_task]
         self.bad: Counter[tuple[str, str]] = Counter()
         self._read = 0
@@ -338,6 +367,11 @@ class Pipeline:
         """Task and number of every record of the global batch of a step, counted from 0."""
         chosen = [(self.groups[index], member) for index, member in self.plan[step].tolist()]
         return [f"{group.task} {group.numbers[member]}" for group, member in chosen]
+
+    def abstract(self) -> list[Any]:
+        """Each global training batch of another shape that occurs, without arrays."""
+        shapes = dict.fromkeys(group.shape for group in self.groups)
+        return [abstract(self.config, self._prompts, shape, self._finish) for shape in shapes]
 
     def digest(self) -> str:
         """Of every shape and its examples: equal where all steps read the same."""

@@ -58,7 +58,9 @@ def load_tokenizer(folder: files.PathLike) -> Any:
     """
     # Only the tokenizer is used, so the advice to install PyTorch is of no use.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer  # slow to import, and only needed here
+    # Slow to import, and only needed here; AutoTokenizer, which would take this class, imports
+    # PyTorch too where it is installed.
+    from transformers import Qwen2Tokenizer
 
     folder = files.Path(folder)
     if not (folder / "tokenizer.json").is_file():
@@ -67,7 +69,7 @@ def load_tokenizer(folder: files.PathLike) -> Any:
         )
     try:
         with buckets.staged_folder(folder, (".json", ".txt", ".jinja")) as here:
-            tokenizer = AutoTokenizer.from_pretrained(str(here), local_files_only=True)
+            tokenizer = Qwen2Tokenizer.from_pretrained(str(here), local_files_only=True)
     except Exception as error:  # of tokenizers, json or transformers, without a common class
         raise InputError(f"the tokenizer in {folder} cannot be read: {error}") from error
     missing = [token for token in NEEDED if token not in tokenizer.get_vocab()]

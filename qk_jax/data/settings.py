@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qk_jax.base.errors import InputError
-from qk_jax.data.example import TASKS, TaskSettings
-from qk_jax.pictures.sizes import parse_sizes
+from qk_jax.data.example import MAX_REFERENCES, TASKS, TaskSettings, reference_sizes
+from qk_jax.pictures.fitting import Size
+from qk_jax.pictures.sizes import for_number, parse_sizes
 
 
 class Dropout(NamedTuple):
@@ -105,3 +106,28 @@ def check(config: Mapping[str, Any]) -> None:
     for phase in phases(config):
         TaskSettings.from_config(phase.data, 0)
     dropouts(config["data"])
+
+
+def shapes(config: Mapping[str, Any]) -> list[tuple[Size, ...]]:
+    """(H, W) of the target and of the condition pictures of every batch that a config may train.
+
+    What its data do not have is among them. Of references of several sizes in one example each has
+    the same here.
+
+    Raises:
+      InputError: see `phases`.
+    """
+    found: dict[tuple[Size, ...], None] = {}
+    for phase in phases(config):
+        tasks = {task for task, weight in phase.data["tasks"].items() if weight}
+        references = reference_sizes(phase.data)
+        for target in parse_sizes(phase.data["sizes"], "config.data.sizes"):
+            if "text_to_image" in tasks:
+                found[(target,)] = None
+            if tasks - MAX_REFERENCES.keys() - {"text_to_image"}:
+                found[target, target] = None  # the source, which has the target's size
+            most = max((MAX_REFERENCES[task] for task in tasks & MAX_REFERENCES.keys()), default=0)
+            for number in range(1, most + 1):
+                for size in for_number(references, number):
+                    found[target, *[size] * number] = None
+    return list(found)

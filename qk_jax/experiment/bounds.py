@@ -12,7 +12,7 @@ POSITIVE = frozenset(
     "data.batch data.max_groups data.max_pixels validation.batch "
     "validation.batches validation.max_groups log.every log.t_bins checkpoint.keep "
     "optimizer.accumulation optimizer.max_skipped optimizer.eps model.num_queries model.max_text "
-    "model.vlm_pixels distributed.timeout_s watchdog.factor watchdog.first_s "
+    "model.vlm_pixels distributed.timeout_s programs.at_once watchdog.factor watchdog.first_s "
     "checkpoint.max_failures spike.window".split()
 )
 NOT_NEGATIVE = frozenset(

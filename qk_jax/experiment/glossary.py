@@ -18,6 +18,8 @@ MEANINGS = {
     "steps": "updates of the whole stage",
     "rules": "(regex, 'train' or 'freeze') over parameter names; the first that matches decides",
     "compilation_cache": "keep compiled programs in WORKDIR/compilation_cache",
+    "programs.at_once": "programs that are compiled at once before the first step",
+    "programs.folder": "folder of `bench precompile` whose programs are used where they fit",
     "distributed.timeout_s": "seconds that the hosts may take to find each other",
     "watchdog.floor_s": "no phase of a run is a hang before so many seconds; 0 watches nothing",
     "watchdog.factor": "times the median of its earlier durations that a phase may take",

@@ -28,8 +28,7 @@ from qk_jax.data import pipeline
 from qk_jax.experiment import config as config_lib
 from qk_jax.experiment import train_state
 from qk_jax.experiment.plan import Plan
-from qk_jax.training import evals, flops, metrics, profiling, spikes, start
-from qk_jax.training import step as step_lib
+from qk_jax.training import ahead, evals, flops, metrics, profiling, programs, spikes, start
 from qk_jax.training.padding import Padding
 from qk_jax.training.phases import Limits, Phases
 from qk_jax.training.saving import Saver
@@ -38,18 +37,20 @@ log = logging.getLogger(__name__)
 PREEMPTED, INTERRUPTED = 42, 130  # exit statuses after SIGTERM and Ctrl-C
 
 
-def train(config: ConfigDict, workdir: files.PathLike) -> None:
+def train(config: ConfigDict, workdir: files.PathLike, *, imported_s: float | None = None) -> None:
     """Runs the config's stage to its last step, from its start or from where it stopped.
 
     Args:
       config: of `config.load`.
       workdir: the stage's folder is made inside.
+      imported_s: age of the process when its imports were done, for the log.
 
     Raises:
       InputError: anything wrong with config, folders, checkpoints or data, or a loss of NaN.
       Failure: `checkpoint.max_failures` saves in a row have failed.
       SystemExit: 42 after SIGTERM, 130 after Ctrl-C; the state is saved.
     """
+    imported_s = runtime.age() if imported_s is None else imported_s
     distributed.agree("run", facts(config))
     buckets.check([os.fspath(workdir), *(value for _, value in config_lib.fields(config))])
     start.check(config, workdir)
@@ -64,6 +65,7 @@ def train(config: ConfigDict, workdir: files.PathLike) -> None:
         evals.check(plan)
         profiling.check(config.profile.steps)
         spikes.check(config)
+        ahead.check(config)
         store = Store(
             folder / run_folder.CHECKPOINTS,
             keep=config.checkpoint.keep,
@@ -74,7 +76,8 @@ def train(config: ConfigDict, workdir: files.PathLike) -> None:
             for line in plan.describe():
                 log.info("%s", line)
             pad = Padding.from_config(config)
-            data = pipeline.Pipeline(config, "train", prompts=plan.prompts, finish=pad)
+            with phases.doing("index"):
+                data = pipeline.Pipeline(config, "train", prompts=plan.prompts, finish=pad)
             distributed.agree("data", {"the digest of the data's plan": data.digest()})
             with phases.doing("restore" if store.steps() else "start"):
                 begun = start.restore_or_start(plan, folder, store)
@@ -83,7 +86,7 @@ def train(config: ConfigDict, workdir: files.PathLike) -> None:
                 log.info("%s is done: %d of %d steps", folder, begun.state.step, config.steps)
                 return
             with contextlib.closing(Trainer(plan, folder, store, data, begun, phases)) as trainer:
-                trainer.run()
+                trainer.run(imported_s)
 
 
 def hung(line: str) -> NoReturn:
@@ -117,7 +120,7 @@ class Trainer:
         self.plan, self.folder, self.store = plan, folder, store
         self.saver = Saver(store, plan.config)
         self.state, self.frozen, self.fingerprint = begun.state, begun.frozen, begun.fingerprint
-        self.train_step = step_lib.Compiled(plan)
+        self.train_step = programs.Programs(plan)
         run_folder.keep_tokenizer(folder, plan.prompts)
         self.data = data
         self.window, self.clock = metrics.Window(begun.window), metrics.Clock()
@@ -131,9 +134,11 @@ class Trainer:
         self.writers = metrics.Writers(folder, int(begun.state.step), plan.config)
         self.evaluators = evals.build(plan, folder, self.writers)
 
-    def run(self) -> None:
-        """Steps from the state's own to config.steps."""
+    def run(self, imported_s: float) -> None:
+        """Compiles all programs, and steps from the state's own to config.steps."""
         config, first = self.plan.config, int(self.state.step)
+        with self.phases.doing("compile"):
+            self.train_step.compile(self.data.abstract())
         if first == 0:
             self.evaluate(0)
         bar = tqdm.tqdm(
@@ -158,6 +163,10 @@ class Trainer:
                     if pending:  # one step behind, so that the devices never wait for the log
                         self.record(*pending, bar, counts=not new)
                 pending = (step, values, batch["task"].shape[0], work)
+                if step == first + 1:
+                    with self.phases.doing("step", f"step {step}"):
+                        jax.block_until_ready(values)
+                    log.info("the first step ended %s", self.phases.since_start(imported_s))
                 self.saver.check()
                 leave, saves = self.asked_to_leave(step), self.saver.is_due(step)
                 if not self.rollback and (leave or saves or self.evaluates(step)):

@@ -18,7 +18,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from qk_jax.base import files
+from qk_jax.base import files, runtime
 
 POLL_S = 0.5
 REMEMBERED = 64  # durations of a phase of which the median is taken
@@ -52,6 +52,7 @@ class Phases:
 
     Attributes:
       seconds: by phase, all that was spent in it.
+      before: seconds from the start of the process to the first phase.
     """
 
     def __init__(self, limits: Limits, stacks: files.Path | None, hung: Callable[[str], None]):
@@ -67,6 +68,7 @@ class Phases:
         self._earlier: dict[str, deque[float]] = {}
         self._open: list[Phase] = []
         self._begun = self._counted = time.monotonic()
+        self.before = runtime.age()
         self._closed = threading.Event()
         if limits.floor_s:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
@@ -110,6 +112,17 @@ class Phases:
         """One line: 'step 81 %, compile 12 %, ...', the largest first."""
         shares = sorted(self.shares().items(), key=lambda pair: -pair[1])
         return ", ".join(f"{name.removeprefix('goodput/')} {100 * x:.1f} %" for name, x in shares)
+
+    def since_start(self, imported_s: float) -> str:
+        """One line: 'after 21.5 s: import 4.1, hosts 0.3, start 6.2, ...', in order.
+
+        Args:
+          imported_s: age of the process when its imports were done.
+        """
+        self._count()
+        spent = {"import": imported_s, "hosts": self.before - imported_s, **self.seconds}
+        each = ", ".join(f"{name} {x:.1f}" for name, x in spent.items() if x >= 0.05)
+        return f"after {runtime.age():.1f} s: {each}"
 
     def close(self) -> None:
         """Ends the watchdog."""

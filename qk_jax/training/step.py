@@ -17,7 +17,6 @@ from qk_jax.diffusion import flow
 from qk_jax.experiment import optimizer
 from qk_jax.experiment.plan import Plan
 from qk_jax.experiment.train_state import TrainState
-from qk_jax.training import flops
 from qk_jax.training.gradients import gatherer, gradients, micro_batches, one_batch
 from qk_jax.training.objectives.flow_matching import loss_fn
 from qk_jax.training.padding import Padding
@@ -170,58 +169,6 @@ def make_train_step(plan: Plan) -> jax.stages.Wrapped:
         donate_argnums=0,
         compiler_options=plan.compiler_options(step=True),
     )
-
-
-class Compiled:
-    """Encoder and train step, each compiled once for shapes that it has not met before.
-
-    The step has a program for each number of condition pictures, the encoder for each size.
-    """
-
-    def __init__(self, plan: Plan):
-        self._plan = plan
-        self._encoder, self._step = Encoder(plan), make_train_step(plan)
-        self._programs: dict[Any, Any] = {}
-        self._work: dict[Any, int] = {}
-
-    def is_new(self, batch: PaddedBatch) -> bool:
-        """Whether something has to be compiled for a batch."""
-        return not self._programs.keys() >= {*self._encoder_keys(batch), self._step_key(batch)}
-
-    def __call__(
-        self, state: TrainState, frozen: Tree, batch: PaddedBatch
-    ) -> tuple[TrainState, Metrics, int]:
-        """(state, metrics, FLOPs of this step)."""
-        pictures = self._encoder.pictures(batch)
-        for key, one in zip(self._encoder_keys(batch), pictures, strict=True):
-            if key not in self._programs:
-                self._programs[key] = self._encoder.program.lower(frozen, *one).compile()
-        encoded = [
-            self._programs[key](frozen, picture)
-            for key, (picture, _) in zip(self._encoder_keys(batch), pictures, strict=True)
-        ]
-        inputs, key = step_batch(batch, encoded), self._step_key(batch)
-        if key not in self._programs:
-            self._programs[key] = self._step.lower(state, frozen, inputs).compile()
-        state, values = self._programs[key](state, frozen, inputs)
-        return state, values, self._flops(batch)
-
-    def _encoder_keys(self, batch: PaddedBatch) -> list[Any]:
-        return [(x.shape, tokens) for x, tokens in self._encoder.pictures(batch)]
-
-    def _step_key(self, batch: PaddedBatch) -> Any:
-        tokens = [tokens for _, tokens in self._encoder.pictures(batch)]
-        return _shapes(step_batch(batch, [((), ())])), *tokens
-
-    def _flops(self, batch: PaddedBatch) -> int:
-        key = _shapes(batch)
-        if key not in self._work:
-            self._work[key] = flops.of_step(self._plan, batch)
-        return self._work[key]
-
-
-def _shapes(tree: Any) -> tuple[Any, ...]:
-    return tuple((name, x.shape) for name, x in trees.named(tree).items())
 
 
 def make_eval_step(plan: Plan) -> jax.stages.Wrapped:

@@ -77,6 +77,10 @@ class Pipeline:
             yield self.finish(batch(self.config, step, pictures=2 * (step % 2)))
             step += 1
 
+    def abstract(self):
+        made = self.batches(0)
+        return [next(made), next(made)]
+
     def fixed(self):
         for index in range(self.config.validation.batches):
             rows = self.config.validation.batch

@@ -13,7 +13,7 @@ from qk_jax.checkpoints.store import Store
 from qk_jax.data import pipeline
 from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
-from qk_jax.training import loop
+from qk_jax.training import loop, programs
 from qk_jax.training import step as step_lib
 from qk_jax.training.padding import Padding
 
@@ -72,7 +72,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts():
     made["record"] = np.array([0, 1, 2, 4, 4, POISON, 6, 7])
     with jax.set_mesh(plan.mesh):
         padded = Padding.from_config(plan.config)(made)
-        left, values, _ = step_lib.Compiled(plan)(jax.device_put(state), frozen, padded)
+        left, values, _ = programs.Programs(plan)(jax.device_put(state), frozen, padded)
     assert not values["applied"] and np.flatnonzero(~values["finite"]).tolist() == [5]
     for name, leaf in trees.named(left).items():
         counted = np.issubdtype(leaf.dtype, np.integer)

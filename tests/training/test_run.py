@@ -24,8 +24,7 @@ from qk_jax.checkpoints.store import Store
 from qk_jax.data import pipeline, prompts
 from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
-from qk_jax.training import evals, loop, saving, start
-from qk_jax.training import step as step_lib
+from qk_jax.training import evals, loop, programs, saving, start
 
 NANO = pathlib.Path(__file__).parent / "nano.py"
 STAGES = ("stage1", "stage2", "stage3")
@@ -45,20 +44,20 @@ def config_of(name, **changes):
     return config_lib.load(f"{NANO}:{name}", overrides)
 
 
-class Reuse(step_lib.Compiled):
+class Reuse(programs.Programs):
     """Programs of one stage, kept between the runs of these tests."""
 
-    programs: dict = {}
+    kept: dict = {}
 
     def __init__(self, plan):
         super().__init__(plan)
-        self._programs = self.programs.setdefault((plan.stage.name, plan.config.optimizer.lr), {})
+        self._programs = self.kept.setdefault((plan.stage.name, plan.config.optimizer.lr), {})
 
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
     monkeypatch.setattr(pipeline, "Pipeline", Pipeline)
-    monkeypatch.setattr(step_lib, "Compiled", Reuse)
+    monkeypatch.setattr(programs, "Programs", Reuse)
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +66,11 @@ def straight(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "Pipeline", Pipeline)
-        patch.setattr(step_lib, "Compiled", Reuse)
+        patch.setattr(programs, "Programs", Reuse)
         for stage in STAGES:
             loop.train(config_of(stage), workdir)
     yield workdir
-    Reuse.programs.clear()
+    Reuse.kept.clear()
     jax.clear_caches()
 
 
@@ -307,7 +306,7 @@ class Watch(evals.Evaluator):
 def test_evaluators_and_alignment(tmp_path, monkeypatch):
     monkeypatch.setitem(evals.EVALUATORS, "sheets", Watch)
     monkeypatch.setattr(Watch, "seen", [])
-    monkeypatch.setattr(Reuse, "programs", {})
+    monkeypatch.setattr(Reuse, "kept", {})
     config = config_of(
         "stage1", alignment__weight=0.5, evals__loss__every=2, evals__sheets__every=4
     )
