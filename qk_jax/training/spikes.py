@@ -21,6 +21,7 @@ from qk_jax.data.example import TASKS
 
 NORMAL = 1.4826  # median absolute deviations in a standard deviation of normal values
 LEAST = 0.01  # of the median: no standard deviation is taken for less
+TINY = 1e-30  # losses of zero deviate by it
 KEPT = 2  # newest checkpoints of `checkpoint.every` that must stay, see `Detector.last_good`
 MIN_WINDOW = 8  # losses of which a median and a deviation mean something
 
@@ -117,7 +118,7 @@ class Detector:
             return None
         usual = float(np.median(known))
         deviation = NORMAL * float(np.median(np.abs(known - usual)))
-        zscore = (loss - usual) / max(deviation, LEAST * abs(usual), np.finfo(np.float32).tiny)
+        zscore = (loss - usual) / max(deviation, LEAST * abs(usual), TINY)
         return Spike(step, task, loss, usual, zscore) if zscore > self._section.zscore else None
 
     def last_good(self, spike: Spike, saved: Sequence[int]) -> int | None:

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 SCRIPT = pathlib.Path(__file__).parent / "several.py"
+ROOT = SCRIPT.parents[2]
 PROCESSES, DEVICES = 2, 2
 LIMIT_S = 200  # Orbax alone waits 1,200 s for a process whose write failed
 
@@ -22,6 +23,7 @@ def found(what, folder):
         port = str(free.getsockname()[1])
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
+        "PYTHONPATH": str(ROOT),
     }  # fmt: skip
     running = [
         subprocess.Popen(
