@@ -32,7 +32,7 @@ class RecordSource:
     """
 
     def __init__(
-        self, file: records.RecordFile, task: str, settings: TaskSettings, max_pixels: int
+        self, file: records.RecordSet, task: str, settings: TaskSettings, max_pixels: int
     ):
         self.task, self.file, self.settings, self.max_pixels = task, file, settings, max_pixels
         self.numbers = np.flatnonzero(file.index["task"] == task.encode())
@@ -60,7 +60,7 @@ class RecordSource:
 
     def __getitem__(self, number: int) -> Example:
         record = int(self.numbers[number])
-        name = f"record {record} of {self.file.path}"
+        name = self.file.name(record)
         header, blobs = self.file[record]
         instruction = caption_of(header.get("instruction"), name)
         roles = header.get("roles") or []
@@ -91,8 +91,8 @@ class RecordSource:
 def sources(
     data: Mapping[str, Any], split: str, settings: TaskSettings, names: Sequence[str]
 ) -> dict[str, Source]:
-    """Tasks of <data.records>/<split>.array_record. Raises: InputError; see `RecordSource`."""
-    file = records.RecordFile(files.Path(data["records"]) / f"{split}.array_record")
+    """Tasks of the records of a split in data.records. Raises: InputError; see `RecordSource`."""
+    file = records.RecordSet(data["records"], split)
     return {name: RecordSource(file, name, settings, data["max_pixels"]) for name in names}
 
 
