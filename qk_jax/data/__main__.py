@@ -3,7 +3,7 @@
     python -m qk_jax.data import --format folder --input PICTURES --task text_to_image --out DATA
     python -m qk_jax.data import --format omniedit --input DOWNLOADED --task editing --out DATA \\
         --validation 0.01 --workers 8
-    python -m qk_jax.data import --format parquet --input DOWNLOADED --task text_to_image --out DATA \\
+    python -m qk_jax.data import --format parquet --input FILES --task text_to_image --out DATA \\
         --columns text=caption,target=image
     python -m qk_jax.data bench
 
@@ -48,9 +48,11 @@ def parser() -> argparse.ArgumentParser:
     add("--licence", default="", help="for the manifest (default: the publisher's)")
     add("--split", default="train", help="of a TensorFlow data set (default: %(default)s)")
     add("--min-score", type=float, metavar="X", help="bound of the set's own quality filter")
-    add("--min-side", type=int, default=0, metavar="N", help="pixels; a smaller picture is rejected")
+    add(
+        "--min-side", type=int, default=0, metavar="N", help="pixels; a smaller picture is rejected"
+    )
     add("--max-pixels", type=int, default=1 << 26, metavar="N",
-        help="a larger picture is rejected before it is decoded (default: %(default)s)")  # fmt: skip
+        help="a larger picture is rejected, undecoded (default: %(default)s)")  # fmt: skip
     add("--max-characters", type=int, default=10_000, metavar="N",
         help="a longer text is rejected (default: %(default)s)")  # fmt: skip
     add("--encode", default="", metavar="jpeg:95", help="write pictures as jpeg, webp or png")

@@ -184,5 +184,3 @@ def store(job: Job, folder: str = "") -> inputs.Store:
         return inputs.Store([folder])
     found = image_archives(job)
     return inputs.Store(folders, found, index_path(job) if found else None)
-
-

@@ -108,7 +108,9 @@ def entry_of(
     blobs: dict[str, bytes] = {}
     sizes: list[tuple[int, int]] = []
     names = ["target", *(f"picture_{number}" for number in range(1, len(roles) + 1))]
-    for blob, data in zip(names, (draft.target, *(data for _, data in draft.pictures)), strict=True):
+    for blob, data in zip(
+        names, (draft.target, *(data for _, data in draft.pictures)), strict=True
+    ):
         kept, size = _checked(data, limits, f"{name}, {blob}")
         blobs[blob] = kept
         sizes.append(size)

@@ -75,7 +75,9 @@ def _by_ray(task: Task, numbers: Sequence[int], address: str) -> Iterator[int]:
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # of many classes
-        raise InputError(f"--ray {address}: no cluster answers ({error}); start one first") from None
+        raise InputError(
+            f"--ray {address}: no cluster answers ({error}); start one first"
+        ) from None
     try:
         # A lost node or worker is no error of the task: Ray gives it to another.
         remote = ray.remote(num_cpus=1, max_retries=-1)(task)

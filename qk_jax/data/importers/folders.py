@@ -105,7 +105,9 @@ def _controlled(job: Job) -> tuple[list[Piece], list[BadRecord]]:
         return lists.LISTS.plan(job)
     folders(job.inputs)
     if not job.control:
-        raise InputError(f"--format {job.format} needs --control, the folders of its control images")
+        raise InputError(
+            f"--format {job.format} needs --control, the folders of its control images"
+        )
     stems = _stems(folders(job.control, "--control"))
 
     def controls(picture: str) -> list[str]:

@@ -74,6 +74,7 @@ def run(job: Job, engine: Engine) -> dict[str, Any]:
     plan = _plan(job, engine.resume)
     if (out / "manifest.json").is_file():
         manifest = files.read_json(out / "manifest.json")
+        files.remove_folder(job.work)  # where the command ended just before it would
         log.info("%s is complete already", out)
         return manifest
     if job.dedup:
@@ -83,7 +84,9 @@ def run(job: Job, engine: Engine) -> dict[str, Any]:
     manifest = _finish(job, plan)
     if not sum(manifest["records"].values()):
         reasons = ", ".join(f"{n} {kind}" for kind, n in manifest["rejected"].items())
-        raise Failure(f"no record could be imported: {reasons or 'the input is empty'}; {_lines(out)}")
+        raise Failure(
+            f"no record could be imported: {reasons or 'the input is empty'}; {_lines(out)}"
+        )
     return manifest
 
 
@@ -121,7 +124,7 @@ def _plan(job: Job, resume: bool) -> Plan:
         found = files.read_json(known)
         if not resume:
             raise InputError(
-                f"--out {out} has an import already; add --resume to go on, or choose another folder"
+                f"--out {out} has an import already; add --resume to go on, or choose another"
             )
         if found["digest"] != _digest_of(job, found["inputs"]):
             raise InputError(
@@ -271,5 +274,3 @@ def told(manifest: dict[str, Any]) -> str:
     lines.append(f"rejected: {sum(rejected.values())}")
     lines += [f"  {count} {reason}" for reason, count in rejected.items()]
     return "\n".join(lines)
-
-

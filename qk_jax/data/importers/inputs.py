@@ -22,7 +22,9 @@ LARGEST = 256 << 20  # bytes of a picture or another member
 _WHOLE = 64 << 20  # bytes up to which an input is digested whole
 _PART = 1 << 20
 # x.tar, x.tgz, x.tar.gz, and their parts: x.tar.split.000, x.tar.gz.part-aa, x.tar.001
-_ARCHIVE = re.compile(r"(?P<whole>.+\.(?:tar|tgz|tar\.gz))(?:\.(?:split|part)?[._-]?\w{1,5})?", re.I)
+_ARCHIVE = re.compile(
+    r"(?P<whole>.+\.(?:tar|tgz|tar\.gz))(?:\.(?:split|part)?[._-]?\w{1,5})?", re.I
+)
 _ABSENT = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL)
 
 

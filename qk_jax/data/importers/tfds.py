@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from qk_jax.base import files
+from qk_jax.base.errors import BadRecord, InputError
 from qk_jax.data.example import Example, Source, TaskSettings, caption_of
 from qk_jax.data.importers.drafts import encoded
 from qk_jax.data.importers.job import Job, Piece, Row, Rows
