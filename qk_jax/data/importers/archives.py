@@ -80,7 +80,8 @@ def _plan(job: Job) -> tuple[list[Piece], list[BadRecord]]:
 def _samples(job: Job, piece: Piece, wanted: frozenset[str]) -> Iterator[Row | BadRecord]:
     """Samples of a WebDataset: members that follow each other and have one name up to the dot."""
     name = piece.paths[0]
-    key, fields, bad = "", {}, None
+    key, bad = "", None
+    fields: dict[str, Any] = {}
     seen: set[str] = set()
     with unpacked(piece.paths) as file:
         for member in members(file, name):

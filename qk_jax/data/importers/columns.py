@@ -29,11 +29,12 @@ def by_columns(row: Row, job: Job, form: Format) -> Iterator[Draft]:
         for column, role in (("source", "source"), ("references", "reference"), ("pictures", ""))
         for value in _several(get(column))
     ]
-    texts = text if isinstance(text, list) else [text]
+    if isinstance(text, list):
+        text = text[-1] if text else None
     group = get("group")
     yield Draft(
         key=_name(get("key"), row.key),
-        instruction=form.words(texts[-1]) if texts and isinstance(texts[-1], str) else texts,
+        instruction=form.words(text) if isinstance(text, str) else text,
         target=row.picture(targets[0]),
         pictures=tuple(pictures),
         group="" if group in (_ABSENT, None) else f"{group}",
@@ -84,7 +85,7 @@ def field(row: Row, name: str) -> Any:
     if isinstance(inner, str | bytes):
         try:
             inner = files.json_object(inner if isinstance(inner, bytes) else inner.encode())
-        except UnicodeError as error:
+        except (UnicodeEncodeError, UnicodeDecodeError) as error:
             raise BadRecord("not unicode", f"{row.key}: {first} ({error.reason})") from None
         except (ValueError, RecursionError) as error:
             raise BadRecord("bad row", f"{row.key}: {first} ({error})") from None

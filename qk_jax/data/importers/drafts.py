@@ -90,7 +90,7 @@ def text_of(value: object, limit: int, name: str) -> str:
     try:
         text = caption_of(value.decode() if isinstance(value, bytes) else value, name)
         text.encode()
-    except UnicodeError as error:
+    except (UnicodeEncodeError, UnicodeDecodeError) as error:
         raise BadRecord("not unicode", f"{name}: the text is not UTF-8 ({error.reason})") from None
     if limit and len(text) > limit:
         raise BadRecord("long text", f"{name}: {len(text)} characters, more than {limit}")

@@ -33,8 +33,14 @@ def run(task: Task, numbers: Sequence[int], workers: int, ray: str = "") -> Iter
     if ray:
         return _by_ray(task, numbers, ray)
     if workers == 1 or len(numbers) < 2:
-        return (number for number in numbers if task(number) is None)
+        return _here(task, numbers)
     return _by_processes(task, numbers, min(workers, len(numbers)))
+
+
+def _here(task: Task, numbers: Sequence[int]) -> Iterator[int]:
+    for number in numbers:
+        task(number)
+        yield number
 
 
 def _by_processes(task: Task, numbers: Sequence[int], workers: int) -> Iterator[int]:

@@ -68,7 +68,7 @@ def _read(job: Job, piece: Piece, wanted: frozenset[str]) -> Iterator[Row | BadR
     if posixpath.basename(piece.paths[0]) != _FOUND:
         yield from lists.LISTS.read(job, piece, wanted)
         return
-    for fields in lists.rows_of(piece.paths[0], piece.start, piece.count):
+    for fields in lists.rows_of(piece.paths[0], piece.start, piece.units):
         assert not isinstance(fields, BadRecord)  # we have written it
         try:
             text = _whole(fields["text_file"])

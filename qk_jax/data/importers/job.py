@@ -61,12 +61,12 @@ class Piece(NamedTuple):
     Attributes:
       paths: its files, of which all are one archive or table.
       start: where it begins, in the units of its reader.
-      count: how many units it has; -1 for all.
+      units: how many it has; -1 for all.
     """
 
     paths: tuple[str, ...]
     start: int = 0
-    count: int = -1
+    units: int = -1
 
 
 class Row(NamedTuple):

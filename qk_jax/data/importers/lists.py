@@ -146,7 +146,7 @@ def _read(job: Job, piece: Piece, wanted: frozenset[str]) -> Iterator[Row | BadR
     """Pictures are named from job.images, or else from the list's folder."""
     (path,) = piece.paths
     store = archives.store(job, posixpath.dirname(path))
-    for number, fields in enumerate(rows_of(path, piece.start, piece.count)):
+    for number, fields in enumerate(rows_of(path, piece.start, piece.units)):
         if isinstance(fields, BadRecord):
             yield fields
             continue

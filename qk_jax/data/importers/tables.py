@@ -69,7 +69,7 @@ def _batches(raw: Any, piece: Piece, wanted: frozenset[str]) -> Iterator[Any]:
         return
     file = _parquet(raw, path)
     there = [name for name in file.schema_arrow.names if name in wanted]
-    groups = list(range(piece.start, piece.start + piece.count))
+    groups = list(range(piece.start, piece.start + piece.units))
     yield from file.iter_batches(_AT_ONCE, groups, there or file.schema_arrow.names[:1])
 
 

@@ -120,7 +120,7 @@ def _plan(job: Job) -> tuple[list[Piece], list[BadRecord]]:
 def _read(job: Job, piece: Piece, wanted: frozenset[str]) -> Iterator[Row | BadRecord]:
     (name,) = piece.paths
     data, _ = opened(name, job.split)
-    for number in range(piece.start, piece.start + piece.count):
+    for number in range(piece.start, piece.start + piece.units):
         key = f"{name}/{job.split}/{number}"
 
         def picture(value: Any, key: str = key) -> bytes:

@@ -160,6 +160,7 @@ def arrow(folder):
     """As `datasets` saves a set: an Arrow stream."""
     found = captions()
     rows = pa.Table.from_pylist([{"text": x[0], "image": struct(x[1])} for x in found])
+    folder.mkdir()
     with pa.ipc.new_stream(str(folder / "data-00000-of-00001.arrow"), rows.schema) as out:
         out.write_table(rows)
     return Made("text_to_image", {"format": "parquet", "inputs": (str(folder),)}, found)
