@@ -17,11 +17,19 @@ from qk_jax.data.importers.job import Job, Piece, Row, Rows
 
 
 class Member(NamedTuple):
-    """A file in an archive. `size` bytes begin at `offset` of what is unpacked."""
+    """A file in an archive.
+
+    Attributes:
+      name: as the archive has it; '' where the rest of the archive is lost.
+      offset: of its first byte in what is unpacked.
+      size: bytes.
+      refused: why it cannot be used.
+    """
 
     name: str
-    offset: int
-    size: int
+    offset: int = 0
+    size: int = 0
+    refused: BadRecord | None = None
 
 
 def is_packed(parts: Sequence[str]) -> bool:
@@ -38,8 +46,8 @@ def unpacked(parts: Sequence[str]) -> Iterator[Any]:
         yield gzip.GzipFile(fileobj=file) if packed else file
 
 
-def members(file: Any, name: str) -> Iterator[Member | BadRecord]:
-    """The regular files of a tar, in order, and a BadRecord for each member that is refused.
+def members(file: Any, name: str) -> Iterator[Member]:
+    """The files of a tar, in order.
 
     `tarfile` takes a damaged header for the end and is silent; here it is 'truncated'. Links and
     devices are never followed, and names are only names: nothing is unpacked.
@@ -54,19 +62,20 @@ def members(file: Any, name: str) -> Iterator[Member | BadRecord]:
                 continue
             if not info.isreg() or info.issparse():
                 kind = "link" if info.islnk() or info.issym() else "special file"
-                yield BadRecord("unsafe name", f"{name}: the member {info.name!r:.100} is a {kind}")
+                text = f"{name}: the member {info.name!r:.100} is a {kind}"
+                yield Member(info.name, refused=BadRecord("unsafe name", text))
                 continue
             try:
                 inputs.safe_name(info.name, name)
             except BadRecord as error:
-                yield error
+                yield Member(info.name, refused=error)
                 continue
             yield Member(info.name, info.offset_data, info.size)
     except tarfile.HeaderError as error:
         if type(error).__name__ != "EOFHeaderError":  # the mark of the end
-            yield _rest_is_lost(name, error)
+            yield Member("", refused=_rest_is_lost(name, error))
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
-        yield _rest_is_lost(name, error)
+        yield Member("", refused=_rest_is_lost(name, error))
 
 
 def _rest_is_lost(name: str, error: Exception) -> BadRecord:
@@ -80,15 +89,13 @@ def _plan(job: Job) -> tuple[list[Piece], list[BadRecord]]:
 def _samples(job: Job, piece: Piece, wanted: frozenset[str]) -> Iterator[Row | BadRecord]:
     """Samples of a WebDataset: members that follow each other and have one name up to the dot."""
     name = piece.paths[0]
-    key, bad = "", None
+    key = ""
+    bad: BadRecord | None = None
     fields: dict[str, Any] = {}
     seen: set[str] = set()
     with unpacked(piece.paths) as file:
         for member in members(file, name):
-            if isinstance(member, BadRecord):
-                yield member
-                continue
-            own, ending = key_of(member.name)
+            own, ending = key_of(member.name) if member.name else (key, "")
             if own != key:
                 if fields or bad:
                     yield bad or _row(name, key, fields)
@@ -121,6 +128,8 @@ def key_of(name: str) -> tuple[str, str]:
 
 
 def _bytes_of(file: Any, member: Member, name: str) -> bytes:
+    if member.refused:
+        raise member.refused
     if member.size > inputs.LARGEST:
         raise BadRecord("too large", f"{name}: {member.name} has {member.size} bytes")
     try:
@@ -150,8 +159,8 @@ def index(job: Job) -> list[BadRecord]:
         for number, parts in enumerate(found):
             with unpacked(parts) as file:
                 for member in members(file, parts[0]):
-                    if isinstance(member, BadRecord):
-                        refused.append(member)
+                    if member.refused:
+                        refused.append(member.refused)
                     else:
                         name = posixpath.normpath(member.name)
                         yield name, inputs.Place(number, member.offset, member.size)

@@ -23,7 +23,8 @@ def by_columns(row: Row, job: Job, form: Format) -> Iterator[Draft]:
     text, target = required(row, get, "text"), required(row, get, "target")
     targets = _several(target)
     if len(targets) != 1:
-        raise BadRecord("bad row", f"{row.key}: {len(targets)} target pictures")
+        kind = "bad row" if targets else "missing picture"
+        raise BadRecord(kind, f"{row.key}: {len(targets)} target pictures")
     pictures = [
         (role, row.picture(value))
         for column, role in (("source", "source"), ("references", "reference"), ("pictures", ""))

@@ -97,7 +97,7 @@ def _elements(path: str, start: int) -> Iterator[tuple[int, bytes | BadRecord]]:
         if not os.fstat(file.fileno()).st_size:
             return
         text = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        depth, begin, closed = (0 if start == 0 else 1), start, start > 0
+        depth, begin, closed = (0 if start == 0 else 1), start, False
         for token in _TOKENS.finditer(text, start):
             mark = token[0][:1]
             if mark in b"[{":
@@ -115,7 +115,8 @@ def _elements(path: str, start: int) -> Iterator[tuple[int, bytes | BadRecord]]:
             elif depth == 1:  # no object
                 yield token.start(), token[0]
         if not closed:
-            yield begin, BadRecord("truncated", f"{path} ends within its list; the rest is lost")
+            at = begin if depth > 1 else len(text)
+            yield at, BadRecord("truncated", f"{path} ends within its list; the rest is lost")
 
 
 def _csv_rows(path: str) -> Iterator[tuple[int, Mapping[str, Any] | BadRecord]]:

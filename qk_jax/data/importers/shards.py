@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -151,7 +152,8 @@ def _split(job: Job, draft: Draft) -> str:
 
 def line_of(error: BadRecord) -> str:
     """A reject as a line of JSON."""
-    text = str(error)[:_MESSAGE].encode("utf-8", "backslashreplace").decode()
+    text = re.sub(r" at 0x[0-9a-f]+", "", str(error))  # of Python's objects, other each time
+    text = text[:_MESSAGE].encode("utf-8", "backslashreplace").decode()
     return json.dumps({"reason": error.kind, "message": text}, ensure_ascii=False) + "\n"
 
 
