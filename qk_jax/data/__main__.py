@@ -64,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
     add("--workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
     add("--ray", default="", metavar="ADDRESS", help="a Ray cluster instead, or 'auto'")
     add("--resume", action="store_true", help="go on with an import that was interrupted")
-    verbs.add_parser("bench", help="rate per core and memory of the main formats")
+    rate = verbs.add_parser("bench", help="rate per core and memory of the main formats")
+    rate.add_argument("--pictures", type=int, default=256, metavar="N",
+        help="of the smaller of two sets (default: %(default)s)")  # fmt: skip
     return out
 
 
@@ -119,7 +121,9 @@ def main(argv: Sequence[str]) -> None:
     if args.verb == "bench":
         from qk_jax.data.importers import bench
 
-        print(bench.run())
+        if args.pictures < 1:
+            raise InputError(f"--pictures {args.pictures} is less than 1")
+        print(bench.run(args.pictures))
         return
     workers = args.workers or len(os.sched_getaffinity(0))
     engine = importing.Engine(workers, args.ray, args.resume)

@@ -14,6 +14,7 @@ and the commands that were run are in `log`. Texts of errors are those of Google
 names.
 """
 
+import fnmatch
 import json
 import os
 import pathlib
@@ -178,7 +179,8 @@ class Cloud:
             objects.append(self.verbs[-1])
             return ""
         asked = self.verbs[2:]
-        found = [path for path in objects if any(path.startswith(word) for word in asked)]
+        matches = fnmatch.fnmatchcase
+        found = [p for p in objects if any(p.startswith(x) or matches(p, x) for x in asked)]
         if len(found) < len(asked):
             end(1, f"ERROR: (gcloud.storage.{self.verbs[1]}) One or more URLs matched no objects.")
         if self.has("rm"):

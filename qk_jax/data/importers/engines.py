@@ -8,21 +8,21 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from qk_jax.base.errors import BadRecord, Failure, InputError
 
-Task = Callable[[int], None]
+Task = Callable[[int, Any], None]
 
 
-def run(task: Task, numbers: Sequence[int], workers: int, ray: str = "") -> Iterator[int]:
-    """Calls `task` with each number; yields the numbers as they are done.
+def run(task: Task, items: Mapping[int, Any], workers: int, ray: str = "") -> Iterator[int]:
+    """Calls `task` with each number and its item; yields the numbers as they are done.
 
     Args:
       task: pickles; what it has done survives the process.
-      numbers: to be called with.
+      items: to be called with.
       workers: processes; 1 is this one.
       ray: address of a cluster, or 'auto'; '' is none.
 
@@ -31,24 +31,24 @@ def run(task: Task, numbers: Sequence[int], workers: int, ray: str = "") -> Iter
       InputError: the first of a task; or there is no Ray.
     """
     if ray:
-        return _by_ray(task, numbers, ray)
-    if workers == 1 or len(numbers) < 2:
-        return _here(task, numbers)
-    return _by_processes(task, numbers, min(workers, len(numbers)))
+        return _by_ray(task, items, ray)
+    if workers == 1 or len(items) < 2:
+        return _here(task, items)
+    return _by_processes(task, items, min(workers, len(items)))
 
 
-def _here(task: Task, numbers: Sequence[int]) -> Iterator[int]:
-    for number in numbers:
-        task(number)
+def _here(task: Task, items: Mapping[int, Any]) -> Iterator[int]:
+    for number, item in items.items():
+        task(number, item)
         yield number
 
 
-def _by_processes(task: Task, numbers: Sequence[int], workers: int) -> Iterator[int]:
+def _by_processes(task: Task, items: Mapping[int, Any], workers: int) -> Iterator[int]:
     context = multiprocessing.get_context("spawn")  # threads and open files do not fork
     with concurrent.futures.ProcessPoolExecutor(
         workers, context, initializer=_end_with_parent, initargs=(os.getpid(),)
     ) as pool:
-        waiting = {pool.submit(task, number): number for number in numbers}
+        waiting = {pool.submit(task, *item): item[0] for item in items.items()}
         try:
             for done in concurrent.futures.as_completed(waiting):
                 done.result()
@@ -73,7 +73,11 @@ def _end_with_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _by_ray(task: Task, numbers: Sequence[int], address: str) -> Iterator[int]:
+def _call(task: Task, number: int, item: Any) -> None:
+    task(number, item)
+
+
+def _by_ray(task: Task, items: Mapping[int, Any], address: str) -> Iterator[int]:
     try:
         ray: Any = importlib.import_module("ray")
     except ImportError:
@@ -86,8 +90,8 @@ def _by_ray(task: Task, numbers: Sequence[int], address: str) -> Iterator[int]:
         ) from None
     try:
         # A lost node or worker is no error of the task: Ray gives it to another.
-        remote = ray.remote(num_cpus=1, max_retries=-1)(task)
-        waiting = {remote.remote(number): number for number in numbers}
+        remote, shared = ray.remote(num_cpus=1, max_retries=-1)(_call), ray.put(task)
+        waiting = {remote.remote(shared, *item): item[0] for item in items.items()}
         while waiting:
             (done,), _ = ray.wait(list(waiting), num_returns=1)
             try:

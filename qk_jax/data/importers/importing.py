@@ -78,9 +78,23 @@ def run(job: Job, engine: Engine) -> dict[str, Any]:
         log.info("%s is complete already", out)
         return manifest
     if job.dedup:
-        _work(job, engine, plan, "digests", shards.digests_path, functools.partial(_digest, job))
+        _work(
+            job,
+            engine,
+            plan,
+            "digests",
+            shards.digests_path,
+            functools.partial(shards.digest_piece, job),
+        )
         _find_duplicates(job, len(plan.pieces))
-    _work(job, engine, plan, "shards", shards.done_path, functools.partial(_import, job))
+    _work(
+        job,
+        engine,
+        plan,
+        "shards",
+        shards.done_path,
+        functools.partial(shards.import_piece, job, len(plan.pieces)),
+    )
     manifest = _finish(job, plan)
     if not sum(manifest["records"].values()):
         reasons = ", ".join(f"{n} {kind}" for kind, n in manifest["rejected"].items())
@@ -170,25 +184,16 @@ def _digest_of(job: Job, digests: dict[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _import(job: Job, pieces: list[Piece], number: int) -> None:
-    shards.import_piece(job, number, pieces[number], len(pieces))
-
-
-def _digest(job: Job, pieces: list[Piece], number: int) -> None:
-    shards.digest_piece(job, number, pieces[number])
-
-
 def _work(job: Job, engine: Engine, plan: Plan, what: str, done: Any, task: Any) -> None:
     """Lets the engine do what is not done yet."""
     _sweep(job)
     count = len(plan.pieces)
     there = [number for number in range(count) if done(job, number).is_file()]
-    left = sorted(set(range(count)) - set(there))
+    left = {n: plan.pieces[n] for n in sorted(set(range(count)) - set(there))}
     log.info("%s: %d of %d pieces are done", what, len(there), count)
     finished, told = len(there), time.monotonic()
     try:
-        run = functools.partial(task, plan.pieces)
-        for _ in engines.run(run, left, engine.workers, engine.ray):
+        for _ in engines.run(task, left, engine.workers, engine.ray):
             finished += 1
             if time.monotonic() - told > _EVERY_S:
                 told = time.monotonic()

@@ -83,7 +83,7 @@ def digest_piece(job: Job, number: int, piece: Piece) -> None:
     files.write_bytes(digests_path(job, number), buffer.getvalue())
 
 
-def import_piece(job: Job, number: int, piece: Piece, count: int) -> None:
+def import_piece(job: Job, count: int, number: int, piece: Piece) -> None:
     """Writes the shards of piece `number` of `count`, and last what it has become.
 
     Raises: InputError or Failure, such as for a disk; never for what is in the piece.

@@ -269,4 +269,4 @@ def test_the_command_tells_what_it_did(tmp_path, capsys):
 def test_a_cluster_that_is_not_there_is_named():
     pytest.importorskip("ray", reason="needs Ray: pip install 'qk_jax[ray]'")
     with pytest.raises(InputError, match="--ray 127.0.0.1:1: no cluster answers"):
-        list(engines.run(print, [1], 1, "127.0.0.1:1"))
+        list(engines.run(print, {1: 1}, 1, "127.0.0.1:1"))
