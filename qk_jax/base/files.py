@@ -139,6 +139,11 @@ def fresh_folder(folder: PathLike, marker: str) -> Iterator[Path]:
 
 def below(folder: PathLike) -> Iterator[Path]:
     """Every file of a folder and of the folders in it."""
+    if buckets.is_remote(folder):  # where etils walks through names without their scheme
+        scheme = os.fspath(folder).partition("://")[0]
+        for name in buckets.file_system(folder).find(os.fspath(folder)):
+            yield Path(f"{scheme}://{name}")
+        return
     for here, _, names in Path(folder).walk():
         yield from (here / name for name in names)
 

@@ -153,7 +153,7 @@ def _plan(job: Job, resume: bool) -> Plan:
         pieces = [Piece(tuple(paths), *rest) for paths, *rest in found.get("pieces", ())]
         bad = [BadRecord(*pair) for pair in found.get("bad", ())]
         return Plan(found["digest"], found["inputs"], pieces, bad)
-    if any(file.name not in (".import",) for file in out.iterdir()):
+    if any(file.name != job.work.name for file in _files(out)):
         raise InputError(f"--out {out} is not empty; choose another folder")
     log.info("looking through %s", some(job.inputs))
     pieces, bad = FORMATS[job.format].rows.plan(job)
@@ -202,10 +202,15 @@ def _work(job: Job, engine: Engine, plan: Plan, what: str, done: Any, task: Any)
         raise Failure("interrupted; the same command with --resume goes on") from None
 
 
+def _files(folder: files.Path) -> list[files.Path]:
+    """What is in a folder; in a bucket there is none before there is a file."""
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
 def _sweep(job: Job) -> None:
     """Removes what a killed process has left half-written."""
     for folder in (files.Path(job.out), job.work):
-        for file in folder.iterdir() if folder.is_dir() else ():
+        for file in _files(folder):
             if file.name.startswith(".") and file.name.endswith((".part", ".part-journal")):
                 file.unlink(missing_ok=True)
 

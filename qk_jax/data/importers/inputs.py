@@ -127,13 +127,19 @@ def digest_of(path: str) -> str:
 def expand(given: Iterable[str], endings: tuple[str, ...], what: str) -> list[str]:
     """The files that are given, and those below given folders with one of the endings, sorted.
 
+    Hidden files and folders, such as those that downloads leave, are not looked at.
+
     Raises: InputError when a path does not exist, or there is no file.
     """
     found: list[str] = []
     for text in given:
         path = files.Path(text)
         if path.is_dir():
-            below = (str(file) for file in files.below(path) if not file.name.startswith("."))
+            below = (
+                str(file)
+                for file in files.below(path)
+                if not any(part.startswith(".") for part in file.relative_to(path).parts)
+            )
             found += sorted(file for file in below if file.lower().endswith(endings))
         elif path.is_file():
             found.append(str(path))
