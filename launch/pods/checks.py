@@ -159,10 +159,11 @@ class Checks:
         folder = self.settings.records
         if not folder:
             return "those of the config"
-        for split in ("train", "validation"):
-            try:  # SPLIT.array_record or its shards, and then their indexes
-                for ending in ("array_record", "array_record.index.npy"):
-                    self.shell.run("gcloud", "storage", "ls", f"{folder}/{split}*.{ending}")
-            except CommandError as error:
-                raise InputError(f"{folder} is no folder of records ({error})") from None
+        # SPLIT.array_record or its shards
+        names = [f"{folder}/{split}*.array_record" for split in ("train", "validation")]
+        names += [f"{name}.index.npy" for name in names]
+        try:
+            self.shell.run("gcloud", "storage", "ls", *names)
+        except CommandError as error:
+            raise InputError(f"{folder} is no folder of records ({error})") from None
         return None

@@ -179,9 +179,9 @@ class Cloud:
             objects.append(self.verbs[-1])
             return ""
         asked = self.verbs[2:]
-        matches = fnmatch.fnmatchcase
-        found = [p for p in objects if any(p.startswith(x) or matches(p, x) for x in asked)]
-        if len(found) < len(asked):
+        of_word = [fnmatch.filter(objects, f"{word}*") for word in asked]
+        found = [path for path in objects if any(path in paths for paths in of_word)]
+        if not all(of_word):
             end(1, f"ERROR: (gcloud.storage.{self.verbs[1]}) One or more URLs matched no objects.")
         if self.has("rm"):
             self.state["objects"] = [path for path in objects if path not in found]

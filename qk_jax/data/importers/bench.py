@@ -38,35 +38,32 @@ def pictures(count: int) -> list[bytes]:
     return found
 
 
-def _folder(path: pathlib.Path, data: list[bytes]) -> dict[str, str]:
+def _folder(path: pathlib.Path, data: list[bytes]) -> None:
     rows = []
     for number, picture in enumerate(data):
         (path / f"{number}.jpg").write_bytes(picture)
         rows.append(json.dumps({"file_name": f"{number}.jpg", "text": f"picture {number}"}))
     (path / "metadata.jsonl").write_text("\n".join(rows))
-    return {"format": "folder"}
 
 
-def _webdataset(path: pathlib.Path, data: list[bytes]) -> dict[str, str]:
+def _webdataset(path: pathlib.Path, data: list[bytes]) -> None:
     with tarfile.open(path / "0.tar", "w") as out:
         for number, picture in enumerate(data):
             for name, body in (("jpg", picture), ("txt", f"picture {number}".encode())):
                 info = tarfile.TarInfo(f"{number:06d}.{name}")
                 info.size = len(body)
                 out.addfile(info, io.BytesIO(body))
-    return {"format": "webdataset"}
 
 
-def _parquet(path: pathlib.Path, data: list[bytes]) -> dict[str, str]:
+def _parquet(path: pathlib.Path, data: list[bytes]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     rows = [{"text": "a picture", "image": {"bytes": picture, "path": None}} for picture in data]
     pq.write_table(pa.Table.from_pylist(rows), path / "0.parquet", row_group_size=_GROUP)
-    return {"format": "parquet"}
 
 
-MAKERS: dict[str, Callable[[pathlib.Path, list[bytes]], dict[str, str]]] = {
+MAKERS: dict[str, Callable[[pathlib.Path, list[bytes]], None]] = {
     "folder": _folder,
     "webdataset": _webdataset,
     "parquet": _parquet,
@@ -96,8 +93,8 @@ def run(count: int) -> str:
             with tempfile.TemporaryDirectory() as folder:
                 source = pathlib.Path(folder) / "in"
                 source.mkdir()
-                given = make(source, [data[n % len(data)] for n in range(number)])
-                job = Job(**given, inputs=(str(source),), task="text_to_image", out=f"{folder}/out")
+                make(source, [data[n % len(data)] for n in range(number)])
+                job = Job(name, (str(source),), "text_to_image", f"{folder}/out")
                 wall, cpu, memory = _fresh(job)
             lines.append(
                 f"| {name} | {number} | {number / wall:.0f} | {number / cpu:.0f} | {memory:.0f} |"
