@@ -70,7 +70,9 @@ def _batches(raw: Any, piece: Piece, wanted: frozenset[str]) -> Iterator[Any]:
     file = _parquet(raw, path)
     there = [name for name in file.schema_arrow.names if name in wanted]
     groups = list(range(piece.start, piece.start + piece.units))
-    yield from file.iter_batches(_AT_ONCE, groups, there or file.schema_arrow.names[:1])
+    columns = there or file.schema_arrow.names[:1]
+    for group in groups:
+        yield from file.iter_batches(_AT_ONCE, [group], columns, use_threads=False)
 
 
 def _read(job: Job, piece: Piece, wanted: frozenset[str]) -> Iterator[Row | BadRecord]:
