@@ -6,6 +6,7 @@ import concurrent.futures
 import importlib
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -63,7 +64,9 @@ def _by_processes(task: Task, items: Mapping[int, Any], workers: int) -> Iterato
 
 
 def _end_with_parent(parent: int) -> None:
-    """Ends this worker when the command that started it is gone, even by SIGKILL."""
+    """Ends this worker when the command that started it is gone, even by SIGKILL, and silently when
+    the user interrupts both."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def watch() -> None:
         while os.getppid() == parent:

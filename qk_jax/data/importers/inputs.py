@@ -21,9 +21,11 @@ PICTURE_ENDINGS = (
 LARGEST = 256 << 20  # bytes of a picture or another member
 _WHOLE = 64 << 20  # bytes up to which an input is digested whole
 _PART = 1 << 20
-# x.tar, x.tgz, x.tar.gz, and their parts: x.tar.split.000, x.tar.gz.part-aa, x.tar.001
+# x.tar, x.tgz, x.tar.gz, and their parts: x.tar.split.000, x.tar.gz.part-aa, x.tar.001, x.tar.aa
 _ARCHIVE = re.compile(
-    r"(?P<whole>.+\.(?:tar|tgz|tar\.gz))(?:\.(?:split|part)?[._-]?\w{1,5})?", re.I
+    r"(?P<whole>.+\.(?:tar\.gz|tgz|tar))"
+    r"(?:[._-](?:split|part)[._-]?\w{1,5}|\.\d{2,5}|\.a[a-z])?",
+    re.IGNORECASE,
 )
 _ABSENT = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL)
 
@@ -169,7 +171,13 @@ def safe_name(name: object, where: str) -> str:
         raise BadRecord("missing picture", f"{where}: a picture is named {name!r:.60}")
     plain = posixpath.normpath(name)
     absolute = name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:|[a-z0-9]+://", name)
-    if absolute or plain.startswith("..") or "\0" in name or not _is_unicode(name):
+    if (
+        absolute
+        or plain == ".."
+        or plain.startswith("../")
+        or "\0" in name
+        or not _is_unicode(name)
+    ):
         raise BadRecord("unsafe name", f"{where}: the name {name!r:.100} leads out of its folder")
     return plain
 
@@ -216,7 +224,7 @@ class Store:
         """
         for folder in self.folders:  # a name from the root of the disk may lie below one
             if isinstance(name, str):
-                name = name.removeprefix(f"{folder}/")
+                name = name.removeprefix(f"{str(files.absolute(folder)).rstrip('/')}/")
         plain = safe_name(name, where)
         for folder in self.folders:
             path = folder / plain

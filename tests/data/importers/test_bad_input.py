@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qk_jax.base.errors import Failure, InputError
+from qk_jax.base.errors import BadRecord, Failure, InputError
 from qk_jax.data import records
-from qk_jax.data.importers import importing
+from qk_jax.data.importers import importing, inputs
 from qk_jax.data.importers.drafts import Limits
 from qk_jax.data.importers.job import Job
 from qk_jax.pictures.decoding import decode_picture
@@ -253,6 +253,32 @@ def test_lists_that_are_damaged(tmp_path, name, text, rejected):
         ["good"],
         rejected,
     )
+
+
+def test_parts_of_archives_are_told_from_other_files(tmp_path):
+    names = ["a.tar", "a.tar.idx", "a.tar.json", "b.tar.gz", "b.tar", "c.tgz", "d.txt"]
+    names += ["e.tar.split.000", "e.tar.split.001", "f.tar.gz.part001", "f.tar.gz.part002"]
+    names += ["g.tar.001", "g.tar.002", "h.tar.aa", "h.tar.ab", "i.tar.gz.part-aa"]
+    for name in names:
+        put(tmp_path, name, b"")
+    found = [[pathlib.Path(x).name for x in parts] for parts in inputs.archives([str(tmp_path)])]
+    assert found == [
+        ["a.tar"], ["b.tar"], ["b.tar.gz"], ["c.tgz"], ["e.tar.split.000", "e.tar.split.001"],
+        ["f.tar.gz.part001", "f.tar.gz.part002"], ["g.tar.001", "g.tar.002"],
+        ["h.tar.aa", "h.tar.ab"], ["i.tar.gz.part-aa"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("root", ["/", "IN", "."])
+def test_names_from_the_root_of_the_disk_lie_below_a_folder(tmp_path, root, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = put(tmp_path, "..a/b.jpg", picture(1))
+    store = inputs.Store([str(tmp_path) if root == "IN" else root])
+    assert store.read(path, "x") == picture(1)
+    if root != "/":
+        assert store.read("..a/../..a/b.jpg", "x") == picture(1)
+        with pytest.raises(BadRecord, match="leads out"):
+            store.read("/etc/hostname", "x")
 
 
 def test_a_picture_without_caption_is_counted(tmp_path):
