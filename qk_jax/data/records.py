@@ -15,6 +15,7 @@ record is opened. The records of a split are one file, `SPLIT.array_record`, or 
 from __future__ import annotations
 
 import bisect
+import collections
 import contextlib
 import hashlib
 import io
@@ -44,6 +45,7 @@ INDEX_DTYPE = np.dtype(
         ("source", "S24"),
     ]
 )
+OPEN_AT_ONCE = 400  # shards of one split; systems allow a process 1,024 files
 NAME_LIMIT = 24  # ASCII characters of a task or a source in the index
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.array_record")
 _HEADER_LENGTH = struct.Struct("<I")
@@ -231,6 +233,15 @@ class RecordFile:
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the system has a file open for it."""
+        return self._reader is not None
+
+    def close(self) -> None:
+        """Closes the file; the next read opens it again."""
+        self._reader = None
+
     def _open(self) -> Any:
         try:
             reader = array_record_module.ArrayRecordReader(
@@ -253,10 +264,11 @@ class RecordFile:
         """Record `number`. Raises: IndexError; InputError when it cannot be read."""
         if not 0 <= number < len(self):
             raise IndexError(f"record {number} of {len(self)} in {self.path}")
-        if self._reader is None:
-            self._reader = self._open()
+        reader = self._reader  # which another thread may close
+        if reader is None:
+            reader = self._reader = self._open()
         try:
-            (data,) = self._reader.read([int(number)])
+            (data,) = reader.read([int(number)])
         except (ValueError, RuntimeError, OSError, IndexError) as error:
             raise InputError(
                 f"record {number} of {self.path} cannot be read; the file is truncated or "
@@ -288,6 +300,10 @@ class RecordSet:
         for file in self.files:
             file.index = file.index[:0].copy()  # it is in `index`
         self._ends = list(itertools.accumulate(map(len, self.files)))
+        self._opened: collections.deque[RecordFile] = collections.deque()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": collections.deque()}
 
     def __len__(self) -> int:
         return len(self.index)
@@ -307,6 +323,10 @@ class RecordSet:
     def __getitem__(self, number: int) -> Record:
         """Record `number`. Raises: as `RecordFile`."""
         file, own = self._place(number)
+        if not file.is_open:
+            self._opened.append(file)
+            if len(self._opened) > OPEN_AT_ONCE:
+                self._opened.popleft().close()
         return file[own]
 
 

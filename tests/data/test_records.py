@@ -64,6 +64,17 @@ def test_shards_are_one_set_in_their_order(tmp_path):
         found[5]
 
 
+def test_many_shards_do_not_keep_many_files_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "OPEN_AT_ONCE", 3)
+    for shard in range(8):
+        entry = records.Entry({"n": shard}, {"a": b"x"}, 1, 9)
+        records.write_records(tmp_path / records.shard_name("train", shard, 8), [entry])
+    found = records.RecordSet(tmp_path, "train")
+    for number in [*range(8), 7, 0, 3, 0]:
+        assert found[number].header == {"n": number}
+        assert sum(file.is_open for file in found.files) <= 3
+
+
 def test_a_set_that_is_not_whole_is_named(tmp_path):
     for shard in (0, 2):
         records.write_records(tmp_path / records.shard_name("train", shard, 3), [])
