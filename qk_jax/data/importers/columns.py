@@ -105,7 +105,7 @@ def required(row: Row, get: Callable[[str], Any], role: str) -> Any:
 def check_score(row: Row, value: Any, job: Job, form: Format) -> None:
     """Raises BadRecord: 'filtered' below the bound, 'no number' for what is none."""
     bound = form.min_score if job.min_score is None else job.min_score
-    if bound is None or value is _ABSENT and job.min_score is None:
+    if bound is None:
         return
     for score in value if isinstance(value, list) else [value]:
         try:
@@ -113,7 +113,8 @@ def check_score(row: Row, value: Any, job: Job, form: Format) -> None:
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
-            raise BadRecord("no number", f"{row.key}: the score is {score!r:.60}")
+            text = "missing" if score is _ABSENT else f"{score!r:.60}"
+            raise BadRecord("no number", f"{row.key}: the score is {text}")
         if number < bound:
             raise BadRecord("filtered", f"{row.key}: the score {number:g} is less than {bound:g}")
 

@@ -77,9 +77,8 @@ FORMATS: dict[str, Format] = {
         licence="CC-BY-NC-4.0",
     ),
     "uno": Format(
-        LISTS, "UNO-1M, and the lists of UNO's trainer",
-        {"text": ("caption.img_path2", "prompt"), "target": ("img_path2", "image_tgt_path"),
-         "references": ("img_path1", "image_paths", "image_path"),
+        LISTS, "UNO-1M",
+        {"text": ("caption.img_path2",), "target": ("img_path2",), "references": ("img_path1",),
          "score": ("vlm_filter_cot.score_final",)},
         min_score=3.5,
     ),

@@ -71,11 +71,12 @@ def test_training_reads_what_was_imported(tmp_path):
 def test_both_halves_of_a_composite_are_kept(tmp_path):
     """Subjects200K: the margin is cut off, and its quality filter is kept."""
     rows = []
-    for n, (score, valid) in enumerate([(5, True), (4, True), (5, False), (None, True)]):
+    for n, (score, valid) in enumerate([(5, True), (4, True), (5, False), (None, True), (0, True)]):
         image = Image.new("RGB", (132, 66), "white")
         image.paste((10 * n, 0, 0), (1, 1, 65, 65))
         image.paste((0, 0, 10 * n + 9), (66, 1, 130, 65))
         scores = {"compositeStructure": 5, "objectConsistency": score, "imageQuality": 5}
+        scores = scores if score != 0 else None
         words = {"description_0": f"left {n}", "description_1": f"right {n}", "item": "a cup"}
         rows.append(
             {"image": published.struct(encoded(image, "PNG")), "collection": "c1",
@@ -86,7 +87,7 @@ def test_both_halves_of_a_composite_are_kept(tmp_path):
         "customization", {"format": "subjects200k", "inputs": (str(tmp_path / "in"),)}, []
     )
     manifest = imported(made, tmp_path / "out")
-    assert manifest["rejected"] == {"filtered": 2, "no number": 1}
+    assert manifest["rejected"] == {"filtered": 2, "no number": 2}
     left, right = examples(tmp_path / "out")
     assert (left[0], right[0]) == ("left 0", "right 0")
     halves = [decode_picture(data, "RGB", 0, "x") for data in (left[1], right[1])]
