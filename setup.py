@@ -46,6 +46,7 @@ setup(
         "transformers>=5.15",
         "tokenizers>=0.22",
         "tensorflow-datasets>=4.9",
+        "pyarrow>=17",
         "safetensors>=0.8",
         "huggingface_hub>=1.0",
         "tensorboardX>=2.6",
@@ -61,6 +62,7 @@ setup(
         "bench": BENCH,
         "gcs": GCS,
         "s3": ["s3fs>=2026.9"],
+        "ray": ["ray>=2.50"],
         "torch": ["torch>=2.6", DIFFUSERS, "peft>=0.17", "accelerate>=1.0"],
         "test": TEST,
         # The types that mypy sees are those of the installed packages, so all of them are here.
@@ -73,6 +75,7 @@ setup(
             "qk-convert = qk_jax.convert:run",
             "qk-bench = qk_jax.bench.__main__:run",
             "qk-checkpoints = qk_jax.checkpoints.__main__:run",
+            "qk-data = qk_jax.data.__main__:run",
         ]
     },
 )

@@ -31,9 +31,10 @@ from collections.abc import Iterator
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from qk_jax.data.example import TASKS
-from qk_jax.data.importers import record_files
 from qk_jax.data.synthesis import tasks
+from qk_jax.data.writer import Writer
 from qk_jax.experiment import stages
+from qk_jax.pictures.roles import SOURCE
 from tests import disasters
 from tests.base import storage
 from tests.disasters import DISASTERS, FINE, Place, Start
@@ -45,8 +46,15 @@ RECORDS = 96  # of each task
 
 def write_records(folder: pathlib.Path) -> None:
     """One record file with every task."""
-    examples = (x for name in TASKS for x in tasks.examples("train", name, RECORDS))
-    record_files.write_examples(folder / "train.array_record", examples)
+    with Writer(folder / "train.array_record") as writer:
+        for name in TASKS:
+            for example in tasks.examples("train", name, RECORDS):
+                shown = list(zip(example.pictures, example.roles, strict=True))
+                writer.add(
+                    name, example.instruction, example.target,
+                    source=[picture for picture, role in shown if role == SOURCE],
+                    references=[picture for picture, role in shown if role != SOURCE],
+                )  # fmt: skip
 
 
 class Run:
@@ -182,7 +190,8 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--disasters", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=pathlib.Path, help="default: a folder that is removed")
+    parser.add_argument("--out", type=pathlib.Path, help="where an undisturbed run is not done "
+                        "again (default: a folder that is removed)")  # fmt: skip
     args = parser.parse_args(argv)
     # Each stage must last longer than its disasters take steps.
     steps = 8 + 2 * args.disasters // len(STAGES)
@@ -192,11 +201,11 @@ def main(argv: list[str]) -> None:
         if why := storage.missing():
             print(f"no stage is in a bucket: {why}", flush=True)
         else:
-            (out / "objects").mkdir(parents=True)
+            (out / "objects").mkdir(parents=True, exist_ok=True)
             server = stack.enter_context(storage.served(out / "objects"))
         quiet, loud = (Run(out, name, server, steps) for name in ("undisturbed", "disturbed"))
-        with quiet.disk(), loud.disk():
-            quiet.train(0, random.Random(args.seed))
+        quiet.train(0, random.Random(args.seed))
+        with loud.disk():
             loud.takes_programs_of(quiet)
             loud.train(args.disasters, random.Random(args.seed))
             wanted, found = quiet.digests(), loud.digests()

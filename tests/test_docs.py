@@ -36,6 +36,9 @@ COMMANDS = {
     "qk_jax.bench peer": "docs/bench.md",
     "qk_jax.bench layouts": "docs/layouts.md",
     "qk_jax.bench precompile": "docs/bench.md",
+    "qk_jax.bench checkpoints": "docs/bench.md",
+    "qk_jax.data import": "docs/data.md",
+    "qk_jax.data bench": "docs/data.md",
 }
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
@@ -342,12 +345,22 @@ def run_checkpoints(argv):
     checkpoints.parser().parse_args(argv)
 
 
+def run_data(argv):
+    from qk_jax.data import __main__ as data
+    from qk_jax.data.importers import importing
+
+    args = data.parser().parse_args(argv)
+    if args.verb == "import":
+        importing.check(data.job_of(args))
+
+
 @pytest.mark.parametrize("line", LINES)
 def test_commands_run_as_they_stand(line, files_of_the_docs):
     module, *argv = line.split(" ", 1)
     runs = {
         "qk_jax.train": run_train, "qk_jax.sample": run_sample, "qk_jax.convert": run_convert,
         "qk_jax.bench": run_bench, "qk_jax.checkpoints": run_checkpoints,
+        "qk_jax.data": run_data,
     }  # fmt: skip
     with pytest.raises(SystemExit) if "--help" in line else contextlib.nullcontext():
         runs[module](shlex.split(*argv))

@@ -159,7 +159,8 @@ class Checks:
         folder = self.settings.records
         if not folder:
             return "those of the config"
-        names = [f"{folder}/{split}.array_record" for split in ("train", "validation")]
+        # SPLIT.array_record or its shards
+        names = [f"{folder}/{split}*.array_record" for split in ("train", "validation")]
         names += [f"{name}.index.npy" for name in names]
         try:
             self.shell.run("gcloud", "storage", "ls", *names)

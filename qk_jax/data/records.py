@@ -8,15 +8,22 @@ The header names its blobs in order (`"blobs": [{"name": ..., "size": bytes}, ..
 else in it is free (caption, task, licence, ...). Files are written with `group_size:1`, so that any
 record can be read by its number in one small read. `NAME.array_record.index.npy`, a structured
 array with one element per record (`INDEX_DTYPE`), tells the batch plan what it must know before any
-record is opened.
+record is opened. The records of a split are one file, `SPLIT.array_record`, or several shards,
+`SPLIT-00000-of-00002.array_record` and so on (`RecordSet`).
 """
 
 from __future__ import annotations
 
+import bisect
+import collections
+import contextlib
+import hashlib
 import io
+import itertools
 import json
+import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +36,18 @@ _OLD_DTYPE = np.dtype(  # of files that were written before references had sizes
     [("width", "<u4"), ("height", "<u4"), ("pictures", "<u2"), ("bytes", "<u4"), ("task", "S24")]
 )
 # `references`: (width, height) of the first three references; 0 where there is none or none known.
-INDEX_DTYPE = np.dtype([*_OLD_DTYPE.descr, ("references", "<u4", (3, 2))])
+# `digest`: of the pictures (`digest_of`); `source`: of which set. Both 0 in files from before them.
+INDEX_DTYPE = np.dtype(
+    [
+        *_OLD_DTYPE.descr,
+        ("references", "<u4", (3, 2)),
+        ("digest", "u1", (16,)),
+        ("source", "S24"),
+    ]
+)
+OPEN_AT_ONCE = 400  # shards of one split; systems allow a process 1,024 files
+NAME_LIMIT = 24  # ASCII characters of a task or a source in the index
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.array_record")
 _HEADER_LENGTH = struct.Struct("<I")
 _HEADER_LIMIT = 1 << 24
 
@@ -51,6 +69,7 @@ class Entry(NamedTuple):
       pictures: number of condition pictures.
       task: name of the task, empty for plain pictures; at most 24 ASCII characters.
       references: (width, height) in pixels of the references, in order.
+      source: name of the set that it is from; at most 24 ASCII characters.
     """
 
     header: Mapping[str, Any]
@@ -60,6 +79,20 @@ class Entry(NamedTuple):
     pictures: int = 0
     task: str = ""
     references: tuple[tuple[int, int], ...] = ()
+    source: str = ""
+
+
+def digest_of(blobs: Iterable[bytes]) -> bytes:
+    """16 bytes that are the same for the same pictures in the same order, whatever the words."""
+    found = hashlib.sha256()
+    for blob in blobs:
+        found.update(hashlib.sha256(blob).digest())
+    return found.digest()[:16]
+
+
+def shard_name(split: str, number: int, count: int) -> str:
+    """File name of shard `number` of `count` of a split."""
+    return f"{split}-{number:05d}-of-{count:05d}.array_record"
 
 
 def index_path(path: files.PathLike) -> files.Path:
@@ -108,34 +141,54 @@ def decode(data: bytes, name: str = "record") -> Record:
     return Record(header, blobs)
 
 
-def write_records(path: files.PathLike, entries: Iterable[Entry]) -> int:
-    """Writes a record file and its side index; returns how many records.
+@contextlib.contextmanager
+def writing(path: files.PathLike) -> Iterator[Callable[[Entry], None]]:
+    """A function that adds a record to the record file `path` and to its side index.
 
-    Both appear under their names only when complete; an error leaves nothing behind.
+    Both appear under their names only when the block ends well; an error leaves nothing behind.
 
     Raises: InputError when they cannot be written.
     """
     files.writable_folder(files.Path(path).parent, "the folder")
-    index = []
+    index: list[tuple[Any, ...]] = []
     # The index gets its name first.
     with (
         files.beside(path) as part,
         files.beside(index_path(path)) as side,
         buckets.local_file(part) as here,
     ):
-        writer = array_record_module.ArrayRecordWriter(str(here), "group_size:1")
+        # Pictures are compressed already.
+        writer = array_record_module.ArrayRecordWriter(str(here), "group_size:1,uncompressed")
+
+        def add(entry: Entry) -> None:
+            data = encode(entry.header, entry.blobs)
+            writer.write(data)
+            index.append((*entry[2:5], len(data), *_columns(entry)))
+
         try:
-            for entry in entries:
-                data = encode(entry.header, entry.blobs)
-                writer.write(data)
-                known = [*entry.references[:3], *[(0, 0)] * (3 - len(entry.references))]
-                index.append((*entry[2:5], len(data), entry.task.encode("ascii"), known))
+            yield add
         finally:
             writer.close()
         buffer = io.BytesIO()
         np.save(buffer, np.array(index, INDEX_DTYPE))
         side.write_bytes(buffer.getvalue())
-    return len(index)
+
+
+def _columns(entry: Entry) -> tuple[Any, ...]:
+    """The last columns of the index, from `task` on."""
+    sizes = [*entry.references[:3], *[(0, 0)] * (3 - len(entry.references))]
+    digest = list(digest_of(entry.blobs.values()))
+    return entry.task.encode("ascii"), sizes, digest, entry.source.encode("ascii")
+
+
+def write_records(path: files.PathLike, entries: Iterable[Entry]) -> int:
+    """Writes a record file and its side index, as `writing` does; returns how many records."""
+    count = 0
+    with writing(path) as add:
+        for entry in entries:
+            add(entry)
+            count += 1
+    return count
 
 
 class RecordFile:
@@ -161,22 +214,33 @@ class RecordFile:
             ) from None
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"the side index {side} is damaged ({error})") from None
-        if self.index.dtype == _OLD_DTYPE:
+        columns = self.index.dtype.descr
+        if columns[:5] == _OLD_DTYPE.descr and columns == INDEX_DTYPE.descr[: len(columns)]:
             old, self.index = self.index, np.zeros(len(self.index), INDEX_DTYPE)
-            for column in _OLD_DTYPE.names or ():
+            for column in old.dtype.names:
                 self.index[column] = old[column]
-        if self.index.dtype != INDEX_DTYPE:
+        else:
             raise InputError(
                 f"the side index {side} has the columns {self.index.dtype.names}; "
                 "it belongs to another version: write the file again"
             )
+        self._count = len(self.index)
         self._local = buckets.staged(self.path)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_reader": None}
 
     def __len__(self) -> int:
-        return len(self.index)
+        return self._count
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the system has a file open for it."""
+        return self._reader is not None
+
+    def close(self) -> None:
+        """Closes the file; the next read opens it again."""
+        self._reader = None
 
     def _open(self) -> Any:
         try:
@@ -200,13 +264,81 @@ class RecordFile:
         """Record `number`. Raises: IndexError; InputError when it cannot be read."""
         if not 0 <= number < len(self):
             raise IndexError(f"record {number} of {len(self)} in {self.path}")
-        if self._reader is None:
-            self._reader = self._open()
+        reader = self._reader  # which another thread may close
+        if reader is None:
+            reader = self._reader = self._open()
         try:
-            (data,) = self._reader.read([int(number)])
+            (data,) = reader.read([int(number)])
         except (ValueError, RuntimeError, OSError, IndexError) as error:
             raise InputError(
                 f"record {number} of {self.path} cannot be read; the file is truncated or "
                 f"damaged: copy it again ({str(error).splitlines()[0]})"
             ) from None
         return decode(data, f"record {number} of {self.path}")
+
+
+class RecordSet:
+    """All records of one split of a folder, numbered through its shards in their order.
+
+    Attributes:
+      path: what errors call the whole.
+      index: of all records.
+
+    Raises: InputError when there is no such file, a shard is missing, or see `RecordFile`.
+    """
+
+    def __init__(self, folder: files.PathLike, split: str):
+        folder = files.Path(folder)
+        self.path = folder / f"{split}.array_record"
+        shards = sorted(folder.glob(f"{split}-*-of-*.array_record"))
+        if not shards:
+            self.files = [RecordFile(self.path)]
+        else:
+            _check_shards(folder, split, [path.name for path in shards])
+            self.files = [RecordFile(path) for path in shards]
+        self.index = np.concatenate([file.index for file in self.files])
+        for file in self.files:
+            file.index = file.index[:0].copy()  # it is in `index`
+        self._ends = list(itertools.accumulate(map(len, self.files)))
+        self._opened: collections.deque[RecordFile] = collections.deque()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": collections.deque()}
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def _place(self, number: int) -> tuple[RecordFile, int]:
+        """The file of a record, and its number there."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"record {number} of {len(self)} in {self.path}")
+        found = bisect.bisect_right(self._ends, number)
+        return self.files[found], number - (self._ends[found] - len(self.files[found]))
+
+    def name(self, number: int) -> str:
+        """What errors call a record: its file, and its number there."""
+        file, own = self._place(number)
+        return f"record {own} of {file.path}"
+
+    def __getitem__(self, number: int) -> Record:
+        """Record `number`. Raises: as `RecordFile`."""
+        file, own = self._place(number)
+        if not file.is_open:
+            self._opened.append(file)
+            if len(self._opened) > OPEN_AT_ONCE:
+                self._opened.popleft().close()
+        return file[own]
+
+
+def _check_shards(folder: files.Path, split: str, names: list[str]) -> None:
+    """Raises InputError unless the names are the shards of one writing, all of them."""
+    found = [match for name in names if (match := _SHARD.search(name))]
+    counts = {match[2] for match in found}
+    if (folder / f"{split}.array_record").exists() or len(counts) != 1:
+        raise InputError(
+            f"{folder} has the records of {split} from several writings "
+            f"({names[0]} beside others); keep those of one"
+        )
+    expected = [shard_name(split, number, int(*counts)) for number in range(int(*counts))]
+    if absent := sorted(set(expected) - set(names)):
+        raise InputError(f"{folder / absent[0]} is missing; copy it too or write the records again")

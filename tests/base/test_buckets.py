@@ -60,6 +60,13 @@ def test_a_folder_is_replaced_as_a_whole(folder):
     assert names(folder) == ["export"]
 
 
+def test_files_of_all_folders_are_found(folder):
+    for name in ("a", "b/c", "b/d/e"):
+        files.write_text(folder / name, name)
+    found = {str(path): path.read_text() for path in files.below(folder)}
+    assert found == {str(folder / name): name for name in ("a", "b/c", "b/d/e")}
+
+
 def test_what_another_host_writes_is_seen(folder, server):
     files.write_text(folder / "first", "")
     assert names(folder) == ["first"]

@@ -9,11 +9,10 @@ import pytest
 from qk_jax.base.errors import InputError
 from qk_jax.data import pipeline, plan
 from qk_jax.data.example import TASKS, Example
-from qk_jax.data.importers import record_files
 from qk_jax.data.plan import Group
 from qk_jax.experiment import config as config_lib
 from qk_jax.pictures.roles import REFERENCE, SOURCE
-from tests.data import stage3
+from tests.data import stage3, written
 from tests.data.stage3 import assert_same
 
 WEIGHTS = {"text_to_image": 0.1, "editing": 0.45, "customization": 0.25, "composition": 0.2}
@@ -142,12 +141,12 @@ def test_a_record_of_other_roles_is_a_bad_one(builder, tmp_path):
         Example("x", target, (picture,), (REFERENCE if i == 3 else SOURCE,), "editing", i)
         for i in range(40)
     ]
-    record_files.write_examples(tmp_path / "train.array_record", examples)
+    written.write(tmp_path / "train.array_record", examples)
     wanted = config(records=str(tmp_path), tasks={x: float(x == "editing") for x in TASKS})
     made = pipeline.Pipeline(wanted, "train", 0, 1, builder)
     read = [number for step in range(5) for number in made.batch(step)["record"]]
     assert 3 not in read and len(read) == 40 and made.bad == {("editing", "roles"): 1}
-    record_files.write_examples(
+    written.write(
         tmp_path / "train.array_record", [x._replace(roles=(REFERENCE,)) for x in examples]
     )
     made = pipeline.Pipeline(wanted, "train", 0, 1, builder)

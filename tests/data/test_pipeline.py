@@ -11,11 +11,10 @@ from PIL import Image
 from qk_jax.base.errors import InputError
 from qk_jax.data import pipeline, prompts, records, settings
 from qk_jax.data.example import TASKS, Example
-from qk_jax.data.importers import record_files
 from qk_jax.data.synthesis import tasks
 from qk_jax.experiment import config as config_lib
 from qk_jax.pictures.roles import REFERENCE
-from tests.data import stage3
+from tests.data import stage3, written
 
 SMALL = {"text_to_image": 0.5, "editing": 0.3, "composition": 0.2}
 
@@ -160,7 +159,7 @@ def test_references_keep_their_aspect_ratio(builder, tmp_path):
         dark = [np.zeros((*shapes[i % 5], 3), np.uint8) for i in (number, number // 5)]
         target = np.full((64, 64, 3), 200, np.uint8)
         examples.append(Example("both", target, tuple(dark), (REFERENCE,) * 2, "composition", 0))
-    record_files.write_examples(tmp_path / "train.array_record", examples)
+    written.write(tmp_path / "train.array_record", examples)
     ratios = {"records": str(tmp_path), "reference_ratios": ((1, 1), (2, 3))}
     drop = {"text": 0.0, "pictures": 0.0, "both": 0.0}
     for limit, count in ((100, 9), (2, 2)):

@@ -26,24 +26,65 @@ def write(path, count=40):
     return path
 
 
-def test_an_index_from_before_references_were_in_it_is_read(tmp_path):
-    entry = records.Entry({}, {}, 10, 20, 2, "composition", ((3, 4), (5, 6)))
+@pytest.mark.parametrize("columns", [5, 6])
+def test_an_index_from_before_some_columns_is_read(tmp_path, columns):
+    entry = records.Entry({}, {}, 10, 20, 2, "composition", ((3, 4), (5, 6)), "emoji")
     path = tmp_path / "a.array_record"
     records.write_records(path, [entry])
     new = records.RecordFile(path).index
     assert new["references"].tolist() == [[[3, 4], [5, 6], [0, 0]]]
-    np.save(
-        records.index_path(path),
-        new[["width", "height", "pictures", "bytes", "task"]].astype(
-            np.dtype(records.INDEX_DTYPE.descr[:-1])
-        ),
-    )
+    assert new["source"].tolist() == [b"emoji"] and new["digest"].any()
+    kept = records.INDEX_DTYPE.descr[:columns]
+    np.save(records.index_path(path), new[[name for name, *_ in kept]].astype(np.dtype(kept)))
     old = records.RecordFile(path)
-    assert old.index.dtype == records.INDEX_DTYPE and not old.index["references"].any()
+    assert old.index.dtype == records.INDEX_DTYPE and not old.index["digest"].any()
+    assert old.index["references"].any() == (columns == 6)
     assert old.index[["width", "height", "pictures", "bytes", "task"]].tolist() == [
         (10, 20, 2, int(new["bytes"][0]), b"composition")
     ]
     assert old[0] == records.Record({}, {})
+
+
+def test_shards_are_one_set_in_their_order(tmp_path):
+    for shard, count in enumerate((3, 0, 2)):
+        entries = [records.Entry({"n": (shard, n)}, {"a": b"x"}, 1 + n, 9) for n in range(count)]
+        records.write_records(tmp_path / records.shard_name("train", shard, 3), entries)
+    found = records.RecordSet(tmp_path, "train")
+    assert [found[n].header["n"] for n in range(len(found))] == [
+        [0, 0],
+        [0, 1],
+        [0, 2],
+        [2, 0],
+        [2, 1],
+    ]
+    assert found.index["width"].tolist() == [1, 2, 3, 1, 2]
+    assert found.name(3) == f"record 0 of {tmp_path}/train-00002-of-00003.array_record"
+    assert pickle.loads(pickle.dumps(found))[4] == found[4]
+    with pytest.raises(IndexError):
+        found[5]
+
+
+def test_many_shards_do_not_keep_many_files_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "OPEN_AT_ONCE", 3)
+    for shard in range(8):
+        entry = records.Entry({"n": shard}, {"a": b"x"}, 1, 9)
+        records.write_records(tmp_path / records.shard_name("train", shard, 8), [entry])
+    found = records.RecordSet(tmp_path, "train")
+    for number in [*range(8), 7, 0, 3, 0]:
+        assert found[number].header == {"n": number}
+        assert sum(file.is_open for file in found.files) <= 3
+
+
+def test_a_set_that_is_not_whole_is_named(tmp_path):
+    for shard in (0, 2):
+        records.write_records(tmp_path / records.shard_name("train", shard, 3), [])
+    with pytest.raises(InputError, match="train-00001-of-00003.array_record is missing"):
+        records.RecordSet(tmp_path, "train")
+    records.write_records(tmp_path / records.shard_name("train", 1, 2), [])
+    with pytest.raises(InputError, match="from several writings"):
+        records.RecordSet(tmp_path, "train")
+    with pytest.raises(InputError, match="no record file .*validation.array_record"):
+        records.RecordSet(tmp_path, "validation")
 
 
 def test_written_is_read_in_any_order(tmp_path):

@@ -14,6 +14,7 @@ and the commands that were run are in `log`. Texts of errors are those of Google
 names.
 """
 
+import fnmatch
 import json
 import os
 import pathlib
@@ -178,8 +179,9 @@ class Cloud:
             objects.append(self.verbs[-1])
             return ""
         asked = self.verbs[2:]
-        found = [path for path in objects if any(path.startswith(word) for word in asked)]
-        if len(found) < len(asked):
+        of_word = [fnmatch.filter(objects, f"{word}*") for word in asked]
+        found = [path for path in objects if any(path in paths for paths in of_word)]
+        if not all(of_word):
             end(1, f"ERROR: (gcloud.storage.{self.verbs[1]}) One or more URLs matched no objects.")
         if self.has("rm"):
             self.state["objects"] = [path for path in objects if path not in found]

@@ -1,19 +1,15 @@
-"""Ready examples in the project's own record files, one file for each split."""
+"""Ready examples in the project's own record files."""
 
 from __future__ import annotations
 
-import io
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from qk_jax.base import files
 from qk_jax.base.errors import BadRecord, InputError
 from qk_jax.data import buckets, records
-from qk_jax.data.example import TASKS, Example, Source, TaskSettings, caption_of
+from qk_jax.data.example import Example, Source, TaskSettings, caption_of
 from qk_jax.pictures.decoding import decode_picture
 from qk_jax.pictures.fitting import contain, cover
 from qk_jax.pictures.roles import REFERENCE, SOURCE
@@ -22,7 +18,7 @@ _ROLES = {"source": SOURCE, "reference": REFERENCE}
 
 
 class RecordSource:
-    """One task of a record file written by `write_examples`.
+    """One task of a record file written by an import or by `qk_jax.data.Writer`.
 
     Header: `instruction`, `roles` ('source' or 'reference' for each picture); blobs: `target`,
     `picture_1`, `picture_2`, ... A target goes to the size nearest in aspect ratio (scaled to cover
@@ -31,9 +27,7 @@ class RecordSource:
     Raises: InputError when the file has no record of the task.
     """
 
-    def __init__(
-        self, file: records.RecordFile, task: str, settings: TaskSettings, max_pixels: int
-    ):
+    def __init__(self, file: records.RecordSet, task: str, settings: TaskSettings, max_pixels: int):
         self.task, self.file, self.settings, self.max_pixels = task, file, settings, max_pixels
         self.numbers = np.flatnonzero(file.index["task"] == task.encode())
         if not len(self.numbers):
@@ -60,7 +54,7 @@ class RecordSource:
 
     def __getitem__(self, number: int) -> Example:
         record = int(self.numbers[number])
-        name = f"record {record} of {self.file.path}"
+        name = self.file.name(record)
         header, blobs = self.file[record]
         instruction = caption_of(header.get("instruction"), name)
         roles = header.get("roles") or []
@@ -91,40 +85,6 @@ class RecordSource:
 def sources(
     data: Mapping[str, Any], split: str, settings: TaskSettings, names: Sequence[str]
 ) -> dict[str, Source]:
-    """Tasks of <data.records>/<split>.array_record. Raises: InputError; see `RecordSource`."""
-    file = records.RecordFile(files.Path(data["records"]) / f"{split}.array_record")
+    """Tasks of the records of a split in data.records. Raises: InputError; see `RecordSource`."""
+    file = records.RecordSet(data["records"], split)
     return {name: RecordSource(file, name, settings, data["max_pixels"]) for name in names}
-
-
-def write_examples(path: files.PathLike, examples: Iterable[Example]) -> int:
-    """Writes examples as a record file that `RecordSource` reads (PNG); returns how many.
-
-    Raises: InputError for an unknown task, an empty instruction, or roles that do not fit.
-    """
-    return records.write_records(path, map(_entry, itertools.count(), examples))
-
-
-def _entry(number: int, example: Example) -> records.Entry:
-    if example.task not in TASKS:
-        raise InputError(f"example {number} has the task {example.task!r}, not of {TASKS}")
-    if len(example.roles) != len(example.pictures):
-        raise InputError(
-            f"example {number} has {len(example.pictures)} pictures, but {len(example.roles)} roles"
-        )
-    names = {role: name for name, role in _ROLES.items()}
-    header = {
-        "instruction": caption_of(example.instruction, f"example {number}"),
-        "roles": [names[role] for role in example.roles],
-    }
-    blobs = {"target": _png(example.target)}
-    blobs |= {f"picture_{i}": _png(x) for i, x in enumerate(example.pictures, start=1)}
-    height, width = example.target.shape[:2]
-    pairs = zip(example.pictures, example.roles, strict=True)
-    sizes = tuple(x.shape[1::-1] for x, role in pairs if role == REFERENCE)
-    return records.Entry(header, blobs, width, height, len(example.pictures), example.task, sizes)
-
-
-def _png(picture: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
-    return buffer.getvalue()

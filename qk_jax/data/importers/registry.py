@@ -1,4 +1,4 @@
-"""Where examples come from: `config.data.records` chooses a format, and FORMATS reads it."""
+"""Where examples come from: `config.data.records` chooses a format, and READERS reads it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qk_jax.data.synthesis import tasks
 # (config.data, split, settings, names of tasks) -> their sources; raises InputError
 Reader = Callable[[Mapping[str, Any], str, TaskSettings, Sequence[str]], dict[str, Source]]
 # By what precedes the first ':' of config.data.records; any other text is a folder of record files.
-FORMATS: dict[str, Reader] = {"tfds": tfds.sources}
+READERS: dict[str, Reader] = {"tfds": tfds.sources}
 
 
 def make_sources(
@@ -21,7 +21,7 @@ def make_sources(
     """The sources of the tasks `names`, from config.data.
 
     `records` '' makes the tasks from cut-outs, a folder has ready examples, and FORMAT:NAME is read
-    by one of FORMATS.
+    by one of READERS.
 
     Raises: InputError for files that are missing or damaged, or a task that they do not have.
     """
@@ -30,5 +30,5 @@ def make_sources(
     if not data["records"]:
         read: Reader = tasks.sources
     else:
-        read = FORMATS.get(data["records"].partition(":")[0], record_files.sources)
+        read = READERS.get(data["records"].partition(":")[0], record_files.sources)
     return read(data, split, settings, names)

@@ -7,10 +7,11 @@ from configs import stage3
 from qk_jax.base.errors import InputError
 from qk_jax.data import buckets, records
 from qk_jax.data.example import TASKS, Example
-from qk_jax.data.importers import record_files, registry
+from qk_jax.data.importers import registry
 from qk_jax.data.synthesis import tasks
 from qk_jax.pictures.fitting import contain, cover
 from qk_jax.pictures.roles import REFERENCE, SOURCE
+from tests.data import written
 
 GIVEN = ("text_to_image", "editing", "composition")
 
@@ -27,7 +28,7 @@ def sources(folder, names, **data):
 
 
 def test_written_examples_are_read_back(examples, tmp_path):
-    assert record_files.write_examples(tmp_path / "train.array_record", examples) == 36
+    assert written.write(tmp_path / "train.array_record", examples) == 36
     for task, source in sources(tmp_path, GIVEN).items():
         expected = [example for example in examples if example.task == task]
         assert len(source) == len(expected)
@@ -45,7 +46,6 @@ def test_written_examples_are_read_back(examples, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"roles": ()}, "1 pictures, but 0 roles"),
         ({"task": "singing"}, "task 'singing'"),
         ({"instruction": " "}, "the caption is ' '"),
     ],
@@ -53,7 +53,7 @@ def test_written_examples_are_read_back(examples, tmp_path):
 def test_wrong_examples_are_named_and_leave_nothing(examples, tmp_path, change, words):
     wrong = examples[12]._replace(**change)
     with pytest.raises(InputError, match=f"example 1.* {words}"):
-        record_files.write_examples(tmp_path / "a.array_record", [examples[0], wrong])
+        written.write(tmp_path / "a.array_record", [examples[0], wrong])
     assert not list(tmp_path.iterdir())
 
 
@@ -61,7 +61,7 @@ def test_pictures_of_other_sizes_are_fitted_by_their_roles(tmp_path):
     wide = np.zeros((100, 300, 3), np.uint8)
     wide[:, 100:200] = 200
     example = Example("both", wide, (wide, wide), (SOURCE, REFERENCE), TASKS[3], 0)
-    record_files.write_examples(tmp_path / "train.array_record", [example])
+    written.write(tmp_path / "train.array_record", [example])
     found = sources(tmp_path, [TASKS[3]])[TASKS[3]][0]
     np.testing.assert_array_equal(found.target, cover(wide, (48, 80)))
     np.testing.assert_array_equal(found.pictures[0], found.target)
@@ -74,7 +74,7 @@ def test_references_are_sized_by_their_number(tmp_path, ratios):
     wide = np.zeros((100, 150, 3), np.uint8)
     roles = [(SOURCE, *[REFERENCE] * n) for n in (1, 2, 3)] + [(REFERENCE,) * n for n in (1, 2, 4)]
     examples = [Example("x", wide, (wide,) * len(x), x, "composition", 0) for x in roles]
-    record_files.write_examples(tmp_path / "train.array_record", examples)
+    written.write(tmp_path / "train.array_record", examples)
     sides = {"reference_ratios": ratios, "reference_sizes_by_number": (64, 48, 32)}
     source = sources(tmp_path, ["composition"], **sides)["composition"]
     tables = source.settings.reference_sizes
@@ -100,7 +100,7 @@ def test_covering_crops_evenly_and_containing_shows_all():
 @pytest.mark.parametrize("counts", [(5, 6), (6, 5)])
 def test_an_index_of_another_file_is_named(examples, tmp_path, counts):
     for name, count in zip(("train", "other"), counts, strict=True):
-        record_files.write_examples(tmp_path / f"{name}.array_record", examples[:count])
+        written.write(tmp_path / f"{name}.array_record", examples[:count])
     records.index_path(tmp_path / "other.array_record").replace(
         records.index_path(tmp_path / "train.array_record")
     )

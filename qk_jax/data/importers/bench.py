@@ -1,0 +1,115 @@
+"""What an import costs: records per second of one core, and peak memory, on made-up pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import pathlib
+import re
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+import numpy as np
+from PIL import Image
+
+from qk_jax.data.importers import importing
+from qk_jax.data.importers.drafts import encoded
+from qk_jax.data.importers.job import Job
+from qk_jax.pictures.decoding import decode_picture
+
+_SIDE = 512
+_GROUP = 100  # rows of a row group, as Hugging Face writes pictures
+
+
+def pictures(count: int) -> list[bytes]:
+    """JPEGs of 512x512, quality 90, about as large as photographs are."""
+    draw = np.random.default_rng(0)
+    coarse = draw.integers(0, 255, (count, 24, 24, 3), np.uint8)
+    found = []
+    for grid in coarse:
+        image = Image.fromarray(grid).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+        grain = draw.normal(0, 5, (_SIDE, _SIDE, 1))
+        pixels = np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8)
+        found.append(encoded(Image.fromarray(pixels), "JPEG", 90))
+    return found
+
+
+def _folder(path: pathlib.Path, data: list[bytes]) -> None:
+    rows = []
+    for number, picture in enumerate(data):
+        (path / f"{number}.jpg").write_bytes(picture)
+        rows.append(json.dumps({"file_name": f"{number}.jpg", "text": f"picture {number}"}))
+    (path / "metadata.jsonl").write_text("\n".join(rows))
+
+
+def _webdataset(path: pathlib.Path, data: list[bytes]) -> None:
+    with tarfile.open(path / "0.tar", "w") as out:
+        for number, picture in enumerate(data):
+            for name, body in (("jpg", picture), ("txt", f"picture {number}".encode())):
+                info = tarfile.TarInfo(f"{number:06d}.{name}")
+                info.size = len(body)
+                out.addfile(info, io.BytesIO(body))
+
+
+def _parquet(path: pathlib.Path, data: list[bytes]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"text": "a picture", "image": {"bytes": picture, "path": None}} for picture in data]
+    pq.write_table(pa.Table.from_pylist(rows), path / "0.parquet", row_group_size=_GROUP)
+
+
+MAKERS: dict[str, Callable[[pathlib.Path, list[bytes]], None]] = {
+    "folder": _folder,
+    "webdataset": _webdataset,
+    "parquet": _parquet,
+}
+
+
+def _measure(job: Job, answer: Connection) -> None:
+    begun, cpu = time.perf_counter(), time.process_time()
+    importing.run(job, importing.Engine())
+    wall, cpu = time.perf_counter() - begun, time.process_time() - cpu
+    # Of this program alone: ru_maxrss would have that of the process which has started it.
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
+    answer.send((wall, cpu, int(peak) / 1024))
+
+
+def run(count: int) -> str:
+    """A table: each main format with `count` records and with four times as many."""
+    data = pictures(64)
+    begun = time.process_time()
+    for number, picture in enumerate(data):
+        decode_picture(picture, "RGB", 0, str(number))
+    alone = len(data) / (time.process_time() - begun)
+    size = sum(map(len, data)) / len(data) / 1000
+    lines = [f"decoding alone: {alone:.0f} pictures per CPU second, {size:.0f} kB each"]
+    lines.append("| format | records | records/s | per CPU second | peak memory, MiB |")
+    lines.append("| --- | --- | --- | --- | --- |")
+    for name, make in MAKERS.items():
+        for number in (count, 4 * count):
+            with tempfile.TemporaryDirectory() as folder:
+                source = pathlib.Path(folder) / "in"
+                source.mkdir()
+                make(source, [data[n % len(data)] for n in range(number)])
+                job = Job(name, (str(source),), "text_to_image", f"{folder}/out")
+                wall, cpu, memory = _fresh(job)
+            lines.append(
+                f"| {name} | {number} | {number / wall:.0f} | {number / cpu:.0f} | {memory:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def _fresh(job: Job) -> tuple[float, float, float]:
+    """What `_measure` finds in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_measure, args=(job, there))
+    process.start()
+    found: tuple[float, float, float] = here.recv()
+    process.join()
+    return found

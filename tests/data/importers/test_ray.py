@@ -1,0 +1,56 @@
+"""An import over a Ray cluster of two nodes on this machine, one of which is lost in the middle."""
+
+import pathlib
+import threading
+import time
+
+import pytest
+
+from qk_jax.data.importers import importing
+from qk_jax.data.importers.job import Job
+from tests.data.importers import published
+from tests.data.importers.test_importing import content
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+pytest.importorskip("ray", reason="needs Ray: pip install 'qk_jax[ray]'")
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Two nodes with a processor each: the head, and another."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "120")
+    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80_000_000}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    yield made
+    made.shutdown()
+
+
+def test_a_lost_node_changes_nothing(cluster, tmp_path):
+    second = cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+    for n in range(24):
+        members = []
+        for k in range(20):
+            data = published.picture(20 * n + k, "PNG", (600, 600))
+            members += [(f"{k:03d}.png", data), (f"{k:03d}.txt", f"{n} {k}".encode())]
+        published.tar(tmp_path / "in" / f"{n:03d}.tar", members)
+    given = {"format": "webdataset", "inputs": (str(tmp_path / "in"),), "task": "text_to_image"}
+    importing.run(Job(**given, out=str(tmp_path / "alone")), importing.Engine())
+    out = tmp_path / "out"
+
+    def lose() -> None:
+        while len(list(out.glob("train-*.array_record"))) < 4:
+            time.sleep(0.01)
+        lost.append(len(list(out.glob("train-*.array_record"))))
+        cluster.remove_node(second, allow_graceful=False)
+
+    lost: list[int] = []
+    thread = threading.Thread(target=lose, daemon=True)
+    thread.start()
+    importing.run(Job(**given, out=str(out)), importing.Engine(ray=cluster.address))
+    thread.join()
+    assert 4 <= lost[0] < 24
+    assert content(out) == content(tmp_path / "alone")
