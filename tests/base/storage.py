@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from urllib.parse import quote
@@ -118,14 +120,17 @@ class Server:
             return [item["name"] for item in json.load(answer).get("items", [])]
 
     def make_bucket(self) -> None:
-        """Makes gs://bucket."""
-        urllib.request.urlopen(
-            urllib.request.Request(
-                f"{self.url}/storage/v1/b?project=any",
-                json.dumps({"name": "bucket"}).encode(),
-                {"Content-Type": "application/json"},
-            )
-        ).close()
+        """Makes gs://bucket, unless it is there."""
+        request = urllib.request.Request(
+            f"{self.url}/storage/v1/b?project=any",
+            json.dumps({"name": "bucket"}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            urllib.request.urlopen(request).close()
+        except urllib.error.HTTPError as error:
+            if error.code != http.HTTPStatus.CONFLICT:
+                raise
 
 
 @contextlib.contextmanager
