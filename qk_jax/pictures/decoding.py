@@ -19,6 +19,11 @@ from PIL import Image, ImageCms
 
 from qk_jax.base.errors import BadRecord
 
+# What is read: pictures of photographs, drawings and the web. What Pillow reads besides is rare in
+# sets, little tested, or runs other programs (EPS runs Ghostscript), and files are not trusted.
+FORMATS = (
+    "AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP",
+)  # fmt: skip
 # What turns a picture upright, by its EXIF orientation.
 TURNS: dict[Any, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -37,8 +42,15 @@ def decode_picture(
 ) -> UInt8[np.ndarray, "height width channels"]:
     """An encoded picture, as `picture_of` gives it; arguments and errors too."""
     with _refused(name):
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_formats())
     return picture_of(image, mode, max_pixels, name)
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """Those of FORMATS that this build of Pillow reads."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def picture_of(

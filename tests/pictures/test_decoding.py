@@ -73,7 +73,7 @@ def test_training_shows_what_painting_shows(tmp_path):
         for name, case in CASES.items()
     ]  # fmt: skip
     records.write_records(tmp_path / "train.array_record", entries)
-    file = records.RecordFile(tmp_path / "train.array_record")
+    file = records.RecordSet(tmp_path, "train")
     source = record_files.RecordSource(file, "editing", TaskSettings(), 0)
     painter = painters.painter()
     for number, (name, case) in enumerate(CASES.items()):
@@ -146,3 +146,11 @@ def test_the_bound_is_checked_before_decoding(monkeypatch):
     with pytest.raises(BadRecord) as caught:
         decode(data)
     assert caught.value.kind == "too large"
+
+
+def test_files_that_run_other_programs_are_no_pictures():
+    """Pillow hands EPS to Ghostscript, which executes what is in it."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, "EPS")
+    with pytest.raises(BadRecord, match="cannot identify image file"):
+        decode(buffer.getvalue())
