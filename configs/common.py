@@ -139,6 +139,7 @@ def base(stage: str, size: str) -> ConfigDict:
     config.data = ConfigDict({
         "corpus": "",
         "records": "",
+        "sources": (),
         "tfds_image": "image", "tfds_text": "text",
         "tokenizer": str(ASSETS / "tiny/tokenizer") if tiny else "",
         "batch": 32,

@@ -19,7 +19,7 @@ class Failure(Exception):
 
 
 class BadRecord(InputError):
-    """A record that can be read but not used; bad records are counted by their `kind`."""
+    """A record that cannot be read or used; bad records are counted by their `kind`."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -41,6 +41,8 @@ class Example(NamedTuple):
       record: number of the example in its source.
       kind: what is done, a key of WORDINGS for made examples.
       subjects: subjects that occur, as the split counts them.
+      captions: (text, weight) of several texts, one of which is drawn as the instruction each time
+        that it is trained on; () where there is one.
     """
 
     instruction: str
@@ -51,6 +53,7 @@ class Example(NamedTuple):
     record: int
     kind: str = ""
     subjects: tuple[str, ...] = ()
+    captions: tuple[tuple[str, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +155,74 @@ class Source(Protocol):
 
     def __getitem__(self, number: int) -> Example:
         """Example `number`. Raises: BadRecord."""
+
+
+class Part(NamedTuple):
+    """One of several sources of a task.
+
+    Attributes:
+      name: what metrics and errors call it.
+      weight: its share of the task's examples, beside those of the others.
+      source: the examples.
+    """
+
+    name: str
+    weight: float
+    source: Source
+
+
+class Joined:
+    """Several sources of one task as one: their examples one after another.
+
+    Attributes:
+      parts: the sources, in order.
+      ends: int [len(parts)], number of the first example after each.
+    """
+
+    def __init__(self, parts: Sequence[Part]):
+        self.parts, first = tuple(parts), parts[0].source
+        self.task, self.settings = first.task, first.settings
+        self.ends = np.cumsum([len(part.source) for part in parts])
+        self._columns = max(part.source.references_of.shape[1] for part in parts)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, number: int) -> Example:
+        place = int(np.searchsorted(self.ends, number, side="right"))
+        source = self.parts[place].source
+        example = source[number - int(self.ends[place]) + len(source)]
+        return example._replace(record=number)
+
+    @property
+    def pictures_of(self) -> np.ndarray:
+        return np.concatenate([part.source.pictures_of for part in self.parts])
+
+    @property
+    def size_of(self) -> np.ndarray:
+        return np.concatenate([part.source.size_of for part in self.parts])
+
+    @size_of.setter
+    def size_of(self, sizes: np.ndarray) -> None:
+        for part, own in zip(self.parts, np.split(sizes, self.ends[:-1]), strict=True):
+            part.source.size_of = own
+
+    @property
+    def references_of(self) -> np.ndarray:
+        return np.concatenate([self._filled(part.source) for part in self.parts])
+
+    @references_of.setter
+    def references_of(self, sizes: np.ndarray) -> None:
+        for part, own in zip(self.parts, np.split(sizes, self.ends[:-1]), strict=True):
+            part.source.references_of = own
+
+    def _filled(self, source: Source) -> np.ndarray:
+        """Its `references_of` with as many columns as that with the most, squares in the new."""
+        missing = self._columns - source.references_of.shape[1]
+        if not missing:
+            return source.references_of
+        squares = self.settings.nearest_reference(1, 1, source.pictures_of)
+        return np.hstack([source.references_of, *[squares[:, None]] * missing])
 
 
 def caption_of(value: object, name: str) -> str:

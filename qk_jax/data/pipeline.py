@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import math
 import multiprocessing
 import os
 import threading
@@ -25,15 +26,18 @@ from absl import flags
 from qk_jax.base.errors import BadRecord, InputError
 from qk_jax.base.types import Batch
 from qk_jax.data import settings
-from qk_jax.data.example import MAX_REFERENCES, TASKS, Example, Source, hashed
+from qk_jax.data.example import MAX_REFERENCES, TASKS, Example, Joined, Source, hashed
 from qk_jax.data.importers.registry import make_sources
 from qk_jax.data.plan import (
     Group,
     Groups,
     batches_of,
     by_shape,
+    by_source,
+    exactly,
     groups_of,
     in_turn,
+    interleaved,
     mixed_batches,
 )
 from qk_jax.data.prompts import PromptBuilder, pixel_values, text_tokens
@@ -46,11 +50,14 @@ _ATTEMPTS = 64  # records tried instead of one bad one
 
 
 class Bad(NamedTuple):
-    """A bad record that was replaced."""
+    """A bad record that was replaced; `source` is the task, and its source where it has several."""
 
-    task: str
+    source: str
     kind: str
     message: str
+
+
+Tried = tuple[list[Bad], Counter[str]]  # the bad ones, and how many of each source were read
 
 
 def _end_with_parent(worker: int, count: int) -> None:
@@ -93,33 +100,57 @@ class Loader:
     mixed: bool
     finish: Callable[[Batch], Any]
 
-    def __call__(self, step: int, element: np.ndarray) -> tuple[Any, list[Bad]]:
+    def __call__(self, step: int, element: np.ndarray) -> tuple[Any, Tried]:
         bad: list[Bad] = []
-        chosen = element[self.slots].tolist()
-        examples = [self._read(index, member, bad) for index, member in chosen]
-        dropped = [
-            self._dropped(step, slot, self.groups[index].task)
-            for slot, (index, _) in zip(self.slots, chosen, strict=True)
-        ]
-        prompts = self.prompts[self.groups[chosen[0][0]].pictures]
-        return self.finish(collate(examples, dropped, prompts, self.targets)), bad
+        chosen = [self.slot(step, slot, element, bad) for slot in self.slots]
+        examples, dropped = zip(*chosen, strict=True)
+        prompts = self.prompts[self.groups[element[self.slots[0], 0]].pictures]
+        tried = Counter(self.groups[index].label for index in element[self.slots, 0])
+        tried.update(record.source for record in bad)
+        return self.finish(collate(examples, dropped, prompts, self.targets)), (bad, tried)
+
+    def slot(
+        self, step: int, slot: int, element: np.ndarray, bad: list[Bad]
+    ) -> tuple[Example, tuple[bool, bool]]:
+        """The example of a slot of the global batch, and whether its (text, pictures) are dropped.
+
+        Adds the bad records that it replaces to `bad`. Raises: InputError when many in a row are.
+        """
+        index, member = element[slot].tolist()
+        example = self._worded(self._read(index, member, bad), step, slot)
+        return example, self._dropped(step, slot, self.groups[index].task)
+
+    def _worded(self, example: Example, step: int, slot: int) -> Example:
+        """The example with one of its captions, drawn by step and slot."""
+        if not example.captions:
+            return example
+        texts, weights = zip(*example.captions, strict=True)
+        (text,) = Random(hashed(self.seed, "caption", step, slot)).choices(texts, weights)
+        return example._replace(instruction=text)
 
     def _read(self, index: int, member: int, bad: list[Bad]) -> Example:
-        """An example of a group, or the next good one.
+        """An example of a group, or a good one instead, the same wherever it is read.
+
+        What is tried instead is spread over the group: the neighbours of a record are bad too where
+        a whole file is.
 
         Raises: InputError when many in a row are bad.
         """
         group = self.groups[index]
-        for attempt in range(min(_ATTEMPTS, len(group.numbers))):
-            number = group.numbers[(member + attempt) % len(group.numbers)]
+        count = len(group.numbers)
+        for attempt in range(min(_ATTEMPTS, count)):
+            number = group.numbers[(member + attempt * _stride(member, count)) % count]
             try:
                 example = self.sources[index][int(number)]
                 if self.mixed:
                     _check_shape(example, group)
                 return example
             except BadRecord as error:
-                bad.append(Bad(group.task, error.kind, str(error)))
-        raise InputError(f"{len(bad)} records in a row are bad, the last: {bad[-1].message}")
+                bad.append(Bad(group.label, error.kind, str(error)))
+        raise InputError(
+            f"{min(_ATTEMPTS, count)} records of {group.label} in a row are bad, the last: "
+            f"{bad[-1].message}"
+        )
 
     def _dropped(self, step: int, slot: int, task: str) -> tuple[bool, bool]:
         """Whether (text, pictures) are dropped."""
@@ -128,6 +159,14 @@ class Loader:
         if drawn < both:
             return True, True
         return drawn < both + text, both + text <= drawn < both + text + pictures
+
+
+def _stride(member: int, count: int) -> int:
+    """A number that has no divisor in common with `count`, drawn by `member`."""
+    stride = hashed("stride", member) % count
+    while math.gcd(stride, count) != 1:
+        stride += 1
+    return stride
 
 
 def _check_shape(example: Example, group: Group) -> None:
@@ -232,6 +271,8 @@ def _planned(
         begin = len(groups)
         for name in weights:
             found = groups_of(read[name], batch, phase.data["max_groups"])
+            if isinstance(source := read[name], Joined):
+                found = by_source(found, source)
             groups += found
             sources += [read[name]] * len(found)
         own = dict(list(enumerate(groups))[begin:])
@@ -241,7 +282,7 @@ def _planned(
         plans.append(
             mixed_batches(own, weights, batch, order)
             if train and phase.data.get("mixed_batches", False)
-            else grain.MapDataset.mix(of_task, weights=list(weights.values()))
+            else interleaved(of_task, [exactly(weight) for weight in weights.values()])
         )
         if len(phases) > 1:
             _log_shapes(f"{split}, from step {phase.first}", own)
@@ -267,7 +308,8 @@ class Pipeline:
     Attributes:
       groups: every shape that occurs (tasks share shapes).
       plan: step -> int [B, 2], (index of a group, into its numbers), the same on all hosts.
-      bad: how many records were bad so far, by (task, kind).
+      bad: how many records were bad so far, by (source, kind); a source is a task, and its source
+        where it has several.
     """
 
     def __init__(
@@ -326,8 +368,8 @@ class Pipeline:
         self._prompts, self._finish = prompts, finish
         self._of_task = [plan.map_with_index(load) for plan in planned.of_task]
         self.bad: Counter[tuple[str, str]] = Counter()
-        self._read = 0
-        self._examples: list[str] = []
+        self._tried = Counter[str]()
+        self._examples: dict[str, str] = {}  # the last bad one of each source
         self._open: list[Any] = []
 
     def batch(self, step: int) -> Any:
@@ -389,18 +431,28 @@ class Pipeline:
                 with contextlib.suppress(Exception):  # it may complain of being stopped
                     iterator.close()
 
-    def _checked(self, batch: Any, bad: list[Bad]) -> Any:
+    def bad_counts(self) -> dict[str, int]:
+        """How many records of this host were bad so far, as metrics: {'bad/SOURCE/KIND': count}."""
+        return {f"bad/{source}/{kind}": count for (source, kind), count in self.bad.items()}
+
+    def _checked(self, batch: Any, found: Tried) -> Any:
         """Counts the batch's bad records. Raises: InputError when too many are bad."""
-        self._read += len(batch["record"])
+        bad, tried = found
+        self._tried += tried
         for record in bad:
             log.warning("%s: replaced a bad record (%s): %s", *record)
-            self.bad[record.task, record.kind] += 1
-            self._examples = [*self._examples[-4:], record.message]
-        share, total = self.config["data"]["max_bad_share"], self.bad.total()
-        if bad and total > share * max(self._read, _FIRST_JUDGED):
-            counts = ", ".join(f"{n} {kind} in {task}" for (task, kind), n in self.bad.items())
+            self.bad[record.source, record.kind] += 1
+            self._examples[record.source] = record.message
+        share, total, read = self.config["data"]["max_bad_share"], self.bad.total(), self._tried
+        if bad and total > share * max(read.total(), _FIRST_JUDGED):
+            of_source = Counter[str]()
+            for (source, _), count in self.bad.items():
+                of_source[source] += count
+            worst = max(of_source, key=lambda source: of_source[source] / read[source])
+            counts = ", ".join(f"{n} {kind} in {x}" for (x, kind), n in self.bad.most_common(8))
             raise InputError(
-                f"{total} of {self._read} records are bad ({counts}), more than "
-                f"config.data.max_bad_share={share}; such as: {'; '.join(self._examples)}"
+                f"{total} of {read.total()} records are bad ({counts}), more than "
+                f"config.data.max_bad_share={share}; the worst is {worst} with {of_source[worst]} "
+                f"of {read[worst]}, such as: {self._examples[worst]}"
             )
         return batch

@@ -25,16 +25,20 @@ would repeat each other's orders one epoch later.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
+import math
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import grain
 import numpy as np
 
 from qk_jax.base.errors import InputError
-from qk_jax.data.example import MAX_REFERENCES, Source, hashed
+from qk_jax.data.example import MAX_REFERENCES, Joined, Source, hashed
 from qk_jax.pictures.fitting import Size
 
 log = logging.getLogger(__name__)
@@ -51,6 +55,8 @@ class Group(NamedTuple):
       numbers: int [N], of the examples in the task's source.
       conditions: (H, W) of the condition pictures; sources have the target's size.
       references: (H, W) of the references; () where all have one size.
+      source: name of its source, '' where the task has one.
+      weight: of its source beside the others of the task.
     """
 
     task: str
@@ -59,6 +65,13 @@ class Group(NamedTuple):
     numbers: np.ndarray
     conditions: tuple[Size, ...]
     references: tuple[Size, ...] = ()
+    source: str = ""
+    weight: float = 1.0
+
+    @property
+    def label(self) -> str:
+        """Task and source, as metrics and errors name them."""
+        return f"{self.task}/{self.source}" if self.source else self.task
 
     @property
     def shape(self) -> tuple[Size, ...]:
@@ -67,7 +80,8 @@ class Group(NamedTuple):
 
 
 def groups_of(source: Source, batch: int, limit: int) -> list[Group]:
-    """The groups of one task with at least a batch each, at most `limit` of them.
+    """The groups of one task with at least a batch each, at most `limit` of them; where none has
+    a batch, all of them.
 
     While there are too many, or one is smaller than a batch, the rarest joins the group with the
     same number of pictures whose targets, then whose references are nearest in aspect ratio; its
@@ -75,8 +89,10 @@ def groups_of(source: Source, batch: int, limit: int) -> list[Group]:
     references only are joined first, because a reference is shown whole at any size. Changes
     source.size_of and source.references_of.
 
-    Raises: InputError when no group has a batch of examples.
+    Raises: InputError when there are no examples.
     """
+    if not len(source.size_of):
+        raise InputError(f"{source.task} has no example; set config.data.tasks.{source.task} to 0")
     sizes, shown = source.settings.sizes, source.settings.reference_shapes
     columns = [source.pictures_of, source.size_of, *source.references_of.T]
     most = [int(source.pictures_of.max()) + 1, len(sizes), *[len(shown)] * (len(columns) - 2)]
@@ -87,10 +103,12 @@ def groups_of(source: Source, batch: int, limit: int) -> list[Group]:
     key_of = _merged(keys, counts, _aspects(sizes), _aspects(shown), batch, limit)[key_of]
     source.size_of, source.references_of = keys[key_of, 1], keys[key_of, 2:]
     groups = []
-    for key in np.unique(key_of):
+    merged, often = np.unique(key_of, return_counts=True)
+    small = often.max() < batch
+    for key in merged:
         pictures, size, *references = keys[key].tolist()
         numbers = np.flatnonzero(key_of == key)
-        if len(numbers) >= batch:
+        if small or len(numbers) >= batch:
             fitted = tuple(shown[i] for i in references[:pictures])
             conditions = (sizes[size],) * pictures
             if source.task in MAX_REFERENCES:
@@ -102,12 +120,27 @@ def groups_of(source: Source, batch: int, limit: int) -> list[Group]:
                 "%s: %d records with %d pictures are less than a batch of %d and are left out",
                 source.task, len(numbers), pictures, batch,
             )  # fmt: skip
-    if not groups:
-        raise InputError(
-            f"{source.task} has {len(source)} records, less than one batch of {batch}; "
-            "lower config.data.batch or set the task's weight to 0"
-        )
+    if small:
+        log.warning(
+            "%s: its %d records, in %d shapes, are less than a batch of %d of any shape: a batch "
+            "repeats them", source.task, len(source.size_of), len(groups), batch,
+        )  # fmt: skip
     return groups
+
+
+def by_source(groups: Sequence[Group], source: Joined) -> list[Group]:
+    """The groups of several sources of a task, cut into those of each source."""
+    found = []
+    for group in groups:
+        pieces = np.split(group.numbers, np.searchsorted(group.numbers, source.ends[:-1]))
+        for part, numbers in zip(source.parts, pieces, strict=True):
+            if len(numbers):
+                own = {"source": part.name, "weight": part.weight, "numbers": numbers}
+                found.append(group._replace(**own))
+    for part in source.parts:
+        if part.name not in {group.source for group in found}:
+            log.warning("%s: nothing is read from %s", source.task, part.name)
+    return found
 
 
 def _aspects(sizes: Sequence[Size]) -> np.ndarray:
@@ -157,13 +190,19 @@ Groups = Mapping[int, Group]  # by the index that the plan names them with
 def batches_of(task: str, groups: Groups, batch: int, seed: int) -> grain.MapDataset:
     """The endless global batches of a task: int [batch, 2], (index of a group, into its numbers).
 
-    Each epoch's order leaves other examples out, so that every one is seen some time.
+    Each epoch's order leaves other examples out, so that every one is seen some time. The examples
+    of a group that is smaller than a batch are repeated in it.
     """
+    own = {index: group for index, group in groups.items() if group.task == task}
+    if any(group.source for group in own.values()):
+        return mixed_batches(own, {task: 1.0}, batch, seed)
     parts = []
-    for index, group in groups.items():
-        if group.task == task:
-            whole = len(group.numbers) // batch * batch
-            parts.append(_shuffled(index, group, seed)[:whole].batch(batch))
+    for index, group in own.items():
+        whole = max(len(group.numbers) // batch, 1) * batch
+        order = _shuffled(index, group, seed)
+        if whole > len(group.numbers):
+            order = order.repeat(math.ceil(whole / len(group.numbers)))
+        parts.append(order[:whole].batch(batch))
     together = grain.MapDataset.concatenate(parts)
     return together.shuffle(seed=hashed(seed, task, "batches")).repeat()
 
@@ -181,15 +220,56 @@ def mixed_batches(
     """
     examples = Counter[str]()
     for group in groups.values():
-        examples[group.task] += len(group.numbers)
-    share = {i: weights[x.task] * len(x.numbers) / examples[x.task] for i, x in groups.items()}
+        examples[group.label] += len(group.numbers)
+    source = {group.label: (group.task, exactly(group.weight)) for group in groups.values()}
+    total = {task: sum(own for name, own in source.values() if name == task) for task in weights}
+    share = {
+        index: exactly(weights[group.task]) * exactly(group.weight) / total[group.task]
+        * Fraction(len(group.numbers), examples[group.label])
+        for index, group in groups.items()
+    }  # fmt: skip
     parts, shares = [], []
     for indices in by_shape(groups).values():
         streams = [_shuffled(index, groups[index], seed).repeat() for index in indices]
         own = [share[index] for index in indices]
-        parts.append(grain.MapDataset.mix(streams, own).batch(batch))
+        parts.append(interleaved(streams, own).batch(batch))
         shares.append(sum(own))
-    return grain.MapDataset.mix(parts, shares)
+    return interleaved(parts, shares)
+
+
+def exactly(weight: float) -> Fraction:
+    """A weight as it is written: 0.1 is a tenth."""
+    return Fraction(str(float(weight)))
+
+
+def interleaved(parts: Sequence[grain.MapDataset], shares: Sequence[Fraction]) -> grain.MapDataset:
+    """Endless parts as one, evenly and in exactly these shares; grain's own mix rounds them."""
+    return grain.MapDataset.select_from_datasets(parts, _Interleaving(shares))
+
+
+class _Interleaving(grain.transforms.DatasetSelectionMap):
+    """Element -> (part, element of the part).
+
+    Of the first n elements, and at every n, the parts after one have their share of what it and
+    they have together, rounded down. So no part is ever further from its share than a constant.
+    """
+
+    def __init__(self, shares: Sequence[Fraction]):
+        scale = math.lcm(*(share.denominator for share in shares))
+        self._own = [int(share * scale) for share in shares]
+        self._from_here = list(itertools.accumulate(reversed(self._own)))[::-1]
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, element: int) -> tuple[int, int]:
+        before, until = element, element + 1
+        for part, (own, rest) in enumerate(zip(self._own, self._from_here, strict=True)):
+            later_before, later_until = before * (rest - own) // rest, until * (rest - own) // rest
+            if later_before == later_until:
+                return part, before - later_before
+            before, until = later_before, later_until
+        raise AssertionError("the last part has what is left")
 
 
 def in_turn(plans: Sequence[grain.MapDataset], firsts: Sequence[int]) -> grain.MapDataset:
@@ -209,7 +289,8 @@ def by_shape(groups: Groups) -> dict[tuple[Size, ...], list[int]]:
 
 def _shuffled(index: int, group: Group, seed: int) -> grain.MapDataset:
     """(index, into its numbers) of every example of a group, in another order each epoch."""
-    seed = hashed(seed, group.task, group.size, group.pictures, *group.references)
+    names = [group.source] if group.source else []
+    seed = hashed(seed, group.task, group.size, group.pictures, *group.references, *names)
     order = grain.MapDataset.range(len(group.numbers)).shuffle(seed=seed)
     return order.map(functools.partial(_tagged, index))
 

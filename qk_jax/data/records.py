@@ -21,6 +21,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,8 +31,9 @@ import numpy as np
 from array_record.python import array_record_module
 
 from qk_jax.base import buckets, files
-from qk_jax.base.errors import InputError
+from qk_jax.base.errors import BadRecord, InputError
 
+log = logging.getLogger(__name__)
 _OLD_DTYPE = np.dtype(  # of files that were written before references had sizes of their own
     [("width", "<u4"), ("height", "<u4"), ("pictures", "<u2"), ("bytes", "<u4"), ("task", "S24")]
 )
@@ -48,6 +50,7 @@ INDEX_DTYPE = np.dtype(
 OPEN_AT_ONCE = 400  # shards of one split; systems allow a process 1,024 files
 NAME_LIMIT = 24  # ASCII characters of a task or a source in the index
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.array_record")
+_INDEX = ".index.npy"
 _HEADER_LENGTH = struct.Struct("<I")
 _HEADER_LIMIT = 1 << 24
 
@@ -98,7 +101,7 @@ def shard_name(split: str, number: int, count: int) -> str:
 def index_path(path: files.PathLike) -> files.Path:
     """The side index of the record file `path`."""
     path = files.Path(path)
-    return path.with_name(f"{path.name}.index.npy")
+    return path.with_name(path.name + _INDEX)
 
 
 def encode(header: Mapping[str, Any], blobs: Mapping[str, bytes]) -> bytes:
@@ -197,13 +200,20 @@ class RecordFile:
     One in a bucket is copied to the disk of the host before that: its reader opens local files
     only, and what is read again and again costs a request for each record only without a copy.
 
-    Raises: InputError for a file that is missing, truncated, or does not fit its side index.
+    Raises: InputError for a file that is missing, or does not fit its side index.
     """
 
-    def __init__(self, path: files.PathLike):
+    def __init__(self, path: files.PathLike, needed: bool = True):
+        """Reads the side index.
+
+        Args:
+          path: of the file.
+          needed: without it a missing file is a warning, and each of its records is unreadable.
+        """
         self.path = files.Path(path)
         self._reader: Any = None
-        if not self.path.is_file():
+        exists = self.path.is_file()
+        if needed and not exists:
             raise InputError(f"there is no record file {self.path}; name one that exists")
         side = index_path(self.path)
         try:
@@ -225,7 +235,12 @@ class RecordFile:
                 "it belongs to another version: write the file again"
             )
         self._count = len(self.index)
-        self._local = buckets.staged(self.path)
+        if not exists:
+            log.warning(
+                "%s is missing: each of its %d records is replaced by another; copy it again",
+                self.path, len(self),
+            )  # fmt: skip
+        self._local = buckets.staged(self.path) if exists else self.path
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_reader": None}
@@ -248,10 +263,13 @@ class RecordFile:
                 str(self._local), "readahead_buffer_size:0"
             )
             count = reader.num_records()
+            if not count and len(self):
+                raise ValueError("no record is found in it")
         except (ValueError, RuntimeError, OSError) as error:
-            raise InputError(
-                f"{self.path} cannot be opened; it is truncated or no ArrayRecord file: "
-                f"copy it again ({str(error).splitlines()[0]})"
+            raise BadRecord(
+                "unreadable",
+                f"{self.path} cannot be opened; it is missing, truncated or no ArrayRecord file: "
+                f"copy it again ({str(error).splitlines()[0]})",
             ) from None
         if count != len(self):
             raise InputError(
@@ -261,20 +279,27 @@ class RecordFile:
         return reader
 
     def __getitem__(self, number: int) -> Record:
-        """Record `number`. Raises: IndexError; InputError when it cannot be read."""
+        """Record `number`.
+
+        Raises: IndexError; BadRecord of kind 'unreadable'; InputError when the file does not belong
+        to its side index.
+        """
         if not 0 <= number < len(self):
             raise IndexError(f"record {number} of {len(self)} in {self.path}")
         reader = self._reader  # which another thread may close
         if reader is None:
             reader = self._reader = self._open()
+        name = f"record {number} of {self.path}"
         try:
             (data,) = reader.read([int(number)])
-        except (ValueError, RuntimeError, OSError, IndexError) as error:
-            raise InputError(
-                f"record {number} of {self.path} cannot be read; the file is truncated or "
-                f"damaged: copy it again ({str(error).splitlines()[0]})"
+            return decode(data, name)
+        except (ValueError, RuntimeError, OSError, IndexError, InputError) as error:
+            self._reader = None  # another reader may do better where the disk had failed
+            raise BadRecord(
+                "unreadable",
+                f"{name} cannot be read; the file is truncated or damaged: copy it again "
+                f"({str(error).splitlines()[0]})",
             ) from None
-        return decode(data, f"record {number} of {self.path}")
 
 
 class RecordSet:
@@ -290,12 +315,14 @@ class RecordSet:
     def __init__(self, folder: files.PathLike, split: str):
         folder = files.Path(folder)
         self.path = folder / f"{split}.array_record"
-        shards = sorted(folder.glob(f"{split}-*-of-*.array_record"))
+        pattern = f"{split}-*-of-*.array_record"
+        indexed = [x.name.removesuffix(_INDEX) for x in folder.glob(pattern + _INDEX)]
+        shards = sorted({path.name for path in folder.glob(pattern)} | set(indexed))
         if not shards:
             self.files = [RecordFile(self.path)]
         else:
-            _check_shards(folder, split, [path.name for path in shards])
-            self.files = [RecordFile(path) for path in shards]
+            _check_shards(folder, split, shards)
+            self.files = [RecordFile(folder / name, needed=False) for name in shards]
         self.index = np.concatenate([file.index for file in self.files])
         for file in self.files:
             file.index = file.index[:0].copy()  # it is in `index`

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from qk_jax.base.errors import InputError
@@ -101,8 +103,114 @@ def _checked(entry: Any, first: int) -> tuple[int, dict[str, Any]]:
     )
 
 
+class Listed(NamedTuple):
+    """An entry of config.data.sources.
+
+    Attributes:
+      path: as config.data.records; '' makes examples from config.data.corpus.
+      tasks: that are read from it.
+      name: what metrics and errors call it.
+      weight: beside the other sources of the same task.
+      captions: {field of the record's header: weight}, one of which is shown each time.
+      roles: {role in the record: role that is trained}.
+      split: that is trained on.
+      validation: that is validated on; '' for none.
+    """
+
+    path: str
+    tasks: tuple[str, ...]
+    name: str
+    weight: float = 1.0
+    captions: Mapping[str, float] = MappingProxyType({"instruction": 1.0})
+    roles: Mapping[str, str] = MappingProxyType({})
+    split: str = "train"
+    validation: str = "validation"
+
+
+def sources(data: Mapping[str, Any]) -> list[Listed]:
+    """The entries of config.data.sources; [] where config.data.records alone says what is read.
+
+    Checkpoints from before there were several sources have none.
+
+    Raises:
+      InputError: an entry is none, two have one name, config.data.records is given too, or a task
+        that has a weight has no source.
+    """
+    found: list[Listed] = []
+    for entry in data.get("sources", ()):
+        found.append(_listed(entry))
+        if found[-1].name in {other.name for other in found[:-1]}:
+            raise InputError(
+                f"config.data.sources has two entries named {found[-1].name!r}; give one of them "
+                "another 'name'"
+            )
+    if not found:
+        return []
+    if data["records"]:
+        raise InputError(
+            f"config.data.records is {data['records']!r} beside config.data.sources; make it an "
+            "entry of them, or leave one of the two out"
+        )
+    wanted = {task for task, weight in data["tasks"].items() if weight > 0}
+    if absent := sorted(wanted - {task for source in found for task in source.tasks}):
+        raise InputError(
+            f"no entry of config.data.sources is of the task {absent[0]}; add one or set "
+            f"config.data.tasks.{absent[0]} to 0"
+        )
+    return found
+
+
+def _listed(entry: Any) -> Listed:
+    """An entry with its defaults. Raises: InputError."""
+    if not isinstance(entry, Mapping) or not {"path", "tasks"} <= set(entry) <= {*Listed._fields}:
+        raise InputError(
+            f"config.data.sources has {entry!r:.200}; give entries such as {{'path': 'DATA', "
+            f"'tasks': ('editing',), 'weight': 2}}, with the fields {', '.join(Listed._fields)}"
+        )
+    path, tasks = str(entry["path"]), entry["tasks"]
+    tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+    name = path.rstrip("/").rpartition("/")[2].rpartition(":")[2] or "made"
+    found = Listed(**{"name": name, **entry, "path": path, "tasks": tasks})
+    are_texts = all(isinstance(x, str) for x in (found.name, found.split, found.validation))
+    faults = {
+        "tasks": not tasks or not set(tasks) <= set(TASKS),
+        "weight": not _are_weights([found.weight]),
+        "captions": not isinstance(found.captions, Mapping)
+        or not found.captions
+        or not _are_weights(list(found.captions.values())),
+        "roles": not isinstance(found.roles, Mapping)
+        or not {*found.roles, *found.roles.values()} <= {"source", "reference"},
+        "name": not are_texts or not found.name or not found.split,
+    }
+    if fault := next((field for field, wrong in faults.items() if wrong), ""):
+        raise InputError(
+            f"config.data.sources, {found.name}: {fault} is {getattr(found, fault)!r}; {_WANTED[fault]}"
+        )
+    are_records = path and not path.startswith("tfds:")
+    if not are_records and (found.roles or set(found.captions) != {"instruction"}):
+        raise InputError(
+            f"config.data.sources, {found.name}: captions and roles are of record files, which "
+            f"{path or 'made examples'!r} are not; leave them out"
+        )
+    return found
+
+
+_WANTED = {
+    "tasks": f"give some of {', '.join(TASKS)}",
+    "weight": "give a number above 0",
+    "captions": "give fields of the records with weights above 0, such as {'instruction': 1}",
+    "roles": "give roles by roles in the records, such as {'source': 'reference'}",
+    "name": "name, split and validation are texts, the first two not empty",
+}
+
+
+def _are_weights(values: Sequence[Any]) -> bool:
+    return all(type(x) in (int, float) and 0 < x < math.inf for x in values)
+
+
 def check(config: Mapping[str, Any]) -> None:
     """Raises InputError for sections of config.data that no run can use; reads no data."""
+    sources(config["data"])
     for phase in phases(config):
         TaskSettings.from_config(phase.data, 0)
     dropouts(config["data"])

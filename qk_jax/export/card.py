@@ -8,6 +8,7 @@ from typing import Any
 
 from qk_jax.base import files
 from qk_jax.checkpoints.run_folder import Loaded
+from qk_jax.data.settings import sources
 from qk_jax.models import vae
 from qk_jax.painting import Painter
 from qk_jax.pictures.sizes import format_size
@@ -114,6 +115,7 @@ def card(
     config = loaded.plan.config
     limits, data = painter.limits, config.data
     tasks = {task: share for task, share in data.tasks.items() if share}
+    listed = [f"{source.path or 'made'} ({source.weight:g})" for source in sources(data)]
     seen = "read by the text encoder"
     if painter.config.condition_latents:
         law = painter.config.law
@@ -135,7 +137,7 @@ def card(
         stage=loaded.plan.stage.name,
         step=loaded.step,
         tasks=", ".join(f"{task} ({share:g})" for task, share in tasks.items()),
-        data=data.records or data.corpus or "the corpus that qk_jax carries",
+        data=data.records or ", ".join(listed) or data.corpus or "the corpus that qk_jax carries",
         sizes=settings(painter)["sizes"],
         conditions=f"{seen}; at most {limits.max_references} references",
         dtype=dtype,

@@ -242,7 +242,7 @@ class Trainer:
         bar.update()
         if step % config.log.every == 0 or step == config.steps:
             line = self.window.take() | self.clock.take(self.peak, jax.device_count())
-            line |= self.phases.shares() | metrics.memory()
+            line |= self.phases.shares() | metrics.memory() | self.bad_counts()
             waits = distributed.latest("data_wait", line.get("data_wait", 0.0))
             if self.writers.active and (slow := metrics.straggler(waits)):
                 log.warning("%s", slow)
@@ -252,6 +252,12 @@ class Trainer:
                 f"loss {line.get('loss', math.nan):.4f}"
                 + (f", {speed:.1f} pictures/s" if speed else "")
             )
+
+    def bad_counts(self) -> dict[str, float]:
+        """Bad records so far: of all processes, and of this one by source and kind; {} for none."""
+        own = float(self.data.bad.total())
+        total = sum(distributed.latest("bad", own).values()) or own
+        return {"bad": total, **self.data.bad_counts()} if total else {}
 
     def skip(self, step: int, values: Any, finite: np.ndarray) -> None:
         """Names an update that was not applied, and the examples [B] whose loss is not finite.

@@ -324,7 +324,6 @@ def test_data_that_does_not_fit_the_config_is_named(builder, tmp_path):
     cases = {
         "there is no record file": config(records=str(tmp_path / "none")),
         "no record of task editing": config({"editing": 1}, records=str(tmp_path)),
-        "less than one batch": config({"text_to_image": 1}, 32, records=str(tmp_path)),
         "no task has a weight": config({"editing": 0.0}),
     }
     for message, wanted in cases.items():

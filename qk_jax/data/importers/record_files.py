@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from qk_jax.pictures.fitting import contain, cover
 from qk_jax.pictures.roles import REFERENCE, SOURCE
 
 _ROLES = {"source": SOURCE, "reference": REFERENCE}
+_SAME = {role: role for role in _ROLES}
 
 
 class RecordSource:
@@ -27,8 +29,27 @@ class RecordSource:
     Raises: InputError when the file has no record of the task.
     """
 
-    def __init__(self, file: records.RecordSet, task: str, settings: TaskSettings, max_pixels: int):
+    def __init__(
+        self,
+        file: records.RecordSet,
+        task: str,
+        settings: TaskSettings,
+        max_pixels: int,
+        captions: Mapping[str, float] = MappingProxyType({"instruction": 1.0}),
+        roles: Mapping[str, str] = MappingProxyType({}),
+    ):
+        """Reads the side index.
+
+        Args:
+          file: with the records.
+          task: one of TASKS.
+          settings: of the task.
+          max_pixels: of a picture; 0 for no bound.
+          captions: fields of the header that may be shown as the instruction, with weights.
+          roles: {role in the header: role that is trained}.
+        """
         self.task, self.file, self.settings, self.max_pixels = task, file, settings, max_pixels
+        self.captions, self.roles = dict(captions), {**_SAME, **roles}
         self.numbers = np.flatnonzero(file.index["task"] == task.encode())
         if not len(self.numbers):
             known = sorted({name.decode() for name in np.unique(file.index["task"])})
@@ -42,6 +63,8 @@ class RecordSource:
         self.references_of = np.zeros((len(index), 0), np.int32)
         if len(settings.reference_shapes) > 1:
             width, height = index["references"].transpose(2, 0, 1)
+            if self.roles != _SAME:  # the index has the sizes of other pictures
+                width = height = np.zeros_like(width)
             known = (width > 0).sum(axis=1)
             number = np.where(known > 0, known, self.pictures_of)[:, None]
             # What is not known is taken for a square.
@@ -56,11 +79,12 @@ class RecordSource:
         record = int(self.numbers[number])
         name = self.file.name(record)
         header, blobs = self.file[record]
-        instruction = caption_of(header.get("instruction"), name)
+        captions = self._captions(header, name)
         roles = header.get("roles") or []
         names = [f"picture_{i + 1}" for i in range(int(self.pictures_of[number]))]
-        if len(roles) != len(names) or set(roles) - set(_ROLES):
+        if len(roles) != len(names) or set(roles) - set(_SAME):
             raise BadRecord("roles", f"{name}: roles are {roles!r:.60}, for {len(names)} pictures")
+        roles = [self.roles[role] for role in roles]
         absent = [blob for blob in ("target", *names) if blob not in blobs]
         if absent:
             raise BadRecord("undecodable", f"{name}: there is no blob {absent[0]!r}")
@@ -79,12 +103,33 @@ class RecordSource:
         shown = tuple(map(fitted, names, roles, places))
         numbers = tuple(_ROLES[role] for role in roles)
         target = cover(picture("target"), size)
-        return Example(instruction, target, shown, numbers, self.task, record)
+        instruction, _ = max(captions, key=lambda caption: caption[1])
+        several = captions if len(captions) > 1 else ()
+        return Example(
+            instruction, target, shown, numbers, self.task, record, captions=several
+        )
+
+    def _captions(self, header: Mapping[str, Any], name: str) -> tuple[tuple[str, float], ...]:
+        """(text, weight) of those that the record has. Raises: BadRecord when it has none."""
+        found, lacks = [], None
+        for field, weight in self.captions.items():
+            try:
+                found.append((caption_of(header.get(field), name), weight))
+            except BadRecord as error:
+                lacks = lacks or error
+        if lacks and not found:
+            raise lacks
+        return tuple(found)
 
 
 def sources(
-    data: Mapping[str, Any], split: str, settings: TaskSettings, names: Sequence[str]
+    data: Mapping[str, Any],
+    split: str,
+    settings: TaskSettings,
+    names: Sequence[str],
+    **laws: Mapping[str, Any],
 ) -> dict[str, Source]:
-    """Tasks of the records of a split in data.records. Raises: InputError; see `RecordSource`."""
-    file = records.RecordSet(data["records"], split)
-    return {name: RecordSource(file, name, settings, data["max_pixels"]) for name in names}
+    """Tasks of the records of a split in data.records; `laws` are captions and roles as of
+    `RecordSource`. Raises: InputError; see `RecordSource`."""
+    file, most = records.RecordSet(data["records"], split), data["max_pixels"]
+    return {name: RecordSource(file, name, settings, most, **laws) for name in names}
