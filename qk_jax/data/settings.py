@@ -184,7 +184,8 @@ def _listed(entry: Any) -> Listed:
     }
     if fault := next((field for field, wrong in faults.items() if wrong), ""):
         raise InputError(
-            f"config.data.sources, {found.name}: {fault} is {getattr(found, fault)!r}; {_WANTED[fault]}"
+            f"config.data.sources, {found.name}: {fault} is {getattr(found, fault)!r}; "
+            f"{_WANTED[fault]}"
         )
     are_records = path and not path.startswith("tfds:")
     if not are_records and (found.roles or set(found.captions) != {"instruction"}):

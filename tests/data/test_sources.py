@@ -16,7 +16,9 @@ from tests.data import stage3
 NO_DROPOUT = {"text": 0.0, "pictures": 0.0, "both": 0.0}
 
 
-def write(folder, count, name="train.array_record", shade=0, task="text_to_image", noisy=False, **fields):
+def write(
+    folder, count, name="train.array_record", shade=0, task="text_to_image", noisy=False, **fields
+):
     """Records whose targets have one shade; returns their folder."""
     folder.mkdir(exist_ok=True)
     with Writer(folder / name) as writer:
@@ -43,7 +45,9 @@ def test_sources_have_their_weights_in_every_window_and_no_epoch_repeats(builder
     """Over one task with three sources, a made one among them."""
     dark, light = write(tmp_path / "dark", 10), write(tmp_path / "light", 23, shade=250)
     wanted = config(
-        {"path": str(dark), "weight": 1}, {"path": str(light), "weight": 4}, {"path": "", "weight": 2}
+        {"path": str(dark), "weight": 1},
+        {"path": str(light), "weight": 4},
+        {"path": "", "weight": 2},
     )
     pipe = pipeline.Pipeline(wanted, "train", 0, 1, builder)
     rows = [pipe.groups[i] for step in range(700) for i in pipe.plan[step][:, 0]]
@@ -69,7 +73,7 @@ def test_captions_are_drawn_by_their_weights_and_alike_on_all_hosts(builder, tmp
         text = np.concatenate([half["input_ids"] for half in halves])
         np.testing.assert_array_equal(whole["input_ids"], text)
         drawn.update(whole["text_mask"].sum(axis=1).tolist())
-    (long, often), (short, seldom) = drawn.most_common()[0], drawn.most_common()[-1]
+    (long, often), (short, _) = drawn.most_common()
     assert long != short and 0.65 < often / drawn.total() < 0.85
     without = config({"path": str(tmp_path / "a"), "captions": {"empty": 1}}, max_bad_share=1.0)
     with pytest.raises(InputError, match="in a row are bad.*the caption is ''"):
@@ -98,7 +102,7 @@ def test_roles_and_splits_of_an_entry(tmp_path):
         ((listed(weight=0),), "A: weight is 0; give a number above 0"),
         ((listed(roles={"source": "target"}),), "A: roles is"),
         ((listed(captions={}),), "A: captions is"),
-        ((listed(path="tfds:x/y", captions={"a": 1}),), "y: captions and roles are of record files"),
+        ((listed(path="tfds:x/y", captions={"a": 1}),), "y: captions and roles are of record"),
         ((listed(), listed(path="B/A/")), "two entries named 'A'"),
         ((listed(tasks="composition"),), "no entry .* of the task editing; add one"),
     ],
@@ -134,7 +138,7 @@ def test_a_small_set_is_repeated_and_told(builder, tmp_path, caplog):
 
 def shards(folder, count=4, each=40):
     names = [records.shard_name("train", number, count) for number in range(count)]
-    for number, name in enumerate(names):
+    for name in names:
         write(folder, each, name, noisy=True)
     return [folder / name for name in names]
 
@@ -156,7 +160,9 @@ def test_a_damaged_file_and_one_that_vanished_are_replaced_alike_on_all_hosts(
         whole, *halves = (pipe.batch(step) for pipe in pipes)
         numbers = whole["record"].tolist()
         assert numbers == [n for half in halves for n in half["record"].tolist()]
-        read.update(n for n, target in zip(numbers, whole["target"], strict=True) if target.max() < 250)
+        read.update(
+            n for n, target in zip(numbers, whole["target"], strict=True) if target.max() < 250
+        )
     assert not set(range(80, 120)) & set(read)
     assert len(set(range(40, 80)) & set(read)) in range(20, 40)  # what is not damaged
     assert max(read.values()) <= 8  # what replaces them is spread

@@ -105,9 +105,7 @@ class RecordSource:
         target = cover(picture("target"), size)
         instruction, _ = max(captions, key=lambda caption: caption[1])
         several = captions if len(captions) > 1 else ()
-        return Example(
-            instruction, target, shown, numbers, self.task, record, captions=several
-        )
+        return Example(instruction, target, shown, numbers, self.task, record, captions=several)
 
     def _captions(self, header: Mapping[str, Any], name: str) -> tuple[tuple[str, float], ...]:
         """(text, weight) of those that the record has. Raises: BadRecord when it has none."""
