@@ -7,6 +7,7 @@ and digest of each leaf; what does not agree with it is set aside, and the step 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import shutil
@@ -26,6 +27,7 @@ from qk_jax.checkpoints.digest import describe, of_metadata
 log = logging.getLogger(__name__)
 META = "meta"
 FORMAT = 1
+PROBE_BYTES = 2**18  # as much as must be free for a save to begin
 RESTORE_GB = 32  # of host memory for what is read and not yet on its device; the largest shard fits
 Meta = dict[str, Any]
 Trees = dict[str, Any]
@@ -118,6 +120,7 @@ class Store:
         self.root = files.absolute(root)
         self.write = write
         self.writing: int | None = None
+        self._probes = 0
         self._stale = False  # what Orbax knows of the disk, after a failure
         buckets.check_folders(self.root)
         if not write and not self.root.is_dir():
@@ -168,6 +171,7 @@ class Store:
             raise self._failed(step, error) from error
         if step in self.manager.all_steps():
             return
+        self._probe(step)
         leaves = {name: describe(tree) for name, tree in items.items()}
         meta = meta | {"format": FORMAT, "step": step, "leaves": leaves}
         meta["digest"] = of_metadata(meta)
@@ -177,6 +181,22 @@ class Store:
         except Exception as error:  # as in `restore`
             raise self._failed(step, error) from error
         self.writing = step
+
+    def _probe(self, step: int) -> None:
+        """Raises SaveError on all processes where process 0 cannot write: before it has made the
+        folder of the step, Orbax lets it fail alone, and the others wait."""
+        self._probes += 1
+        problem = ""
+        if jax.process_index() == 0:
+            path = self.root / "probe"
+            try:
+                path.write_bytes(bytes(PROBE_BYTES))
+            except Exception as error:  # as in `restore`
+                problem = _reason(error, self.root)
+            with contextlib.suppress(Exception):
+                path.unlink(missing_ok=True)
+        if problem := distributed.told(f"probe/{self.root}/{self._probes}", problem):
+            raise SaveError(f"{self.root}: step {step} was not saved: {problem}")
 
     def is_written(self) -> bool:
         """Whether everything saved is on disk; does not wait.

@@ -49,7 +49,9 @@ def items(step):
 def saver_of(folder, every=1, minutes=0.0, max_failures=3):
     config = ConfigDict({
         "steps": 100, "log": {"every": 1},
-        "checkpoint": {"every": every, "minutes": minutes, "max_failures": max_failures},
+        "checkpoint": {
+            "every": every, "minutes": minutes, "max_failures": max_failures, "grace_s": 0.0,
+        },
     })  # fmt: skip
     return saving.Saver(Store(folder, keep=9), config)
 
@@ -73,6 +75,28 @@ def fails(folder, which):
         while saver.store.writing is not None:
             saver.check()
             time.sleep(0.05)
+    seconds = time.monotonic() - begun
+    saver.store.close()
+    return {"said": said, "seconds": seconds, "steps": Store(folder, write=False).steps()}
+
+
+def full(folder):
+    """Saves 1, 2 and 3; at 2 process 0 finds the disk full before it has made a folder."""
+    said = []
+    saving.log.error = lambda text, *args: said.append(text % args)
+    saver = saver_of(folder)
+    write = type(saver.store.root).write_bytes
+
+    def write_bytes(self, data):
+        if self.name == "probe" and now == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, data)
+
+    type(saver.store.root).write_bytes = write_bytes
+    begun = time.monotonic()
+    for now in (1, 2, 3):
+        saver.save(now, items(now), META)
+    saver.check(wait=True)
     seconds = time.monotonic() - begun
     saver.store.close()
     return {"said": said, "seconds": seconds, "steps": Store(folder, write=False).steps()}
@@ -146,6 +170,8 @@ def main(port, processes, process, what, folder):
     distributed.start(distributed.Given.of(given), timeout_s=60)
     if what.startswith("fails"):
         found = fails(folder, int(what[-1]))
+    elif what == "full":
+        found = full(folder)
     elif what == "minutes":
         found = by_minutes(folder)
     else:

@@ -56,6 +56,14 @@ def test_a_write_that_fails_on_one_process_fails_on_all_at_once(which, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
 
 
+def test_a_full_disk_that_process_0_finds_fails_on_all(tmp_path):
+    for one in found("full", tmp_path):
+        (line,) = one["said"]
+        assert "step 2 was not saved: the disk is full" in line
+        assert one["steps"] == [1, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
+
+
 def test_minutes_are_those_of_process_0(tmp_path):
     """Whose steps take 35 s, while the other's clock runs quite another way."""
     for one in found("minutes", tmp_path):
