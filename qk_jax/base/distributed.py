@@ -35,6 +35,14 @@ HEARTBEAT_S = 20  # a process that is silent for so long is lost
 POLL_S = 2.0
 LEAVE_S = 10.0  # that a failing process 0 waits at most for the others to hear of it
 SETTLE_S = 0.5  # that it then leaves them to end by themselves
+# How errors begin that JAX raises for reasons of this process alone.
+OWN = (
+    "RESOURCE_EXHAUSTED",
+    "INVALID_ARGUMENT",
+    "FAILED_PRECONDITION",
+    "UNIMPLEMENTED",
+    "NOT_FOUND",
+)
 # Variables of a run on several TPU slices.
 MEGASCALE = ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
 
@@ -398,8 +406,16 @@ def _end(status: int, cause: str | None) -> None:
         return
     if cause is None:
         _peers.leave(status)
-    else:
-        _peers.fail(status, cause)
+        return
+    if _may_be_of_others(sys.exception()):
+        # The thread that counts ends this process when one is lost.
+        time.sleep(HEARTBEAT_S + 3 * POLL_S)
+    _peers.fail(status, cause)
+
+
+def _may_be_of_others(error: BaseException | None) -> bool:
+    """Whether an error is what a collective gives when another process has died in it."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(OWN)
 
 
 def _exit(status: int, line: str = "") -> NoReturn:
