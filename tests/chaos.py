@@ -1,6 +1,6 @@
 """Trains three stages over several processes while disasters befall them, and compares the bits.
 
-    python tests/chaos.py [--disasters 60] [--seed 0] [--out DIR]
+    python tests/chaos.py [--disasters 60] [--steps N] [--seed 0] [--out DIR]
 
 The stages of tests/training/nano.py run twice with two processes of two devices each, which read
 record files with one data worker each; stage 3 has its work directory in a bucket. Once nothing
@@ -190,11 +190,12 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--disasters", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="of each stage (8, and 2 for each disaster)")
     parser.add_argument("--out", type=pathlib.Path, help="where an undisturbed run is not done "
                         "again (default: a folder that is removed)")  # fmt: skip
     args = parser.parse_args(argv)
     # Each stage must last longer than its disasters take steps.
-    steps = 8 + 2 * args.disasters // len(STAGES)
+    steps = args.steps or 8 + 2 * args.disasters // len(STAGES)
     with contextlib.ExitStack() as stack:
         out = args.out or pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         server = None
