@@ -406,7 +406,6 @@ def _end(status: int, cause: str | None) -> None:
         return
     if cause is None:
         _peers.leave(status)
-        return
     if _may_be_of_others(sys.exception()):
         # The thread that counts ends this process when one is lost.
         time.sleep(HEARTBEAT_S + 3 * POLL_S)

@@ -203,7 +203,7 @@ class Trainer:
             log.warning(
                 "the last save took %.0f s: this one is not likely to be complete when the host "
                 "ends; if it is not, the run goes on from step %s",
-                self.saver.took_s, (self.store.steps() or ["none"])[-1],
+                self.saver.took_s, max(self.store.steps(), default="none"),
             )  # fmt: skip
         begun = time.monotonic()
         with self.phases.doing("save", f"step {step}"):
