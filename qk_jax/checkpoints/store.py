@@ -27,6 +27,7 @@ from qk_jax.checkpoints.digest import describe, of_metadata
 log = logging.getLogger(__name__)
 META = "meta"
 FORMAT = 1
+EXISTS = "exists"
 PROBE_BYTES = 2**18  # as much as must be free for a save to begin
 RESTORE_GB = 32  # of host memory for what is read and not yet on its device; the largest shard fits
 Meta = dict[str, Any]
@@ -120,7 +121,7 @@ class Store:
         self.root = files.absolute(root)
         self.write = write
         self.writing: int | None = None
-        self._probes = 0
+        self._questions = 0
         self._stale = False  # what Orbax knows of the disk, after a failure
         buckets.check_folders(self.root)
         if not write and not self.root.is_dir():
@@ -169,7 +170,7 @@ class Store:
                 self._reload()
         except Exception as error:  # as in `restore`
             raise self._failed(step, error) from error
-        if step in self.manager.all_steps():
+        if self._told(EXISTS if step in self.manager.all_steps() else "") == EXISTS:
             return
         self._probe(step)
         leaves = {name: describe(tree) for name, tree in items.items()}
@@ -182,10 +183,14 @@ class Store:
             raise self._failed(step, error) from error
         self.writing = step
 
+    def _told(self, text: str) -> str:
+        """What process 0 says; all ask alike. What each sees on disk may be of another moment."""
+        self._questions += 1
+        return distributed.told(f"store/{self.root}/{self._questions}", text)
+
     def _probe(self, step: int) -> None:
         """Raises SaveError on all processes where process 0 cannot write: before it has made the
         folder of the step, Orbax lets it fail alone, and the others wait."""
-        self._probes += 1
         problem = ""
         if jax.process_index() == 0:
             path = self.root / "probe"
@@ -195,7 +200,7 @@ class Store:
                 problem = _reason(error, self.root)
             with contextlib.suppress(Exception):
                 path.unlink(missing_ok=True)
-        if problem := distributed.told(f"probe/{self.root}/{self._probes}", problem):
+        if problem := self._told(problem):
             raise SaveError(f"{self.root}: step {step} was not saved: {problem}")
 
     def is_written(self) -> bool:
@@ -302,7 +307,7 @@ class Store:
         for step in steps:
             if jax.process_index() == 0:
                 files.remove_folder(self.root / str(step))
-            distributed.told(f"dropped/{step}", "")  # before others look
+        self._told("")  # before others look
         self.manager.reload()
 
     def _set_aside(self, step: int) -> None:
@@ -313,6 +318,7 @@ class Store:
             aside = self.root / f"damaged-{step}"
             files.remove_folder(aside)  # the same step, damaged before
             (self.root / str(step)).rename(aside)
+        self._told("")  # before others look: who still sees the step would not save it again
         self.manager.reload()
 
     def close(self) -> None:

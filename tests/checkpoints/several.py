@@ -102,6 +102,29 @@ def full(folder):
     return {"said": said, "seconds": seconds, "steps": Store(folder, write=False).steps()}
 
 
+def aside(folder):
+    """Saves 1 and 2, restores with 2 damaged while process 0 is slow to set it aside, saves 2."""
+    saver = saver_of(folder)
+    for step in (1, 2):
+        saver.save_whole(step, items(step), META)
+    distributed.meet("saved", 60)
+    if jax.process_index() == 0:
+        (folder / "2" / "meta" / "metadata").write_text("{")
+    distributed.meet("damaged", 60)
+    rename = type(saver.store.root).rename
+
+    def slow(self, target):
+        time.sleep(2)
+        return rename(self, target)
+
+    type(saver.store.root).rename = slow
+    target = {"params": {"x": jax.ShapeDtypeStruct((64, 1000), jnp.float32, sharding=sharded())}}
+    step = saver.store.restore(lambda meta: target).step
+    saver.save_whole(2, items(2), META)
+    saver.store.close()
+    return {"restored": step, "steps": Store(folder, write=False).steps()}
+
+
 def by_minutes(folder):
     """The steps that are saved by the clock: that of process 0 alone makes them due."""
     saver = saver_of(folder, every=0, minutes=1.0)
@@ -170,6 +193,8 @@ def main(port, processes, process, what, folder):
     distributed.start(distributed.Given.of(given), timeout_s=60)
     if what.startswith("fails"):
         found = fails(folder, int(what[-1]))
+    elif what == "aside":
+        found = aside(pathlib.Path(folder))
     elif what == "full":
         found = full(folder)
     elif what == "minutes":

@@ -64,6 +64,12 @@ def test_a_full_disk_that_process_0_finds_fails_on_all(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
 
 
+def test_a_damaged_step_that_one_process_still_sees_is_saved_again_by_all(tmp_path):
+    for one in found("aside", tmp_path):
+        assert one == {"restored": 1, "steps": [1, 2]}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "damaged-2"]
+
+
 def test_minutes_are_those_of_process_0(tmp_path):
     """Whose steps take 35 s, while the other's clock runs quite another way."""
     for one in found("minutes", tmp_path):
