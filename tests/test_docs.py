@@ -316,7 +316,7 @@ def run_bench(argv):
     from qk_jax.experiment import config as config_lib
 
     args, overrides = bench.arguments(argv)
-    if args.verb == "peer":
+    if args.verb in ("checkpoints", "peer"):
         return
     config = config_lib.load(args.config, overrides)
     if args.verb == "cost":
