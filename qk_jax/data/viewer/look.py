@@ -25,14 +25,14 @@ class Choice(NamedTuple):
 
     Attributes:
       split: 'train' or 'validation'.
-      count: at most so many.
+      limit: at most so many.
       seed: of a choice by chance.
       step: show the batch of this training step, counted from 0.
       records: show the records with these numbers, counted from 0.
     """
 
     split: str = "train"
-    count: int = 48
+    limit: int = 48
     seed: int = 0
     step: int | None = None
     records: tuple[int, ...] | None = None
@@ -83,20 +83,20 @@ def choose(pipeline: Pipeline, choice: Choice, is_run: bool) -> tuple[Reader, st
     if choice.step is not None:
         _check_step(choice.step, config["steps"], trained)
         slots = len(pipeline.plan[choice.step])
-        first = f"the first {choice.count}" if choice.count < slots else "all"
+        first = f"the first {choice.limit}" if choice.limit < slots else "all"
         about = f"The batch of step {choice.step}: {first} of its {slots} slots, as trained."
-        return reader, about, reader.step(choice.step, choice.count)
+        return reader, about, reader.step(choice.step, choice.limit)
     if trained:
         about = (
-            f"{choice.count} slots of the run's {config['steps']:,} steps, drawn by chance (seed {choice.seed}), "
-            "as trained."
+            f"{choice.limit} slots of the run's {config['steps']:,} steps, drawn by chance "
+            f"(seed {choice.seed}), as trained."
         )
-        return reader, about, reader.run(config["steps"], choice.count, choice.seed)
+        return reader, about, reader.run(config["steps"], choice.limit, choice.seed)
     about = (
-        f"{min(choice.count, total):,} of the {total:,} examples of the {split} split, drawn by "
+        f"{min(choice.limit, total):,} of the {total:,} examples of the {split} split, drawn by "
         f"chance (seed {choice.seed}). {'' if is_run else _UNDROPPED}"
     )
-    return reader, about, reader.sample(choice.count, choice.seed)
+    return reader, about, reader.sample(choice.limit, choice.seed)
 
 
 class Tally:

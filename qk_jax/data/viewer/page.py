@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -90,7 +90,7 @@ def _bytes(text: str) -> bytes:
 
 
 def _assemble(
-    page: IO[bytes], heading: Heading, known: _Known, sizes: Sizes, cards: IO[bytes]
+    page: IO[Any], heading: Heading, known: _Known, sizes: Sizes, cards: IO[bytes]
 ) -> None:
     style, script = ((_ASSETS / name).read_text("utf-8") for name in ("page.css", "page.js"))
     policy = (

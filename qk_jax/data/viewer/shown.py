@@ -170,9 +170,9 @@ class Reader:
         ids, read = whole.encode_text(words), prompts.encode_text(words)
         sizes = [picture.shape[:2] for picture in example.pictures]
         built = prompts.build("" if no_text else example.instruction, sizes, example.roles, seen)
-        parts = [prompts.tokenizer.decode(part) for part in (read, ids[len(read) :])]
+        words, cut = map(prompts.tokenizer.decode, (read, ids[len(read) :]))
         length = int(built["attention_mask"].sum())
-        return Text(*parts, len(ids), prompts.max_text, length)
+        return Text(words, cut, len(ids), prompts.max_text, length)
 
     def _builders(self, pictures: int) -> tuple[PromptBuilder, PromptBuilder]:
         """Builders for a number of pictures, of which the second does not cut a text."""
