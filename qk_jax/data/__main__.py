@@ -192,7 +192,7 @@ def _look(args: argparse.Namespace, overrides: dict[str, str]) -> str:
     if args.png:
         sheets.save(sheets.draw(f"{args.what}: {about}", tally.lines), args.png)
     names = " and ".join(filter(None, [args.out, args.png]))
-    return f"{names}: {tally.examples} examples, {tally.broken} of them with broken records"
+    return f"{names}: {tally.examples} examples, {tally.bad} of them with bad records"
 
 
 @exits

@@ -146,16 +146,16 @@ def test_the_page_asks_nobody_and_lets_no_other_script_run(whole):
     assert re.search(r"script-src 'sha256-[\w+/=]+'", policy)
 
 
-def test_broken_records_are_shown_and_counted(folder, tmp_path, capsys):
+def test_bad_records_are_shown_and_counted(folder, tmp_path, capsys):
     out = tmp_path / "page.html"
     run("look", folder / "damaged", "--out", out, "--png", tmp_path / "sheet.png")
-    assert "4 examples, 2 of them with broken records" in capsys.readouterr().out
+    assert "4 examples, 2 of them with bad records" in capsys.readouterr().out
     found = Page(out)
-    broken = ["data-broken" in x for x in found.all("article")]
-    assert broken == [False, True, True, False]
+    bad = ["data-bad" in x for x in found.all("article")]
+    assert bad == [False, True, True, False]
     assert {x["data-source"] for x in found.all("article")} == {"bad"}
     assert "no text" in "".join(found.articles[1]) and "undecodable" in "".join(found.articles[2])
-    assert "2 examples are broken" in found.text
+    assert "2 examples have bad records: 1 no text, 1 undecodable" in found.text
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.height > 4 * 160
 
@@ -217,11 +217,11 @@ def test_a_step_shows_what_it_trains_pixel_for_pixel(pipe, tmp_path):
             assert f"record{batch['record'][slot]}" in text
             assert f", {batch['attention_mask'][slot].sum()} in all" in text
             seen.add((hidden, no_text))
-        assert sum("Replaces a broken record (no text)" in "".join(x) for x in found.articles) == (
-            found.text.count("data-broken ")
+        assert sum("Replaces a bad record (no text)" in "".join(x) for x in found.articles) == (
+            found.text.count("data-bad ")
         )
     assert seen == {(False, False), (True, False), (False, True), (True, True)}
-    assert pipe.bad["editing", "no text"], "no step met the broken record"
+    assert pipe.bad["editing", "no text"], "no step met the bad record"
 
 
 def test_slots_by_chance_are_those_of_the_run(pipe):
@@ -252,7 +252,8 @@ def test_only_one_example_is_in_memory(pipe, tmp_path, monkeypatch):
 def test_a_histogram_counts_every_value():
     drawn = charts.histogram("Text", "tokens", [3, 3, 3, 40, 99])
     counts = re.findall(r"<title>(\d+) to (\d+) tokens: (\d+)</title>", drawn)
-    assert counts == [("0", "9", "3"), ("40", "49", "1"), ("90", "99", "1")]
+    assert counts == [("0", "4", "3"), ("40", "44", "1")]
+    assert "<title>80 or more tokens: 1</title>" in drawn
     assert "5 values, 3 to 99 tokens, median 3" in drawn
     ratios = charts.ratios("Ratio", np.array([100, 50, 9000]), np.array([100, 100, 1]))
     assert sum(map(int, re.findall(r": (\d+)</title>", ratios))) == 3
@@ -322,9 +323,9 @@ def test_the_page_works_in_a_browser(browser, folder, tmp_path):
     tab.fill("[name=words]", "HAT green")
     assert len(visible()) == 1
     tab.fill("[name=words]", "")
-    tab.check("[name=broken]")
+    tab.check("[name=bad]")
     assert visible() == []
-    tab.uncheck("[name=broken]")
+    tab.uncheck("[name=bad]")
     # by keyboard: to the second example, its first picture, and back
     tab.locator("h1").click()
     tab.keyboard.press("j")

@@ -4,14 +4,14 @@ const cards = [...document.querySelectorAll("article")];
 const told = document.getElementById("told");
 
 function filter() {
-  const { source, task, words, broken } = form.elements;
+  const { source, task, words, bad } = form.elements;
   const wanted = words.value.trim().toLowerCase();
   let count = 0;
   for (const card of cards) {
     const hit =
       (!source.value || card.dataset.source === source.value) &&
       (!task.value || card.dataset.task === task.value) &&
-      (!broken.checked || card.hasAttribute("data-broken")) &&
+      (!bad.checked || card.hasAttribute("data-bad")) &&
       (!wanted || card.querySelector(".text")?.textContent.toLowerCase().includes(wanted));
     card.hidden = !hit;
     count += hit;

@@ -16,16 +16,24 @@ _RATIO_EDGES = np.exp2((np.arange(18) - 8.5) / 4)
 
 
 def histogram(title: str, unit: str, values: Sequence[float] | np.ndarray) -> str:
-    """A figure of how often values from 0 on occur, in bars of a round width."""
+    """A figure of how often values from 0 on occur, in bars of a round width.
+
+    The last bar has all that is more than twice what 95 of 100 do not exceed, so that one long text
+    does not make one bar of all others.
+    """
     values = np.asarray(values)
     if not values.size:
         return ""
-    width = _round_up((float(values.max()) - float(values.min()) + 1) / BARS)
-    first = math.floor(float(values.min()) / width)
-    edges = np.arange(first, math.floor(float(values.max()) / width) + 2) * width
-    counts, _ = np.histogram(values, edges)
+    most = 2 * float(np.quantile(values, 0.95, method="lower"))
+    near = np.minimum(values, max(most, 1.0))
+    low, high = float(near.min()), float(near.max())
+    width = _round_up((high - low + 1) / BARS)
+    edges = np.arange(math.floor(low / width), math.floor(high / width) + 2) * width
+    counts, _ = np.histogram(near, edges)
     bars = [f"{a} to {b - 1}" if width > 1 else f"{a}" for a, b in itertools.pairwise(edges)]
-    return _figure(title, unit, values, counts, bars, lambda x: f"{x:.0f}")
+    if high < values.max():
+        bars[-1] = f"{edges[-2]} or more"
+    return _figure(title, unit, values, counts, bars, lambda x: f"{x:,.0f}")
 
 
 def ratios(title: str, width: np.ndarray, height: np.ndarray) -> str:

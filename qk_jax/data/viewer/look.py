@@ -17,7 +17,7 @@ from qk_jax.data.records import RecordSet
 from qk_jax.data.viewer.shown import Reader, Shown
 
 _MADE = "made"  # the source of examples that are made from cut-outs
-_UNDROPPED = "Drop-out is drawn by the training step, so nothing is dropped here."
+_UNDROPPED = "Dropout is drawn by the training step, so nothing is dropped here."
 
 
 class Choice(NamedTuple):
@@ -103,20 +103,20 @@ class Tally:
     """Passes examples on, counts them, and keeps small pictures of them for a sheet.
 
     Attributes:
-      examples, broken: how many came by, and how many of them have broken records.
+      examples, bad: how many came by, and how many of them have bad records.
       lines: (words, labelled pictures) of each.
     """
 
     def __init__(self, shown: Iterator[Shown], small: int):
         """Pictures have at most `small` pixels along a side; 0 keeps none."""
         self._shown, self._small = shown, small
-        self.examples = self.broken = 0
+        self.examples = self.bad = 0
         self.lines: list[tuple[str, list[tuple[str, np.ndarray]]]] = []
 
     def __iter__(self) -> Iterator[Shown]:
         for one in self._shown:
             self.examples += 1
-            self.broken += bool(one.bad)
+            self.bad += bool(one.bad)
             if self._small:
                 self.lines.append((_words(one), [self._cell(*x) for x in one.pictures()]))
             yield one
@@ -135,7 +135,7 @@ class Tally:
 def _words(one: Shown) -> str:
     """What a sheet says of an example."""
     if one.text is None:
-        return f"[{one.place}] broken: {one.bad[-1].message}"
+        return f"[{one.place}] bad record: {one.bad[-1].message}"
     return f"[{one.place}] {'(text dropped)' if one.no_text else one.text.read}"
 
 
@@ -159,7 +159,7 @@ def run_facts(config: Mapping[str, Any]) -> dict[str, str]:
         "tasks": ", ".join(f"{name} {weight:g}" for name, weight in weights.items()),
         "batch": str(data["batch"]),
         "sizes": ", ".join(data["sizes"]),
-        "drop-out": drop,
+        "dropout": drop,
     }
 
 

@@ -26,7 +26,7 @@ from qk_jax.data.viewer.shown import Shown, Sizes, Text
 from qk_jax.pictures.sizes import format_size
 
 _ASSETS = files.Path(qk_jax.__file__).parent / "assets" / "viewer"
-_NOTES = 4  # broken records of an example that are told one by one
+_NOTES = 4  # bad records of an example that are told one by one
 _SMALL = 192  # pixels; a shorter picture is enlarged without smoothing
 
 
@@ -71,7 +71,7 @@ class _Known:
 
     def __init__(self) -> None:
         self.tasks, self.sources, self.kinds = Counter[str](), Counter[str](), Counter[str]()
-        self.broken = 0
+        self.bad = 0
         self.characters: list[int] = []
         self.tokens: list[int] = []
 
@@ -79,10 +79,11 @@ class _Known:
         self.tasks[one.task] += 1
         self.sources[one.source] += 1
         self.kinds.update(bad.kind for bad in one.bad)
-        self.broken += bool(one.bad)
+        self.bad += bool(one.bad)
         if one.example is not None and one.text is not None:
             self.characters.append(len(one.example.instruction))
-            self.tokens.append(one.text.tokens)
+            if not one.no_text:
+                self.tokens.append(one.text.tokens)
 
 
 def _bytes(text: str) -> bytes:
@@ -124,13 +125,12 @@ def _hash(text: str) -> str:
 
 def _head(heading: Heading, known: _Known, sizes: Sizes) -> str:
     lines = [f"<p>{html.escape(heading.about)}</p>"]
-    if known.broken:
+    if known.bad:
         kinds = ", ".join(f"{count} {kind}" for kind, count in known.kinds.most_common())
-        one = known.broken == 1
+        one = known.bad == 1
         lines.append(
-            f'<p class="note" id="broken">{known.broken} '
-            f"{'example is' if one else 'examples are'} broken or "
-            f"{'takes' if one else 'take'} the place of broken records: {html.escape(kinds)}.</p>"
+            f'<p class="note">{known.bad} {"example has" if one else "examples have"} '
+            f"bad records: {html.escape(kinds)}.</p>"
         )
     if heading.facts:
         rows = (
@@ -161,7 +161,7 @@ def _form(known: _Known) -> str:
         f'<label>Source <select name="source"><option value="">all</option>{sources}</select>'
         f'</label>\n<label>Task <select name="task"><option value="">all</option>{tasks}</select>'
         '</label>\n<label>Words <input name="words" type="search" autocomplete="off"></label>\n'
-        '<label><input name="broken" type="checkbox"> broken only</label>\n'
+        '<label><input name="bad" type="checkbox"> bad records only</label>\n'
         '<button type="reset">Reset</button>\n'
         '<span id="told" role="status"></span>\n</div></form>\n'
     )
@@ -177,14 +177,14 @@ def _options(counts: Counter[str]) -> str:
 def _card(number: int, one: Shown) -> str:
     """One example as an article."""
     notes = "".join(
-        f'<p class="note">{"Replaces a broken record" if one.example else "Broken"} '
+        f'<p class="note">{"Replaces a bad record" if one.example else "Bad record"} '
         f"({html.escape(bad.kind)}): {html.escape(bad.message)}</p>"
         for bad in one.bad[:_NOTES]
     )
     if len(one.bad) > _NOTES:
         notes += f'<p class="note">and {len(one.bad) - _NOTES} more</p>'
     source, task = html.escape(one.source), html.escape(one.task)
-    marks = (' class="broken"' if one.example is None else "") + " data-broken" * bool(one.bad)
+    marks = (' class="bad"' if one.example is None else "") + " data-bad" * bool(one.bad)
     facts = [("task", task), ("source", source)]
     pictures = text = ""
     if one.example is not None and one.text is not None:

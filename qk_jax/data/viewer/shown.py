@@ -1,4 +1,4 @@
-"""Which examples are shown, read as training reads them; those that cannot be are shown as broken.
+"""Which examples are shown, read as training reads them; those that cannot be are shown as bad records.
 
 One example is in memory at a time, so that a page of many costs no more than a page of few.
 """
@@ -136,7 +136,7 @@ class Reader:
             example, dropped = self.pipeline.loader.slot(step, slot, element, bad)
             return self._whole(place, example, dropped, bad)
         except InputError as error:  # which would end a run
-            return self._broken(place, task, "", [*bad, _bad(task, error)])
+            return self._unread(place, task, "", [*bad, _bad(task, error)])
 
     def _record(self, source: Source, number: int) -> Shown:
         record, name = number, ""
@@ -147,7 +147,7 @@ class Reader:
         try:
             return self._whole(place, source[number], (False, False), [])
         except InputError as error:
-            return self._broken(place, source.task, name, [_bad(source.task, error)])
+            return self._unread(place, source.task, name, [_bad(source.task, error)])
 
     def _whole(
         self, place: str, example: Example, dropped: tuple[bool, bool], bad: Sequence[Bad]
@@ -157,7 +157,7 @@ class Reader:
         name = example.source or self.name
         return Shown(place, example.task, name, example, dropped[0], hidden, text, tuple(bad))
 
-    def _broken(self, place: str, task: str, source: str, bad: Sequence[Bad]) -> Shown:
+    def _unread(self, place: str, task: str, source: str, bad: Sequence[Bad]) -> Shown:
         return Shown(place, task, source or self.name, None, False, False, None, tuple(bad))
 
     def _text(self, example: Example, no_text: bool, no_pictures: bool) -> Text:
