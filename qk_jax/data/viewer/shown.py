@@ -1,4 +1,4 @@
-"""Which examples are shown, read as training reads them; those that cannot be are shown as bad records.
+"""Which examples are shown, read as training reads them, and which cannot be.
 
 One example is in memory at a time, so that a page of many costs no more than a page of few.
 """
