@@ -41,6 +41,7 @@ class Example(NamedTuple):
       record: number of the example in its source.
       kind: what is done, a key of WORDINGS for made examples.
       subjects: subjects that occur, as the split counts them.
+      source: name of the set that it is from, '' where it has none.
     """
 
     instruction: str
@@ -51,6 +52,7 @@ class Example(NamedTuple):
     record: int
     kind: str = ""
     subjects: tuple[str, ...] = ()
+    source: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

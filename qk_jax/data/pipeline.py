@@ -95,14 +95,21 @@ class Loader:
 
     def __call__(self, step: int, element: np.ndarray) -> tuple[Any, list[Bad]]:
         bad: list[Bad] = []
-        chosen = element[self.slots].tolist()
-        examples = [self._read(index, member, bad) for index, member in chosen]
-        dropped = [
-            self._dropped(step, slot, self.groups[index].task)
-            for slot, (index, _) in zip(self.slots, chosen, strict=True)
-        ]
-        prompts = self.prompts[self.groups[chosen[0][0]].pictures]
+        chosen = [self.slot(step, slot, element, bad) for slot in self.slots]
+        examples, dropped = zip(*chosen, strict=True)
+        prompts = self.prompts[self.groups[element[self.slots[0], 0]].pictures]
         return self.finish(collate(examples, dropped, prompts, self.targets)), bad
+
+    def slot(
+        self, step: int, slot: int, element: np.ndarray, bad: list[Bad]
+    ) -> tuple[Example, tuple[bool, bool]]:
+        """The example of a slot of the global batch, and whether its (text, pictures) are dropped.
+
+        Adds the bad records that it replaces to `bad`. Raises: InputError when many in a row are.
+        """
+        index, member = element[slot].tolist()
+        task = self.groups[index].task
+        return self._read(index, member, bad), self._dropped(step, slot, task)
 
     def _read(self, index: int, member: int, bad: list[Bad]) -> Example:
         """An example of a group, or the next good one.
@@ -267,6 +274,7 @@ class Pipeline:
     Attributes:
       groups: every shape that occurs (tasks share shapes).
       plan: step -> int [B, 2], (index of a group, into its numbers), the same on all hosts.
+      loader: reads the slots of an element of the plan.
       bad: how many records were bad so far, by (task, kind).
     """
 
@@ -308,7 +316,7 @@ class Pipeline:
         planned = _planned(config, split, batch, seed, weights)
         self.groups, self.plan = planned.groups, planned.plan
         prompts = prompts or PromptBuilder.from_config(config)
-        load = Loader(
+        self.loader = Loader(
             groups=self.groups,
             sources=planned.sources,
             prompts={
@@ -322,9 +330,9 @@ class Pipeline:
             mixed=train and data.get("mixed_batches", False),
             finish=finish,
         )
-        self._loaded = self.plan.map_with_index(load)
+        self._loaded = self.plan.map_with_index(self.loader)
         self._prompts, self._finish = prompts, finish
-        self._of_task = [plan.map_with_index(load) for plan in planned.of_task]
+        self._of_task = [plan.map_with_index(self.loader) for plan in planned.of_task]
         self.bad: Counter[tuple[str, str]] = Counter()
         self._read = 0
         self._examples: list[str] = []

@@ -79,7 +79,8 @@ class RecordSource:
         shown = tuple(map(fitted, names, roles, places))
         numbers = tuple(_ROLES[role] for role in roles)
         target = cover(picture("target"), size)
-        return Example(instruction, target, shown, numbers, self.task, record)
+        name = self.file.index["source"][record].decode()
+        return Example(instruction, target, shown, numbers, self.task, record, source=name)
 
 
 def sources(
