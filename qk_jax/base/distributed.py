@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 from jax._src import distributed as _service  # the client has no public name
 from jax._src import xla_bridge
+from jax.experimental import multihost_utils
 
 from qk_jax.base import errors
 from qk_jax.base.errors import InputError
@@ -196,6 +197,7 @@ class Peers:
 
 
 _peers: Peers | None = None
+_looked = 0  # calls of `preempted`
 
 
 def start(given: Given, *, timeout_s: int = 1800, slices: int = 1) -> None:
@@ -336,6 +338,17 @@ def told(what: str, text: str) -> str:
         _peers.client.key_value_set(key, text)
         return text
     return _peers.client.blocking_key_value_get(key, 600_000)
+
+
+def preempted() -> bool:
+    """Whether all processes are to leave now, because one got SIGTERM; the same on all of them.
+
+    All call it once a step. The calls are counted from the start: JAX lets all leave at the call
+    after the furthest that any had made, and one that it did not hear of counts as 0.
+    """
+    global _looked
+    _looked += 1
+    return multihost_utils.reached_preemption_sync_point(_looked)
 
 
 def everyone() -> set[int]:

@@ -57,6 +57,11 @@ def main(port, processes, process, what):
     if what in ("leave", "status"):
         time.sleep(0.3 * me)
         raise SystemExit(42 if what == "status" else 0)
+    if what == "preempted":
+        if me == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(2)  # all hear of it before their first step
+        raise SystemExit(42 if any(distributed.preempted() for _ in range(20)) else 1)
     if what == "collective":
         together()
     if what != "end":

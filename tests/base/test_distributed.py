@@ -88,6 +88,11 @@ def test_a_killed_process_ends_all_in_time_with_its_host_named(what):
         assert f"error: process 2 ({socket.gethostname()}) is gone; start again" in last_line(text)
 
 
+def test_sigterm_before_the_first_step_is_not_lost():
+    for code, text, _ in ended("preempted", 2):
+        assert code == 42, text
+
+
 def test_processes_that_differ_say_where():
     for code, text, _ in ended("agree", 2):
         assert code == 2, text
