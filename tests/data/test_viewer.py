@@ -14,6 +14,7 @@ from PIL import Image
 from qk_jax.data import Writer, pipeline, records
 from qk_jax.data import __main__ as main
 from qk_jax.data.viewer import charts, look, page, shown
+from tests import needs
 from tests.data import stage3
 
 ATTACK = "<script>window.broken = 1</script>\"'><img src=x onerror=alert(1)>"
@@ -292,10 +293,10 @@ def test_wrong_arguments_are_one_line(argv, words, folder, tmp_path, monkeypatch
 
 @pytest.fixture(scope="module")
 def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    sync_api = needs.module("playwright.sync_api")
     found = shutil.which("chromium") or shutil.which("google-chrome")
     if not found:
-        pytest.skip("there is no chromium on PATH")
+        needs.missing("chromium on PATH: apt-get install chromium")
     with sync_api.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield browser
