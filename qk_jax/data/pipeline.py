@@ -9,9 +9,6 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-import multiprocessing
-import os
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from random import Random
@@ -24,6 +21,7 @@ from absl import flags
 
 from qk_jax.base.errors import BadRecord, InputError
 from qk_jax.base.types import Batch
+from qk_jax.base.workers import end_with_parent
 from qk_jax.data import settings
 from qk_jax.data.example import MAX_REFERENCES, TASKS, Example, Source, hashed
 from qk_jax.data.importers.registry import make_sources
@@ -51,20 +49,6 @@ class Bad(NamedTuple):
     task: str
     kind: str
     message: str
-
-
-def _end_with_parent(worker: int, count: int) -> None:
-    """Ends this worker when the process that reads from it is gone, killed too: it would wait for
-    good, and hold its memory."""
-    del worker, count
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, daemon=True, name="parent").start()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,7 +341,7 @@ class Pipeline:
             if not flags.FLAGS.is_parsed():  # grain's workers read them, outside of absl.app
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(data["workers"], per_worker_buffer_size=2)
-            made = made.mp_prefetch(options, worker_init_fn=_end_with_parent)
+            made = made.mp_prefetch(options, worker_init_fn=end_with_parent)
         iterator = iter(made)
         self._open.append(iterator)
         for element in iterator:
