@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 META = "meta"
 FORMAT = 1
 EXISTS = "exists"
-PROBE_BYTES = 2**18  # as much as must be free for a save to begin
+PROBE, PROBE_BYTES = "probe", 2**18  # as much as must be free for a save to begin
 RESTORE_GB = 32  # of host memory for what is read and not yet on its device; the largest shard fits
 Meta = dict[str, Any]
 Trees = dict[str, Any]
@@ -181,6 +181,8 @@ class Store:
             self.manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)))
         except Exception as error:  # as in `restore`
             raise self._failed(step, error) from error
+        finally:
+            self._clear_probe()
         self.writing = step
 
     def _told(self, text: str) -> str:
@@ -190,18 +192,25 @@ class Store:
 
     def _probe(self, step: int) -> None:
         """Raises SaveError on all processes where process 0 cannot write: before it has made the
-        folder of the step, Orbax lets it fail alone, and the others wait."""
+        folder of the step, Orbax lets it fail alone, and the others wait.
+
+        The file stays until the save has begun: Orbax's first save lists the folder in a thread,
+        and in a bucket a folder whose only file has gone since is one that is not there.
+        """
         problem = ""
         if jax.process_index() == 0:
-            path = self.root / "probe"
             try:
-                path.write_bytes(bytes(PROBE_BYTES))
+                (self.root / PROBE).write_bytes(bytes(PROBE_BYTES))
             except Exception as error:  # as in `restore`
                 problem = _reason(error, self.root)
-            with contextlib.suppress(Exception):
-                path.unlink(missing_ok=True)
+                self._clear_probe()
         if problem := self._told(problem):
             raise SaveError(f"{self.root}: step {step} was not saved: {problem}")
+
+    def _clear_probe(self) -> None:
+        if jax.process_index() == 0:
+            with contextlib.suppress(Exception):  # the next save writes over it
+                (self.root / PROBE).unlink(missing_ok=True)
 
     def is_written(self) -> bool:
         """Whether everything saved is on disk; does not wait.

@@ -78,12 +78,13 @@ def test_minutes_are_those_of_process_0(tmp_path):
 
 def test_each_process_reads_its_share_and_holds_no_whole_leaf(tmp_path):
     """A stack of layers, which two processes share. To other devices' shares, pieces on disk are
-    read that hold more than is wanted, and dropped again."""
+    read that hold more than is wanted, and dropped again; two devices that want parts of one piece
+    read it once or twice, as they meet it."""
     for one in found("200", tmp_path):
         share, whole = one["share"], one["whole"]
         assert share == pytest.approx(whole / 2) and whole > 190
         assert one["same"]["read"] < 1.02 * share
-        assert one["other"]["read"] < 1.05 * whole
+        assert one["other"]["read"] < 1.05 * DEVICES * whole
         # The share itself, and on a CPU two numbers beside each of its own for the digest.
         for name in ("same", "other"):
             assert one[name]["held"] < 3 * share + 0.25 * whole, one
