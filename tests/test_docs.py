@@ -39,6 +39,7 @@ COMMANDS = {
     "qk_jax.bench checkpoints": "docs/bench.md",
     "qk_jax.data import": "docs/data.md",
     "qk_jax.data bench": "docs/data.md",
+    "qk_jax.data look": "docs/data.md",
 }
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
@@ -316,7 +317,7 @@ def run_bench(argv):
     from qk_jax.experiment import config as config_lib
 
     args, overrides = bench.arguments(argv)
-    if args.verb == "peer":
+    if args.verb in ("checkpoints", "peer"):
         return
     config = config_lib.load(args.config, overrides)
     if args.verb == "cost":
@@ -348,10 +349,15 @@ def run_checkpoints(argv):
 def run_data(argv):
     from qk_jax.data import __main__ as data
     from qk_jax.data.importers import importing
+    from qk_jax.experiment import config as config_lib
 
-    args = data.parser().parse_args(argv)
+    args, overrides = data.arguments(argv)
     if args.verb == "import":
         importing.check(data.job_of(args))
+    elif args.verb == "look":
+        data.check_look(args)
+        if ":" in args.what:
+            config_lib.load(args.what, overrides)
 
 
 @pytest.mark.parametrize("line", LINES)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 from jax._src import distributed as _service  # the client has no public name
 from jax._src import xla_bridge
+from jax.experimental import multihost_utils
 
 from qk_jax.base import errors
 from qk_jax.base.errors import InputError
@@ -35,6 +36,14 @@ HEARTBEAT_S = 20  # a process that is silent for so long is lost
 POLL_S = 2.0
 LEAVE_S = 10.0  # that a failing process 0 waits at most for the others to hear of it
 SETTLE_S = 0.5  # that it then leaves them to end by themselves
+# How errors begin that JAX raises for reasons of this process alone.
+OWN = (
+    "RESOURCE_EXHAUSTED",
+    "INVALID_ARGUMENT",
+    "FAILED_PRECONDITION",
+    "UNIMPLEMENTED",
+    "NOT_FOUND",
+)
 # Variables of a run on several TPU slices.
 MEGASCALE = ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
 
@@ -188,6 +197,7 @@ class Peers:
 
 
 _peers: Peers | None = None
+_looked = 0  # calls of `preempted`
 
 
 def start(given: Given, *, timeout_s: int = 1800, slices: int = 1) -> None:
@@ -330,6 +340,17 @@ def told(what: str, text: str) -> str:
     return _peers.client.blocking_key_value_get(key, 600_000)
 
 
+def preempted() -> bool:
+    """Whether all processes are to leave now, because one got SIGTERM; the same on all of them.
+
+    All call it once a step. The calls are counted from the start: JAX lets all leave at the call
+    after the furthest that any had made, and one that it did not hear of counts as 0.
+    """
+    global _looked
+    _looked += 1
+    return multihost_utils.reached_preemption_sync_point(_looked)
+
+
 def everyone() -> set[int]:
     """The numbers of all processes."""
     return {0} if _peers is None else set(range(len(_peers.hosts)))
@@ -398,8 +419,15 @@ def _end(status: int, cause: str | None) -> None:
         return
     if cause is None:
         _peers.leave(status)
-    else:
-        _peers.fail(status, cause)
+    if _may_be_of_others(sys.exception()):
+        # The thread that counts ends this process when one is lost.
+        time.sleep(HEARTBEAT_S + 3 * POLL_S)
+    _peers.fail(status, cause)
+
+
+def _may_be_of_others(error: BaseException | None) -> bool:
+    """Whether an error is what a collective gives when another process has died in it."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(OWN)
 
 
 def _exit(status: int, line: str = "") -> NoReturn:

@@ -7,6 +7,7 @@ and digest of each leaf; what does not agree with it is set aside, and the step 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import shutil
@@ -26,6 +27,8 @@ from qk_jax.checkpoints.digest import describe, of_metadata
 log = logging.getLogger(__name__)
 META = "meta"
 FORMAT = 1
+EXISTS = "exists"
+PROBE, PROBE_BYTES = "probe", 2**18  # as much as must be free for a save to begin
 RESTORE_GB = 32  # of host memory for what is read and not yet on its device; the largest shard fits
 Meta = dict[str, Any]
 Trees = dict[str, Any]
@@ -118,6 +121,7 @@ class Store:
         self.root = files.absolute(root)
         self.write = write
         self.writing: int | None = None
+        self._questions = 0
         self._stale = False  # what Orbax knows of the disk, after a failure
         buckets.check_folders(self.root)
         if not write and not self.root.is_dir():
@@ -166,8 +170,9 @@ class Store:
                 self._reload()
         except Exception as error:  # as in `restore`
             raise self._failed(step, error) from error
-        if step in self.manager.all_steps():
+        if self._told(EXISTS if step in self.manager.all_steps() else "") == EXISTS:
             return
+        self._probe(step)
         leaves = {name: describe(tree) for name, tree in items.items()}
         meta = meta | {"format": FORMAT, "step": step, "leaves": leaves}
         meta["digest"] = of_metadata(meta)
@@ -176,7 +181,36 @@ class Store:
             self.manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)))
         except Exception as error:  # as in `restore`
             raise self._failed(step, error) from error
+        finally:
+            self._clear_probe()
         self.writing = step
+
+    def _told(self, text: str) -> str:
+        """What process 0 says; all ask alike. What each sees on disk may be of another moment."""
+        self._questions += 1
+        return distributed.told(f"store/{self.root}/{self._questions}", text)
+
+    def _probe(self, step: int) -> None:
+        """Raises SaveError on all processes where process 0 cannot write: before it has made the
+        folder of the step, Orbax lets it fail alone, and the others wait.
+
+        The file stays until the save has begun: Orbax's first save lists the folder in a thread,
+        and in a bucket a folder whose only file has gone since is one that is not there.
+        """
+        problem = ""
+        if jax.process_index() == 0:
+            try:
+                (self.root / PROBE).write_bytes(bytes(PROBE_BYTES))
+            except Exception as error:  # as in `restore`
+                problem = _reason(error, self.root)
+                self._clear_probe()
+        if problem := self._told(problem):
+            raise SaveError(f"{self.root}: step {step} was not saved: {problem}")
+
+    def _clear_probe(self) -> None:
+        if jax.process_index() == 0:
+            with contextlib.suppress(Exception):  # the next save writes over it
+                (self.root / PROBE).unlink(missing_ok=True)
 
     def is_written(self) -> bool:
         """Whether everything saved is on disk; does not wait.
@@ -282,7 +316,7 @@ class Store:
         for step in steps:
             if jax.process_index() == 0:
                 files.remove_folder(self.root / str(step))
-            distributed.told(f"dropped/{step}", "")  # before others look
+        self._told("")  # before others look
         self.manager.reload()
 
     def _set_aside(self, step: int) -> None:
@@ -293,6 +327,7 @@ class Store:
             aside = self.root / f"damaged-{step}"
             files.remove_folder(aside)  # the same step, damaged before
             (self.root / str(step)).rename(aside)
+        self._told("")  # before others look: who still sees the step would not save it again
         self.manager.reload()
 
     def close(self) -> None:

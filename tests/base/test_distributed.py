@@ -78,12 +78,19 @@ def test_an_error_of_one_ends_all_with_its_cause(what, where, status, cause):
             assert last_line(text) == f"error: process {where} ({host}) stopped: {cause}"
 
 
-def test_a_killed_process_ends_all_in_time_with_its_host_named():
-    *others, (code, _, _) = ended("kill")
+@pytest.mark.parametrize("what", ["kill", "collective"])
+def test_a_killed_process_ends_all_in_time_with_its_host_named(what):
+    """Also where the others get an error out of a collective with it."""
+    *others, (code, _, _) = ended(what)
     assert code == -9
     for code, text, seconds in others:
         assert code == distributed.LOST and seconds < 30, text
         assert f"error: process 2 ({socket.gethostname()}) is gone; start again" in last_line(text)
+
+
+def test_sigterm_before_the_first_step_is_not_lost():
+    for code, text, _ in ended("preempted", 2):
+        assert code == 42, text
 
 
 def test_processes_that_differ_say_where():

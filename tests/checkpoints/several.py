@@ -49,7 +49,9 @@ def items(step):
 def saver_of(folder, every=1, minutes=0.0, max_failures=3):
     config = ConfigDict({
         "steps": 100, "log": {"every": 1},
-        "checkpoint": {"every": every, "minutes": minutes, "max_failures": max_failures},
+        "checkpoint": {
+            "every": every, "minutes": minutes, "max_failures": max_failures, "grace_s": 0.0,
+        },
     })  # fmt: skip
     return saving.Saver(Store(folder, keep=9), config)
 
@@ -76,6 +78,51 @@ def fails(folder, which):
     seconds = time.monotonic() - begun
     saver.store.close()
     return {"said": said, "seconds": seconds, "steps": Store(folder, write=False).steps()}
+
+
+def full(folder):
+    """Saves 1, 2 and 3; at 2 process 0 finds the disk full before it has made a folder."""
+    said = []
+    saving.log.error = lambda text, *args: said.append(text % args)
+    saver = saver_of(folder)
+    write = type(saver.store.root).write_bytes
+
+    def write_bytes(self, data):
+        if self.name == "probe" and now == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, data)
+
+    type(saver.store.root).write_bytes = write_bytes
+    begun = time.monotonic()
+    for now in (1, 2, 3):
+        saver.save(now, items(now), META)
+    saver.check(wait=True)
+    seconds = time.monotonic() - begun
+    saver.store.close()
+    return {"said": said, "seconds": seconds, "steps": Store(folder, write=False).steps()}
+
+
+def aside(folder):
+    """Saves 1 and 2, restores with 2 damaged while process 0 is slow to set it aside, saves 2."""
+    saver = saver_of(folder)
+    for step in (1, 2):
+        saver.save_whole(step, items(step), META)
+    distributed.meet("saved", 60)
+    if jax.process_index() == 0:
+        (folder / "2" / "meta" / "metadata").write_text("{")
+    distributed.meet("damaged", 60)
+    rename = type(saver.store.root).rename
+
+    def slow(self, target):
+        time.sleep(2)
+        return rename(self, target)
+
+    type(saver.store.root).rename = slow
+    target = {"params": {"x": jax.ShapeDtypeStruct((64, 1000), jnp.float32, sharding=sharded())}}
+    step = saver.store.restore(lambda meta: target).step
+    saver.save_whole(2, items(2), META)
+    saver.store.close()
+    return {"restored": step, "steps": Store(folder, write=False).steps()}
 
 
 def by_minutes(folder):
@@ -146,6 +193,10 @@ def main(port, processes, process, what, folder):
     distributed.start(distributed.Given.of(given), timeout_s=60)
     if what.startswith("fails"):
         found = fails(folder, int(what[-1]))
+    elif what == "aside":
+        found = aside(pathlib.Path(folder))
+    elif what == "full":
+        found = full(folder)
     elif what == "minutes":
         found = by_minutes(folder)
     else:

@@ -73,8 +73,8 @@ def test_captions_are_drawn_by_their_weights_and_alike_on_all_hosts(builder, tmp
         text = np.concatenate([half["input_ids"] for half in halves])
         np.testing.assert_array_equal(whole["input_ids"], text)
         drawn.update(whole["text_mask"].sum(axis=1).tolist())
-    (long, often), (short, _) = drawn.most_common()
-    assert long != short and 0.65 < often / drawn.total() < 0.85
+    (long, often), *short = drawn.most_common()
+    assert short and 0.65 < often / drawn.total() < 0.85
     without = config({"path": str(tmp_path / "a"), "captions": {"empty": 1}}, max_bad_share=1.0)
     with pytest.raises(InputError, match="in a row are bad.*the caption is ''"):
         pipeline.Pipeline(without, "train", 0, 1, builder).batch(0)

@@ -1,7 +1,6 @@
 """The fixtures of the tests of launch/pod.py: a cloud on PATH, and settings."""
 
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 from pods import settings, shell, staging
 
 from tests.launch import fake_cloud
+from tests.needs import missing
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 EXAMPLES = {
@@ -35,8 +35,7 @@ def needs():
 
     def check(program):
         if not shutil.which(program):
-            end = pytest.fail if os.environ.get("CI") else pytest.skip
-            end(f"{program} is not installed: {PROGRAMS[program]}")
+            missing(f"{program}: {PROGRAMS[program]}")
 
     return check
 

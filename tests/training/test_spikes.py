@@ -16,7 +16,7 @@ from qk_jax.checkpoints.store import Store
 from qk_jax.data import pipeline
 from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
-from qk_jax.training import loop, spikes
+from qk_jax.training import loop, programs, spikes
 from qk_jax.training import step as step_lib
 
 NANO = "tests/training/nano.py:stage1"
@@ -64,21 +64,21 @@ def loss_fn(plan):
 real = step_lib.loss_fn
 
 
-class Reuse(step_lib.Compiled):
+class Reuse(programs.Programs):
     """Programs, kept between the runs of these tests."""
 
-    programs: dict = {}
+    kept: dict = {}
 
     def __init__(self, plan):
         super().__init__(plan)
-        self._programs = self.programs
+        self._programs = self.kept
 
 
 @pytest.fixture(autouse=True)
 def planted(monkeypatch):
     monkeypatch.setattr(pipeline, "Pipeline", Pipeline)
     monkeypatch.setattr(step_lib, "loss_fn", loss_fn)
-    monkeypatch.setattr(step_lib, "Compiled", Reuse)
+    monkeypatch.setattr(programs, "Programs", Reuse)
     monkeypatch.setattr(Pipeline, "planted", {BAD: HUGE})
     monkeypatch.setattr(Pipeline, "killed", ())
 
@@ -119,12 +119,12 @@ def straight(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "Pipeline", Pipeline)
         patch.setattr(step_lib, "loss_fn", loss_fn)
-        patch.setattr(step_lib, "Compiled", Reuse)
+        patch.setattr(programs, "Programs", Reuse)
         patch.setattr(Pipeline, "planted", {BAD: HUGE})
         patch.setattr(loop.log, "warning", lambda text, *args: said.append(text % args))
         loop.train(config_of(**GIVEN), workdir)
     yield workdir, said
-    Reuse.programs.clear()
+    Reuse.kept.clear()
 
 
 def test_a_spike_is_told_with_its_records_and_its_step(straight):

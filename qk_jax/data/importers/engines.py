@@ -5,16 +5,16 @@ from __future__ import annotations
 import concurrent.futures
 import importlib
 import multiprocessing
-import os
 import signal
-import threading
-import time
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from qk_jax.base.errors import BadRecord, Failure, InputError
+from qk_jax.base.workers import end_with_parent
 
+REACH_S = 20.0
 Task = Callable[[int, Any], None]
 
 
@@ -46,9 +46,7 @@ def _here(task: Task, items: Mapping[int, Any]) -> Iterator[int]:
 
 def _by_processes(task: Task, items: Mapping[int, Any], workers: int) -> Iterator[int]:
     context = multiprocessing.get_context("spawn")  # threads and open files do not fork
-    with concurrent.futures.ProcessPoolExecutor(
-        workers, context, initializer=_end_with_parent, initargs=(os.getpid(),)
-    ) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_begin) as pool:
         waiting = {pool.submit(task, *item): item[0] for item in items.items()}
         try:
             for done in concurrent.futures.as_completed(waiting):
@@ -63,21 +61,21 @@ def _by_processes(task: Task, items: Mapping[int, Any], workers: int) -> Iterato
             pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent(parent: int) -> None:
-    """Ends this worker when the command that started it is gone, even by SIGKILL, and silently when
-    the user interrupts both."""
+def _begin() -> None:
+    """Of a worker: ends with the command, and silently when the user interrupts both."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    end_with_parent()
 
 
 def _call(task: Task, number: int, item: Any) -> None:
     task(number, item)
+
+
+def _reach(address: str) -> None:
+    """Raises OSError where nothing listens at HOST:PORT, for which Ray itself asks for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
 
 
 def _by_ray(task: Task, items: Mapping[int, Any], address: str) -> Iterator[int]:
@@ -86,6 +84,7 @@ def _by_ray(task: Task, items: Mapping[int, Any], address: str) -> Iterator[int]
     except ImportError:
         raise InputError("--ray needs Ray; pip install 'qk_jax[ray]'") from None
     try:
+        _reach(address)
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # of many classes
         raise InputError(

@@ -105,7 +105,10 @@ class RecordSource:
         target = cover(picture("target"), size)
         instruction, _ = max(captions, key=lambda caption: caption[1])
         several = captions if len(captions) > 1 else ()
-        return Example(instruction, target, shown, numbers, self.task, record, captions=several)
+        name = self.file.index["source"][record].decode()
+        return Example(
+            instruction, target, shown, numbers, self.task, record, source=name, captions=several
+        )
 
     def _captions(self, header: Mapping[str, Any], name: str) -> tuple[tuple[str, float], ...]:
         """(text, weight) of those that the record has. Raises: BadRecord when it has none."""

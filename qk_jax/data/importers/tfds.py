@@ -84,7 +84,7 @@ class TfdsSource:
         else:
             picture = picture_of(_image(given, name), "RGB", self.max_pixels, name)
         target = cover(picture, self.settings.sizes[self.size_of[number]])
-        return Example(caption, target, (), (), self.task, int(number))
+        return Example(caption, target, (), (), self.task, int(number), source=self.name)
 
 
 def _image(array: Any, name: str) -> Image.Image:

@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from PIL import Image
 
 from configs import stage3
@@ -15,7 +14,7 @@ from qk_jax.data.importers import formats, importing, registry
 from qk_jax.data.importers.drafts import encoded
 from qk_jax.data.importers.job import Job
 from qk_jax.pictures.decoding import decode_picture
-from tests.data.importers import published
+from tests.data.importers import published, tfds_sets
 
 
 def imported(made: published.Made, out, **more):
@@ -96,21 +95,8 @@ def test_both_halves_of_a_composite_are_kept(tmp_path):
     assert left[2] == (("reference", right[1]),) and right[2] == (("reference", left[1]),)
 
 
-class Things(tfds.core.GeneratorBasedBuilder):
+class Things(tfds_sets.Captioned):
     """A small TensorFlow data set."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    code_path = None
-
-    def _info(self):
-        features = {
-            "image": tfds.features.Image(shape=(None, None, 3)),
-            "text": tfds.features.Text(),
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, manager):
-        return {"train": self._generate_examples()}
 
     def _generate_examples(self):
         for n in range(5):

@@ -20,6 +20,7 @@ from qk_jax.data import records
 from qk_jax.data.importers import engines, importing, shards
 from qk_jax.data.importers.drafts import Limits
 from qk_jax.data.importers.job import Job
+from tests import needs
 from tests.data.importers import published
 from tests.data.importers.published import lines, picture, put
 
@@ -267,6 +268,6 @@ def test_the_command_tells_what_it_did(tmp_path, capsys):
 
 
 def test_a_cluster_that_is_not_there_is_named():
-    pytest.importorskip("ray", reason="needs Ray: pip install 'qk_jax[ray]'")
+    needs.module("ray")
     with pytest.raises(InputError, match="--ray 127.0.0.1:1: no cluster answers"):
         list(engines.run(print, {1: 1}, 1, "127.0.0.1:1"))

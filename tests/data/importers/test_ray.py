@@ -8,23 +8,23 @@ import pytest
 
 from qk_jax.data.importers import importing
 from qk_jax.data.importers.job import Job
+from tests import needs
 from tests.data.importers import published
 from tests.data.importers.test_importing import content
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
-pytest.importorskip("ray", reason="needs Ray: pip install 'qk_jax[ray]'")
 
 
 @pytest.fixture
 def cluster(monkeypatch):
     """Two nodes with a processor each: the head, and another."""
-    from ray.cluster_utils import Cluster
+    cluster_utils = needs.module("ray.cluster_utils")
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_raylet_start_wait_time_s", "120")
     head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80_000_000}
-    made = Cluster(initialize_head=True, head_node_args=head)
+    made = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
     yield made
     made.shutdown()
 

@@ -10,24 +10,12 @@ from PIL import Image
 from configs import stage3
 from qk_jax.base.errors import InputError
 from qk_jax.data.importers import registry
+from tests.data.importers import tfds_sets
 
 COUNT = 20
 
 
-class Shades(tfds.core.GeneratorBasedBuilder):
-    VERSION = tfds.core.Version("1.0.0")
-    code_path = None  # or it looks for checksums in this folder
-
-    def _info(self):
-        features = {
-            "image": tfds.features.Image(shape=(None, None, 3)),
-            "text": tfds.features.Text(),
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, manager):
-        return {"train": self._generate_examples()}
-
+class Shades(tfds_sets.Captioned):
     def _generate_examples(self):
         for shade in range(COUNT):
             buffer = io.BytesIO()

@@ -1,0 +1,1 @@
+"""Looks at training examples: which are shown, and the page that shows them."""
