@@ -47,6 +47,7 @@ INDEX_DTYPE = np.dtype(
         ("source", "S24"),
     ]
 )
+ROWS_AT_ONCE = 1 << 20  # of a side index in memory
 OPEN_AT_ONCE = 400  # shards of one split; systems allow a process 1,024 files
 NAME_LIMIT = 24  # ASCII characters of a task or a source in the index
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.array_record")
@@ -194,6 +195,14 @@ def write_records(path: files.PathLike, entries: Iterable[Entry]) -> int:
     return count
 
 
+def coded(names: np.ndarray) -> tuple[list[bytes], np.ndarray]:
+    """The different names of a column [N], and int [N] which each row has."""
+    if len(names) and (names == names[0]).all():  # mostly; sorting text takes long
+        return [names[0]], np.zeros(len(names), np.intp)
+    values, codes = np.unique(names, return_inverse=True)
+    return values.tolist(), codes
+
+
 class RecordFile:
     """Random access to one record file. Opened at the first read, so that it pickles to workers.
 
@@ -216,25 +225,22 @@ class RecordFile:
         if needed and not exists:
             raise InputError(f"there is no record file {self.path}; name one that exists")
         side = index_path(self.path)
-        try:
-            self.index: np.ndarray = np.load(io.BytesIO(side.read_bytes()), allow_pickle=False)
-        except FileNotFoundError:
+        if not side.is_file():
             raise InputError(
                 f"the side index {side} is missing; copy it too or write the file again"
-            ) from None
+            )
+        self._side = buckets.staged(side)
+        try:
+            found = self._mapped()
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"the side index {side} is damaged ({error})") from None
-        columns = self.index.dtype.descr
-        if columns[:5] == _OLD_DTYPE.descr and columns == INDEX_DTYPE.descr[: len(columns)]:
-            old, self.index = self.index, np.zeros(len(self.index), INDEX_DTYPE)
-            for column in old.dtype.names:
-                self.index[column] = old[column]
-        else:
+        columns = found.dtype.descr
+        if columns[:5] != _OLD_DTYPE.descr or columns != INDEX_DTYPE.descr[: len(columns)]:
             raise InputError(
-                f"the side index {side} has the columns {self.index.dtype.names}; "
+                f"the side index {side} has the columns {found.dtype.names}; "
                 "it belongs to another version: write the file again"
             )
-        self._count = len(self.index)
+        self._count = len(found)
         if not exists:
             log.warning(
                 "%s is missing: each of its %d records is replaced by another; copy it again",
@@ -247,6 +253,20 @@ class RecordFile:
 
     def __len__(self) -> int:
         return self._count
+
+    def _mapped(self) -> np.ndarray:
+        return np.load(self._side, mmap_mode="r", allow_pickle=False)
+
+    @property
+    def index(self) -> np.ndarray:
+        """The side index, INDEX_DTYPE [N], mapped from the disk; what old files lack is 0."""
+        found = self._mapped()
+        if found.dtype == INDEX_DTYPE:
+            return found
+        new = np.zeros(len(found), INDEX_DTYPE)
+        for column in found.dtype.names:
+            new[column] = found[column]
+        return new
 
     @property
     def is_open(self) -> bool:
@@ -307,7 +327,6 @@ class RecordSet:
 
     Attributes:
       path: what errors call the whole.
-      index: of all records.
 
     Raises: InputError when there is no such file, a shard is missing, or see `RecordFile`.
     """
@@ -323,9 +342,6 @@ class RecordSet:
         else:
             _check_shards(folder, split, shards)
             self.files = [RecordFile(folder / name, needed=False) for name in shards]
-        self.index = np.concatenate([file.index for file in self.files])
-        for file in self.files:
-            file.index = file.index[:0].copy()  # it is in `index`
         self._ends = list(itertools.accumulate(map(len, self.files)))
         self._opened: collections.deque[RecordFile] = collections.deque()
 
@@ -333,7 +349,22 @@ class RecordSet:
         return {**self.__dict__, "_opened": collections.deque()}
 
     def __len__(self) -> int:
-        return len(self.index)
+        return self._ends[-1]
+
+    def indices(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(number of the first record, side index) of pieces, of which no more need be in memory
+        than one: those of a large set have some gigabytes."""
+        for end, file in zip(self._ends, self.files, strict=True):
+            index, first = file.index, end - len(file)
+            for begin in range(0, len(index), ROWS_AT_ONCE):
+                yield first + begin, index[begin : begin + ROWS_AT_ONCE]
+
+    def tasks(self) -> set[str]:
+        """Of all records."""
+        found: set[bytes] = set()
+        for _, index in self.indices():
+            found |= set(coded(index["task"])[0])
+        return {name.decode() for name in found}
 
     def _place(self, number: int) -> tuple[RecordFile, int]:
         """The file of a record, and its number there."""

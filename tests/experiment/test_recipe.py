@@ -593,7 +593,7 @@ def test_every_field_has_its_test():
         data.tfds_text data.tokenizer slices compilation_cache compiler evals.loss.type evals.sheets
         log.every log.t_bins wandb.project wandb.name prompt data.task_dropout data.mixed_batches
         data.curriculum data.reference_sizes_by_number loss model.query_noise model.vlm_layers
-        model.bidirectional_queries distributed watchdog profile programs spike
+        model.bidirectional_queries distributed watchdog profile programs spike data.sources
     """
     known = tuple(f"{name}." for name in (here + elsewhere).split())
     names = {name for where in EVERYWHERE for name, _ in config_lib.fields(config_of(*where))}

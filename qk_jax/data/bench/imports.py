@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import pathlib
-import re
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 
 import numpy as np
 from PIL import Image
 
+from qk_jax.data.bench import fresh
 from qk_jax.data.importers import importing
 from qk_jax.data.importers.drafts import encoded
 from qk_jax.data.importers.job import Job
@@ -70,13 +68,11 @@ MAKERS: dict[str, Callable[[pathlib.Path, list[bytes]], None]] = {
 }
 
 
-def _measure(job: Job, answer: Connection) -> None:
+def _measure(job: Job) -> tuple[float, float]:
+    """Seconds, and those of the processor."""
     begun, cpu = time.perf_counter(), time.process_time()
     importing.run(job, importing.Engine())
-    wall, cpu = time.perf_counter() - begun, time.process_time() - cpu
-    # Of this program alone: ru_maxrss would have that of the process which has started it.
-    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
-    answer.send((wall, cpu, int(peak) / 1024))
+    return time.perf_counter() - begun, time.process_time() - cpu
 
 
 def run(count: int) -> str:
@@ -97,19 +93,9 @@ def run(count: int) -> str:
                 source.mkdir()
                 make(source, [data[n % len(data)] for n in range(number)])
                 job = Job(name, (str(source),), "text_to_image", f"{folder}/out")
-                wall, cpu, memory = _fresh(job)
+                (wall, cpu), peak = fresh.run(_measure, job)
             lines.append(
-                f"| {name} | {number} | {number / wall:.0f} | {number / cpu:.0f} | {memory:.0f} |"
+                f"| {name} | {number} | {number / wall:.0f} | {number / cpu:.0f} "
+                f"| {peak / 2**20:.0f} |"
             )
     return "\n".join(lines)
-
-
-def _fresh(job: Job) -> tuple[float, float, float]:
-    """What `_measure` finds in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_measure, args=(job, there))
-    process.start()
-    found: tuple[float, float, float] = here.recv()
-    process.join()
-    return found
