@@ -9,6 +9,7 @@
     python -m qk_jax.data look stage3:tiny --step 100 --out page.html --png sheet.png
     python -m qk_jax.data plan --config stage3:7b --config.data.records=DATA --hosts 8 --step-s 4.2
     python -m qk_jax.data bench
+    python -m qk_jax.data bench load
     python -m qk_jax.data bench plan --rows 50000000
 
 import writes shards of records with the pictures' own bytes, their side indexes, rejected.jsonl
@@ -17,7 +18,8 @@ that was interrupted goes on with --resume and gives the same bytes. look writes
 as training sees them: of a folder of records, or of a run by its config, any field of which can be
 given as --config.FIELD=VALUE. plan prints what a run will read, and how fast this host makes it.
 bench measures, on what it makes up, the rate and the memory of
-imports from the main formats; with plan, the start, the memory and the look-up of a large set.
+imports from the main formats; with load, the rate of batches beside that of PyTorch's DataLoader;
+with plan, the start, the memory and the look-up of a large set.
 """
 
 from __future__ import annotations
@@ -74,11 +76,11 @@ def parser() -> argparse.ArgumentParser:
     add("--workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
     add("--ray", default="", metavar="ADDRESS", help="a Ray cluster instead, or 'auto'")
     add("--resume", action="store_true", help="go on with an import that was interrupted")
-    rate = verbs.add_parser("bench", help="what imports, or the plan of a large set, cost here")
-    rate.add_argument("what", nargs="?", default="import", choices=("import", "plan"),
+    rate = verbs.add_parser("bench", help="what imports, loading, or the plan of a large set cost")
+    rate.add_argument("what", nargs="?", default="import", choices=("import", "load", "plan"),
         help="(default: %(default)s)")  # fmt: skip
     rate.add_argument("--pictures", type=int, default=256, metavar="N",
-        help="imported of the smaller of two sets (default: %(default)s)")  # fmt: skip
+        help="loaded, or imported of the smaller set (default: %(default)s)")  # fmt: skip
     rate.add_argument("--rows", type=int, default=1_000_000, metavar="N",
         help="of the plan; on disk they take 167 bytes each (default: %(default)s)")  # fmt: skip
     _add_plan(verbs.add_parser("plan", help="what a run will read, and whether a host keeps up"))
@@ -236,14 +238,15 @@ def main(argv: Sequence[str]) -> None:
 
     runtime.start_logging()
     if args.verb == "bench":
-        from qk_jax.data.bench import imports, plans
+        from qk_jax.data.bench import imports, loading, plans
 
         if args.pictures < 1 or args.rows < _LEAST_ROWS:
             raise InputError(
                 f"--pictures is {args.pictures} and --rows {args.rows}; give at least 1 picture "
                 f"and {_LEAST_ROWS:,} rows"
             )
-        print(plans.run(args.rows) if args.what == "plan" else imports.run(args.pictures))
+        runs = {"import": imports.run, "load": loading.run, "plan": plans.run}
+        print(runs[args.what](args.rows if args.what == "plan" else args.pictures))
         return
     if args.verb == "plan":
         print(_plan(args, overrides))

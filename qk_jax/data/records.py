@@ -22,8 +22,10 @@ import io
 import itertools
 import json
 import logging
+import mmap
 import re
 import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -52,6 +54,8 @@ OPEN_AT_ONCE = 400  # shards of one split; systems allow a process 1,024 files
 NAME_LIMIT = 24  # ASCII characters of a task or a source in the index
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.array_record")
 _INDEX = ".index.npy"
+_CHECK, _CHECKED = struct.Struct("<8sI"), b"qk-crc32"
+_BLOCK = 1 << 24  # bytes of which a checksum is taken at once
 _HEADER_LENGTH = struct.Struct("<I")
 _HEADER_LIMIT = 1 << 24
 
@@ -173,9 +177,31 @@ def writing(path: files.PathLike) -> Iterator[Callable[[Entry], None]]:
             yield add
         finally:
             writer.close()
-        buffer = io.BytesIO()
-        np.save(buffer, np.array(index, INDEX_DTYPE))
-        side.write_bytes(buffer.getvalue())
+        side.write_bytes(index_bytes(np.array(index, INDEX_DTYPE)))
+
+
+def index_bytes(index: np.ndarray) -> bytes:
+    """A side index as its file: a .npy, and behind it a checksum that NumPy does not read."""
+    buffer = io.BytesIO()
+    np.save(buffer, index)
+    data = buffer.getvalue()
+    return data + _CHECK.pack(_CHECKED, zlib.crc32(data))
+
+
+def _check_index(path: files.PathLike) -> None:
+    """Raises ValueError for a side index on disk whose checksum does not agree; those that were
+    written before there was one have none."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        end = len(data) - _CHECK.size
+        if end < 0 or data[end : end + len(_CHECKED)] != _CHECKED:
+            return
+        found = 0
+        with memoryview(data) as view:
+            for begin in range(0, end, _BLOCK):
+                with view[begin : min(begin + _BLOCK, end)] as part:
+                    found = zlib.crc32(part, found)
+        if found != _CHECK.unpack(data[end:])[1]:
+            raise ValueError("its checksum does not agree")
 
 
 def _columns(entry: Entry) -> tuple[Any, ...]:
@@ -231,6 +257,7 @@ class RecordFile:
             )
         self._side = buckets.staged(side)
         try:
+            _check_index(self._side)
             found = self._mapped()
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"the side index {side} is damaged ({error})") from None

@@ -18,19 +18,19 @@ from qk_jax.data.importers import importing
 from qk_jax.data.importers.drafts import encoded
 from qk_jax.data.importers.job import Job
 from qk_jax.pictures.decoding import decode_picture
+from qk_jax.pictures.fitting import Size
 
-_SIDE = 512
 _GROUP = 100  # rows of a row group, as Hugging Face writes pictures
 
 
-def pictures(count: int) -> list[bytes]:
-    """JPEGs of 512x512, quality 90, about as large as photographs are."""
+def pictures(count: int, size: Size = (512, 512)) -> list[bytes]:
+    """JPEGs of a (height, width), quality 90, about as large as photographs are."""
     draw = np.random.default_rng(0)
     coarse = draw.integers(0, 255, (count, 24, 24, 3), np.uint8)
     found = []
     for grid in coarse:
-        image = Image.fromarray(grid).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
-        grain = draw.normal(0, 5, (_SIDE, _SIDE, 1))
+        image = Image.fromarray(grid).resize(size[::-1], Image.Resampling.BICUBIC)
+        grain = draw.normal(0, 5, (*size, 1))
         pixels = np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8)
         found.append(encoded(Image.fromarray(pixels), "JPEG", 90))
     return found

@@ -42,7 +42,7 @@ def _write(folder: pathlib.Path, rows: int) -> None:
             index["source"] = f"set {shard * 8 // count}".encode()
             path = folder / records.shard_name(split, shard, shards)
             path.touch()
-            np.save(records.index_path(path), index)
+            records.index_path(path).write_bytes(records.index_bytes(index))
 
 
 def _measure(folder: str, batch: int) -> dict[str, Any]:
