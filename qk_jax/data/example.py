@@ -151,8 +151,10 @@ class Source(Protocol):
     task: str
     settings: TaskSettings
     size_of: np.ndarray
-    pictures_of: np.ndarray
     references_of: np.ndarray
+
+    @property
+    def pictures_of(self) -> np.ndarray: ...
 
     def __len__(self) -> int: ...
 

@@ -151,8 +151,8 @@ def by_source(groups: Sequence[Group], source: Joined) -> list[Group]:
         pieces = np.split(group.numbers, np.searchsorted(group.numbers, source.ends[:-1]))
         for part, numbers in zip(source.parts, pieces, strict=True):
             if len(numbers):
-                own = {"source": part.name, "weight": part.weight, "numbers": numbers}
-                found.append(group._replace(**own))
+                own = group._replace(source=part.name, weight=part.weight, numbers=numbers)
+                found.append(own)
     for part in source.parts:
         if part.name not in {group.source for group in found}:
             log.warning("%s: nothing is read from %s", source.task, part.name)
@@ -283,7 +283,7 @@ def mixed_batches(
         streams = [_shuffled(index, groups[index], seed).repeat() for index in indices]
         own = [share[index] for index in indices]
         parts.append(interleaved(streams, own).batch(batch))
-        sums.append(sum(own))
+        sums.append(sum(own, Fraction()))
     return interleaved(parts, sums)
 
 

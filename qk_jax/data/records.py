@@ -291,7 +291,7 @@ class RecordFile:
         if found.dtype == INDEX_DTYPE:
             return found
         new = np.zeros(len(found), INDEX_DTYPE)
-        for column in found.dtype.names:
+        for column in found.dtype.names or ():
             new[column] = found[column]
         return new
 
