@@ -18,6 +18,7 @@ TEST = [
     "pytest>=8",
     "setuptools>=77",  # a test builds the wheel
     "pytest-xdist>=3.6",
+    "hypothesis>=6.150",
     "kubernetes-validate>=1.35",  # the schemas that the manifests of launch/gke are held to
     "beartype>=0.22",  # checks the shapes of jaxtyping at run time
     "torch>=2.6",

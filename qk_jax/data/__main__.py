@@ -7,14 +7,19 @@
         --columns text=caption,target=image
     python -m qk_jax.data look DATA --n 48 --out page.html
     python -m qk_jax.data look stage3:tiny --step 100 --out page.html --png sheet.png
+    python -m qk_jax.data plan --config stage3:7b --config.data.records=DATA --hosts 8 --step-s 4.2
     python -m qk_jax.data bench
+    python -m qk_jax.data bench load
+    python -m qk_jax.data bench plan --rows 50000000
 
 import writes shards of records with the pictures' own bytes, their side indexes, rejected.jsonl
 and manifest.json. Every picture is decoded once; what cannot be used is a counted reject. An import
 that was interrupted goes on with --resume and gives the same bytes. look writes a page of examples
 as training sees them: of a folder of records, or of a run by its config, any field of which can be
-given as --config.FIELD=VALUE. bench measures the rate and the memory of the main formats on made-up
-pictures.
+given as --config.FIELD=VALUE. plan prints what a run will read, and how fast this host makes it.
+bench measures, on what it makes up, the rate and the memory of
+imports from the main formats; with load, the rate of batches beside that of PyTorch's DataLoader;
+with plan, the start, the memory and the look-up of a large set.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ from qk_jax.data.importers.drafts import Limits
 from qk_jax.data.importers.formats import FORMATS
 from qk_jax.data.importers.job import Job
 
+_LEAST_ROWS = 100_000  # of a plan that is measured: each shape should have a batch
 _ON_PAGE, _ON_SHEET = 10_000, 200  # examples
 _SIZES = "stage3:7b"  # whose sizes a folder is shown at
 _ENCODINGS = {"jpeg": "JPEG", "webp": "WEBP", "png": "PNG"}
@@ -70,11 +76,26 @@ def parser() -> argparse.ArgumentParser:
     add("--workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
     add("--ray", default="", metavar="ADDRESS", help="a Ray cluster instead, or 'auto'")
     add("--resume", action="store_true", help="go on with an import that was interrupted")
-    rate = verbs.add_parser("bench", help="rate per core and memory of the main formats")
+    rate = verbs.add_parser("bench", help="what imports, loading, or the plan of a large set cost")
+    rate.add_argument("what", nargs="?", default="import", choices=("import", "load", "plan"),
+        help="(default: %(default)s)")  # fmt: skip
     rate.add_argument("--pictures", type=int, default=256, metavar="N",
-        help="of the smaller of two sets (default: %(default)s)")  # fmt: skip
+        help="loaded, or imported of the smaller set (default: %(default)s)")  # fmt: skip
+    rate.add_argument("--rows", type=int, default=1_000_000, metavar="N",
+        help="of the plan; on disk they take 167 bytes each (default: %(default)s)")  # fmt: skip
+    _add_plan(verbs.add_parser("plan", help="what a run will read, and whether a host keeps up"))
     _add_look(verbs.add_parser("look", help="a page of examples as training sees them"))
     return out
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    add = plan.add_argument
+    add("--config", required=True, metavar="CONFIG", help="of the run: NAME:SIZE, or FILE.py:SIZE")
+    add("--seconds", type=float, default=10.0, metavar="S",
+        help="for which batches are made and timed (default: %(default)s)")  # fmt: skip
+    add("--hosts", type=int, default=1, metavar="N",
+        help="of the run, of which this is the first (default: %(default)s)")  # fmt: skip
+    add("--step-s", type=float, default=0.0, metavar="S", help="seconds of a step of the run")
 
 
 def _add_look(look: argparse.ArgumentParser) -> None:
@@ -90,9 +111,12 @@ def _add_look(look: argparse.ArgumentParser) -> None:
 
 
 def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-    """The verb's options, and the overrides --config.FIELD=VALUE of look. Raises: InputError."""
+    """The verb's options, and the overrides --config.FIELD=VALUE of look and plan.
+
+    Raises: InputError.
+    """
     args, overrides = cli.parse_with_overrides(parser(), argv)
-    if overrides and args.verb != "look":
+    if overrides and args.verb not in ("look", "plan"):
         raise InputError(f"{args.verb} has no config; leave --config.{next(iter(overrides))} out")
     return args, overrides
 
@@ -157,6 +181,17 @@ def check_look(args: argparse.Namespace) -> tuple[int, ...] | None:
     return records
 
 
+def _plan(args: argparse.Namespace, overrides: dict[str, str]) -> str:
+    """The report of plan. Raises: InputError."""
+    from qk_jax.data.pipeline import Pipeline
+    from qk_jax.experiment import config as config_lib
+    from qk_jax.training import reading
+
+    reading.check(args.seconds, args.step_s, args.hosts)
+    pipeline = Pipeline(config_lib.load(args.config, overrides), "train", 0, args.hosts)
+    return reading.told(pipeline, args.seconds, args.step_s)
+
+
 def _look(args: argparse.Namespace, overrides: dict[str, str]) -> str:
     """Writes the page and the sheet; returns what to print."""
     records = check_look(args)
@@ -203,11 +238,18 @@ def main(argv: Sequence[str]) -> None:
 
     runtime.start_logging()
     if args.verb == "bench":
-        from qk_jax.data.importers import bench
+        from qk_jax.data.bench import imports, loading, plans
 
-        if args.pictures < 1:
-            raise InputError(f"--pictures {args.pictures} is less than 1")
-        print(bench.run(args.pictures))
+        if args.pictures < 1 or args.rows < _LEAST_ROWS:
+            raise InputError(
+                f"--pictures is {args.pictures} and --rows {args.rows}; give at least 1 picture "
+                f"and {_LEAST_ROWS:,} rows"
+            )
+        runs = {"import": imports.run, "load": loading.run, "plan": plans.run}
+        print(runs[args.what](args.rows if args.what == "plan" else args.pictures))
+        return
+    if args.verb == "plan":
+        print(_plan(args, overrides))
         return
     if args.verb == "look":
         print(_look(args, overrides))

@@ -15,6 +15,7 @@ from qk_jax.base.errors import InputError
 from qk_jax.pictures.fitting import Size
 from qk_jax.pictures.sizes import format_size
 
+_AT_ONCE = 1 << 20  # pictures whose numbers are in memory at once
 # The paper's seven aspect ratios (section 4), short side to long side; mirrors are added.
 RATIOS = ((1, 1), (1, 2), (2, 3), (3, 4), (3, 5), (4, 5), (9, 16))
 
@@ -69,6 +70,20 @@ def nearest(height: ArrayLike, width: ArrayLike, sizes: Sequence[Size]) -> np.nd
     """
     logs = np.log([size[1] / size[0] for size in sizes])
     order = np.argsort(np.abs(logs), kind="stable")
-    asked = np.log(np.asarray(width, np.float64) / np.asarray(height, np.float64))
-    gaps = np.round(np.abs(asked[..., None] - logs[order]), 9)
-    return order[np.argmin(gaps, axis=-1)]
+    steps, ranks = np.unique(logs[order], return_index=True)
+    height, width = np.broadcast_arrays(height, width)
+    found = np.empty(height.shape, np.min_scalar_type(len(sizes)))
+    flat, heights, widths = (x.reshape(-1) for x in (found, height, width))
+    for begin in range(0, flat.size, _AT_ONCE):
+        part = slice(begin, begin + _AT_ONCE)
+        flat[part] = order[_nearest_rank(np.log(widths[part] / heights[part]), steps, ranks)]
+    return found
+
+
+def _nearest_rank(asked: np.ndarray, steps: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """Of the two `steps` (rising) around each number, the rank of the nearer, the lower of two."""
+    above = np.searchsorted(steps, asked).clip(max=len(steps) - 1)
+    below = np.maximum(above - 1, 0)
+    down, up = (np.round(np.abs(asked - steps[near]), 9) for near in (below, above))
+    is_below = (down < up) | ((down == up) & (ranks[below] < ranks[above]))
+    return np.where(is_below, ranks[below], ranks[above])

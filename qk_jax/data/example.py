@@ -89,8 +89,9 @@ class TaskSettings:
     ) -> np.ndarray:
         """Index [...] into `reference_shapes` of the size that is nearest in aspect ratio to a
         picture of `height` and `width` among those for `number` references; arrays broadcast."""
+        kind = np.min_scalar_type(len(self.reference_shapes))
         found = [
-            np.array([self.reference_shapes.index(size) for size in table])[
+            np.array([self.reference_shapes.index(size) for size in table], kind)[
                 buckets.nearest(height, width, table)
             ]
             for table in self.reference_sizes
@@ -150,8 +151,10 @@ class Source(Protocol):
     task: str
     settings: TaskSettings
     size_of: np.ndarray
-    pictures_of: np.ndarray
     references_of: np.ndarray
+
+    @property
+    def pictures_of(self) -> np.ndarray: ...
 
     def __len__(self) -> int: ...
 

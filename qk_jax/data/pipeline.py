@@ -37,6 +37,7 @@ from qk_jax.data.plan import (
     in_turn,
     interleaved,
     mixed_batches,
+    shares,
 )
 from qk_jax.data.prompts import PromptBuilder, pixel_values, text_tokens
 from qk_jax.pictures.fitting import Size
@@ -233,12 +234,14 @@ class _Planned(NamedTuple):
       sources: of each group.
       plan: of the pipeline.
       of_task: batches of each task, in the last phase.
+      shares: of each phase, by its first step: what part of its examples each group is.
     """
 
     groups: tuple[Group, ...]
     sources: tuple[Source, ...]
     plan: grain.MapDataset
     of_task: list[grain.MapDataset]
+    shares: dict[int, dict[int, float]]
 
 
 def _planned(
@@ -249,7 +252,8 @@ def _planned(
     phases = settings.phases(config)[0 if train else -1 :]
     groups: list[Group] = []
     sources: list[Source] = []
-    plans = []
+    plans, shares_of = [], {}
+    mixed = train and config["data"].get("mixed_batches", False)
     for phase in phases:
         read = make_sources({**config, "data": phase.data}, split, seed, list(weights))
         begin = len(groups)
@@ -265,14 +269,15 @@ def _planned(
         of_task = [batches_of(name, own, batch, order) for name in weights]
         plans.append(
             mixed_batches(own, weights, batch, order)
-            if train and phase.data.get("mixed_batches", False)
+            if mixed
             else interleaved(of_task, [exactly(weight) for weight in weights.values()])
         )
+        shares_of[phase.first] = shares(own, weights, batch, mixed)
         if len(phases) > 1:
             _log_shapes(f"{split}, from step {phase.first}", own)
     _log_shapes(split, dict(enumerate(groups)))
     plan = in_turn(plans, [phase.first for phase in phases])
-    return _Planned(tuple(groups), tuple(sources), plan, of_task)
+    return _Planned(tuple(groups), tuple(sources), plan, of_task, shares_of)
 
 
 def _log_shapes(when: str, groups: Groups) -> None:
@@ -292,6 +297,7 @@ class Pipeline:
     Attributes:
       groups: every shape that occurs (tasks share shapes).
       plan: step -> int [B, 2], (index of a group, into its numbers), the same on all hosts.
+      shares: of each phase, by its first step: {index of a group: its part of the examples}.
       loader: reads the slots of an element of the plan.
       bad: how many records were bad so far, by (source, kind); a source is a task, and its source
         where it has several.
@@ -333,7 +339,7 @@ class Pipeline:
             raise InputError("no task has a weight; set config.data.tasks.text_to_image to 1")
         dropouts = settings.dropouts(data)
         planned = _planned(config, split, batch, seed, weights)
-        self.groups, self.plan = planned.groups, planned.plan
+        self.groups, self.plan, self.shares = planned.groups, planned.plan, planned.shares
         prompts = prompts or PromptBuilder.from_config(config)
         self.loader = Loader(
             groups=self.groups,

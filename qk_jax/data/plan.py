@@ -94,20 +94,16 @@ def groups_of(source: Source, batch: int, limit: int) -> list[Group]:
     if not len(source.size_of):
         raise InputError(f"{source.task} has no example; set config.data.tasks.{source.task} to 0")
     sizes, shown = source.settings.sizes, source.settings.reference_shapes
-    columns = [source.pictures_of, source.size_of, *source.references_of.T]
-    most = [int(source.pictures_of.max()) + 1, len(sizes), *[len(shown)] * (len(columns) - 2)]
-    codes, key_of, counts = np.unique(
-        np.ravel_multi_index(columns, most), return_inverse=True, return_counts=True
-    )
-    keys = np.stack(np.unravel_index(codes, most), axis=1)
-    key_of = _merged(keys, counts, _aspects(sizes), _aspects(shown), batch, limit)[key_of]
-    source.size_of, source.references_of = keys[key_of, 1], keys[key_of, 2:]
+    keys, counts, key_of = _keys(source, len(sizes), len(shown))
+    owner = _merged(keys, counts, _aspects(sizes), _aspects(shown), batch, limit)
+    key_of = owner.astype(key_of.dtype)[key_of]
+    narrow = keys.astype(np.min_scalar_type(max(len(sizes), len(shown))))
+    source.size_of, source.references_of = narrow[:, 1][key_of], narrow[:, 2:][key_of]
     groups = []
-    merged, often = np.unique(key_of, return_counts=True)
+    often = np.bincount(key_of, minlength=len(keys))
     small = often.max() < batch
-    for key in merged:
+    for key, numbers in _members(key_of, often).items():
         pictures, size, *references = keys[key].tolist()
-        numbers = np.flatnonzero(key_of == key)
         if small or len(numbers) >= batch:
             fitted = tuple(shown[i] for i in references[:pictures])
             conditions = (sizes[size],) * pictures
@@ -128,6 +124,26 @@ def groups_of(source: Source, batch: int, limit: int) -> list[Group]:
     return groups
 
 
+def _keys(source: Source, sizes: int, shown: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of a source with so many sizes of targets and references: int [K, 2 + R], number of pictures,
+    size and sizes of references that occur; how many examples of each; int [N], of each example."""
+    columns = [source.pictures_of, source.size_of, *source.references_of.T]
+    most = [int(source.pictures_of.max()) + 1, sizes, *[shown] * (len(columns) - 2)]
+    codes = np.ravel_multi_index(columns, most)
+    counts = np.bincount(codes)
+    found = np.flatnonzero(counts)
+    place = np.zeros(len(counts), np.min_scalar_type(len(found)))
+    place[found] = np.arange(len(found))
+    return np.stack(np.unravel_index(found, most), axis=1), counts[found], place[codes]
+
+
+def _members(key_of: np.ndarray, often: np.ndarray) -> dict[int, np.ndarray]:
+    """{key: numbers of its examples, rising}, from the key of each and how many each key has."""
+    order = np.argsort(key_of, kind="stable").astype(np.uint32)
+    parts = np.split(order, np.cumsum(often)[:-1])
+    return {key: part for key, part in enumerate(parts) if len(part)}
+
+
 def by_source(groups: Sequence[Group], source: Joined) -> list[Group]:
     """The groups of several sources of a task, cut into those of each source."""
     found = []
@@ -135,8 +151,8 @@ def by_source(groups: Sequence[Group], source: Joined) -> list[Group]:
         pieces = np.split(group.numbers, np.searchsorted(group.numbers, source.ends[:-1]))
         for part, numbers in zip(source.parts, pieces, strict=True):
             if len(numbers):
-                own = {"source": part.name, "weight": part.weight, "numbers": numbers}
-                found.append(group._replace(**own))
+                own = group._replace(source=part.name, weight=part.weight, numbers=numbers)
+                found.append(own)
     for part in source.parts:
         if part.name not in {group.source for group in found}:
             log.warning("%s: nothing is read from %s", source.task, part.name)
@@ -207,6 +223,49 @@ def batches_of(task: str, groups: Groups, batch: int, seed: int) -> grain.MapDat
     return together.shuffle(seed=hashed(seed, task, "batches")).repeat()
 
 
+def mixed_shares(groups: Groups, weights: Mapping[str, float]) -> dict[int, Fraction]:
+    """What part of the examples of `mixed_batches` each group is, with the sum of the weights.
+
+    A task's part of them is its weight, a source's of those its own, and within a source each
+    example comes as often as another.
+    """
+    examples = Counter[str]()
+    for group in groups.values():
+        examples[group.label] += len(group.numbers)
+    source = {group.label: (group.task, exactly(group.weight)) for group in groups.values()}
+    total = {task: sum(own for name, own in source.values() if name == task) for task in weights}
+    return {
+        index: exactly(weights[group.task]) * exactly(group.weight) / total[group.task]
+        * Fraction(len(group.numbers), examples[group.label])
+        for index, group in groups.items()
+    }  # fmt: skip
+
+
+def shares(
+    groups: Groups, weights: Mapping[str, float], batch: int, mixed: bool
+) -> dict[int, float]:
+    """What part of a run's examples each group is; they sum to 1.
+
+    Args:
+      groups: of all tasks.
+      weights: of each task, above 0.
+      batch: examples in a batch.
+      mixed: by `mixed_batches`, not by `batches_of` each task.
+    """
+    found = mixed_shares(groups, weights)
+    if not mixed:
+        whole = Counter[str]()  # batches of an epoch of each task that has one source
+        for group in groups.values():
+            whole[group.task] += max(len(group.numbers) // batch, 1)
+        found |= {
+            index: exactly(weights[group.task])
+            * Fraction(max(len(group.numbers) // batch, 1), whole[group.task])
+            for index, group in groups.items() if not group.source
+        }  # fmt: skip
+    total = sum(map(exactly, weights.values()))
+    return {index: float(share / total) for index, share in found.items()}
+
+
 def mixed_batches(
     groups: Groups, weights: Mapping[str, float], batch: int, seed: int
 ) -> grain.MapDataset:
@@ -218,23 +277,14 @@ def mixed_batches(
       batch: examples in a batch.
       seed: of the orders.
     """
-    examples = Counter[str]()
-    for group in groups.values():
-        examples[group.label] += len(group.numbers)
-    source = {group.label: (group.task, exactly(group.weight)) for group in groups.values()}
-    total = {task: sum(own for name, own in source.values() if name == task) for task in weights}
-    share = {
-        index: exactly(weights[group.task]) * exactly(group.weight) / total[group.task]
-        * Fraction(len(group.numbers), examples[group.label])
-        for index, group in groups.items()
-    }  # fmt: skip
-    parts, shares = [], []
+    share = mixed_shares(groups, weights)
+    parts, sums = [], []
     for indices in by_shape(groups).values():
         streams = [_shuffled(index, groups[index], seed).repeat() for index in indices]
         own = [share[index] for index in indices]
         parts.append(interleaved(streams, own).batch(batch))
-        shares.append(sum(own))
-    return interleaved(parts, shares)
+        sums.append(sum(own, Fraction()))
+    return interleaved(parts, sums)
 
 
 def exactly(weight: float) -> Fraction:

@@ -22,8 +22,10 @@ import io
 import itertools
 import json
 import logging
+import mmap
 import re
 import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -47,10 +49,13 @@ INDEX_DTYPE = np.dtype(
         ("source", "S24"),
     ]
 )
+ROWS_AT_ONCE = 1 << 20  # of a side index in memory
 OPEN_AT_ONCE = 400  # shards of one split; systems allow a process 1,024 files
 NAME_LIMIT = 24  # ASCII characters of a task or a source in the index
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.array_record")
 _INDEX = ".index.npy"
+_CHECK, _CHECKED = struct.Struct("<8sI"), b"qk-crc32"
+_BLOCK = 1 << 24  # bytes of which a checksum is taken at once
 _HEADER_LENGTH = struct.Struct("<I")
 _HEADER_LIMIT = 1 << 24
 
@@ -172,9 +177,31 @@ def writing(path: files.PathLike) -> Iterator[Callable[[Entry], None]]:
             yield add
         finally:
             writer.close()
-        buffer = io.BytesIO()
-        np.save(buffer, np.array(index, INDEX_DTYPE))
-        side.write_bytes(buffer.getvalue())
+        side.write_bytes(index_bytes(np.array(index, INDEX_DTYPE)))
+
+
+def index_bytes(index: np.ndarray) -> bytes:
+    """A side index as its file: a .npy, and behind it a checksum that NumPy does not read."""
+    buffer = io.BytesIO()
+    np.save(buffer, index)
+    data = buffer.getvalue()
+    return data + _CHECK.pack(_CHECKED, zlib.crc32(data))
+
+
+def _check_index(path: files.PathLike) -> None:
+    """Raises ValueError for a side index on disk whose checksum does not agree; those that were
+    written before there was one have none."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        end = len(data) - _CHECK.size
+        if end < 0 or data[end : end + len(_CHECKED)] != _CHECKED:
+            return
+        found = 0
+        with memoryview(data) as view:
+            for begin in range(0, end, _BLOCK):
+                with view[begin : min(begin + _BLOCK, end)] as part:
+                    found = zlib.crc32(part, found)
+        if found != _CHECK.unpack(data[end:])[1]:
+            raise ValueError("its checksum does not agree")
 
 
 def _columns(entry: Entry) -> tuple[Any, ...]:
@@ -192,6 +219,14 @@ def write_records(path: files.PathLike, entries: Iterable[Entry]) -> int:
             add(entry)
             count += 1
     return count
+
+
+def coded(names: np.ndarray) -> tuple[list[bytes], np.ndarray]:
+    """The different names of a column [N], and int [N] which each row has."""
+    if len(names) and (names == names[0]).all():  # mostly; sorting text takes long
+        return [names[0]], np.zeros(len(names), np.intp)
+    values, codes = np.unique(names, return_inverse=True)
+    return values.tolist(), codes
 
 
 class RecordFile:
@@ -216,25 +251,23 @@ class RecordFile:
         if needed and not exists:
             raise InputError(f"there is no record file {self.path}; name one that exists")
         side = index_path(self.path)
-        try:
-            self.index: np.ndarray = np.load(io.BytesIO(side.read_bytes()), allow_pickle=False)
-        except FileNotFoundError:
+        if not side.is_file():
             raise InputError(
                 f"the side index {side} is missing; copy it too or write the file again"
-            ) from None
+            )
+        self._side = buckets.staged(side)
+        try:
+            _check_index(self._side)
+            found = self._mapped()
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"the side index {side} is damaged ({error})") from None
-        columns = self.index.dtype.descr
-        if columns[:5] == _OLD_DTYPE.descr and columns == INDEX_DTYPE.descr[: len(columns)]:
-            old, self.index = self.index, np.zeros(len(self.index), INDEX_DTYPE)
-            for column in old.dtype.names:
-                self.index[column] = old[column]
-        else:
+        columns = found.dtype.descr
+        if columns[:5] != _OLD_DTYPE.descr or columns != INDEX_DTYPE.descr[: len(columns)]:
             raise InputError(
-                f"the side index {side} has the columns {self.index.dtype.names}; "
+                f"the side index {side} has the columns {found.dtype.names}; "
                 "it belongs to another version: write the file again"
             )
-        self._count = len(self.index)
+        self._count = len(found)
         if not exists:
             log.warning(
                 "%s is missing: each of its %d records is replaced by another; copy it again",
@@ -247,6 +280,20 @@ class RecordFile:
 
     def __len__(self) -> int:
         return self._count
+
+    def _mapped(self) -> np.ndarray:
+        return np.load(self._side, mmap_mode="r", allow_pickle=False)
+
+    @property
+    def index(self) -> np.ndarray:
+        """The side index, INDEX_DTYPE [N], mapped from the disk; what old files lack is 0."""
+        found = self._mapped()
+        if found.dtype == INDEX_DTYPE:
+            return found
+        new = np.zeros(len(found), INDEX_DTYPE)
+        for column in found.dtype.names or ():
+            new[column] = found[column]
+        return new
 
     @property
     def is_open(self) -> bool:
@@ -307,7 +354,6 @@ class RecordSet:
 
     Attributes:
       path: what errors call the whole.
-      index: of all records.
 
     Raises: InputError when there is no such file, a shard is missing, or see `RecordFile`.
     """
@@ -323,9 +369,6 @@ class RecordSet:
         else:
             _check_shards(folder, split, shards)
             self.files = [RecordFile(folder / name, needed=False) for name in shards]
-        self.index = np.concatenate([file.index for file in self.files])
-        for file in self.files:
-            file.index = file.index[:0].copy()  # it is in `index`
         self._ends = list(itertools.accumulate(map(len, self.files)))
         self._opened: collections.deque[RecordFile] = collections.deque()
 
@@ -333,7 +376,22 @@ class RecordSet:
         return {**self.__dict__, "_opened": collections.deque()}
 
     def __len__(self) -> int:
-        return len(self.index)
+        return self._ends[-1]
+
+    def indices(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(number of the first record, side index) of pieces, of which no more need be in memory
+        than one: those of a large set have some gigabytes."""
+        for end, file in zip(self._ends, self.files, strict=True):
+            index, first = file.index, end - len(file)
+            for begin in range(0, len(index), ROWS_AT_ONCE):
+                yield first + begin, index[begin : begin + ROWS_AT_ONCE]
+
+    def tasks(self) -> set[str]:
+        """Of all records."""
+        found: set[bytes] = set()
+        for _, index in self.indices():
+            found |= set(coded(index["task"])[0])
+        return {name.decode() for name in found}
 
     def _place(self, number: int) -> tuple[RecordFile, int]:
         """The file of a record, and its number there."""

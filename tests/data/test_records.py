@@ -2,11 +2,12 @@
 
 import pickle
 import struct
+from collections import Counter
 
 import numpy as np
 import pytest
 
-from qk_jax.base.errors import InputError
+from qk_jax.base.errors import BadRecord, InputError
 from qk_jax.data import records
 
 
@@ -31,7 +32,7 @@ def test_an_index_from_before_some_columns_is_read(tmp_path, columns):
     entry = records.Entry({}, {}, 10, 20, 2, "composition", ((3, 4), (5, 6)), "emoji")
     path = tmp_path / "a.array_record"
     records.write_records(path, [entry])
-    new = records.RecordFile(path).index
+    new = records.RecordFile(path).index.copy()
     assert new["references"].tolist() == [[[3, 4], [5, 6], [0, 0]]]
     assert new["source"].tolist() == [b"emoji"] and new["digest"].any()
     kept = records.INDEX_DTYPE.descr[:columns]
@@ -57,7 +58,8 @@ def test_shards_are_one_set_in_their_order(tmp_path):
         [2, 0],
         [2, 1],
     ]
-    assert found.index["width"].tolist() == [1, 2, 3, 1, 2]
+    rows = [(first, index["width"].tolist()) for first, index in found.indices()]
+    assert rows == [(0, [1, 2, 3]), (3, [1, 2])]
     assert found.name(3) == f"record 0 of {tmp_path}/train-00002-of-00003.array_record"
     assert pickle.loads(pickle.dumps(found))[4] == found[4]
     with pytest.raises(IndexError):
@@ -161,3 +163,43 @@ def test_an_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file cannot be written"):
         records.write_records(tmp_path / "file" / "a.array_record", [])
+
+
+def test_a_flipped_bit_is_found_or_without_effect(tmp_path):
+    """200 of them, anywhere in a record file and its side index: a record is as it was, or cannot
+    be read, or the file is named at once."""
+    folder = tmp_path / "set"
+    path = write(folder / "train.array_record")
+    files = [path, records.index_path(path)]
+    good = [
+        (record.header, dict(record.blobs))
+        for record in map(records.RecordFile(path).__getitem__, range(40))
+    ]
+    rows = records.RecordFile(path).index.tobytes()
+    kept, draw = [file.read_bytes() for file in files], np.random.default_rng(0)
+    total, outcomes = sum(map(len, kept)), Counter()
+    for place in draw.choice(8 * total, 200, replace=False).tolist():
+        byte, bit = divmod(place, 8)
+        which, at = (0, byte) if byte < len(kept[0]) else (1, byte - len(kept[0]))
+        data = bytearray(kept[which])
+        data[at] ^= 1 << bit
+        files[which].write_bytes(data)
+        try:
+            found = records.RecordSet(folder, "train")
+            ((_, index),) = found.indices()
+            assert index.tobytes() == rows
+            for number, wanted in enumerate(good):
+                try:
+                    record = found[number]
+                    assert (record.header, dict(record.blobs)) == wanted
+                    outcomes["right"] += 1
+                except BadRecord:
+                    outcomes["unreadable"] += 1
+        except BadRecord:
+            raise
+        except InputError as error:
+            assert "train.array_record" in str(error)
+            outcomes["named"] += 1
+        files[which].write_bytes(kept[which])
+    print(outcomes)
+    assert min(outcomes.values()) > 5 and len(outcomes) == 3

@@ -11,6 +11,7 @@ import numpy as np
 from qk_jax.base.errors import BadRecord, InputError
 from qk_jax.data import buckets, records
 from qk_jax.data.example import Example, Source, TaskSettings, caption_of
+from qk_jax.data.records import coded
 from qk_jax.pictures.decoding import decode_picture
 from qk_jax.pictures.fitting import contain, cover
 from qk_jax.pictures.roles import REFERENCE, SOURCE
@@ -21,6 +22,11 @@ _SAME = {role: role for role in _ROLES}
 
 class RecordSource:
     """One task of a record file written by an import or by `qk_jax.data.Writer`.
+
+    Attributes, beside those of a `Source`, of its N examples:
+      numbers: int [N], of the record of each.
+      names: of the sets that they are from.
+      name_of: int [N], index into `names`.
 
     Header: `instruction`, `roles` ('source' or 'reference' for each picture); blobs: `target`,
     `picture_1`, `picture_2`, ... A target goes to the size nearest in aspect ratio (scaled to cover
@@ -50,27 +56,42 @@ class RecordSource:
         """
         self.task, self.file, self.settings, self.max_pixels = task, file, settings, max_pixels
         self.captions, self.roles = dict(captions), {**_SAME, **roles}
-        self.numbers = np.flatnonzero(file.index["task"] == task.encode())
-        if not len(self.numbers):
-            known = sorted({name.decode() for name in np.unique(file.index["task"])})
+        self.names: list[str] = []
+        columns = [self._columns(*piece) for piece in file.indices()]
+        rows = [np.concatenate(column) for column in zip(*columns, strict=True)]
+        if not rows or not len(rows[0]):
             raise InputError(
-                f"{file.path} has no record of task {task} (it has {', '.join(known) or 'none'}); "
-                f"set config.data.tasks.{task} to 0"
+                f"{file.path} has no record of task {task} (it has "
+                f"{', '.join(sorted(file.tasks())) or 'none'}); set config.data.tasks.{task} to 0"
             )
-        index = file.index[self.numbers]
-        self.size_of = buckets.nearest(index["height"], index["width"], settings.sizes)
-        self.pictures_of = index["pictures"].astype(np.int32)
-        self.references_of = np.zeros((len(index), 0), np.int32)
+        self.numbers, self.size_of, self.pictures_of, self.references_of, self.name_of = rows
+
+    def _columns(self, first: int, index: np.ndarray) -> tuple[np.ndarray, ...]:
+        """`numbers`, `size_of`, `pictures_of`, `references_of` and `name_of` of a piece of the side
+        index; narrow, since a set may have 50 million rows."""
+        settings, own = self.settings, np.flatnonzero(index["task"] == self.task.encode())
+        sizes = buckets.nearest(index["height"][own], index["width"][own], settings.sizes)
+        pictures = index["pictures"][own].clip(max=255).astype(np.uint8)
+        references = np.zeros((len(own), 0), np.uint8)
         if len(settings.reference_shapes) > 1:
-            width, height = index["references"].transpose(2, 0, 1)
+            width, height = index["references"][own].transpose(2, 0, 1)
             if self.roles != _SAME:  # the index has the sizes of other pictures
                 width = height = np.zeros_like(width)
             known = (width > 0).sum(axis=1)
-            number = np.where(known > 0, known, self.pictures_of)[:, None]
+            number = np.where(known > 0, known, pictures)[:, None]
             # What is not known is taken for a square.
-            self.references_of = settings.nearest_reference(
+            references = settings.nearest_reference(
                 np.maximum(height, 1), np.maximum(width, 1), number
             )
+        values, codes = coded(index["source"][own])
+        names = [value.decode() for value in values]
+        self.names += [name for name in names if name not in self.names]
+        places = np.array([self.names.index(name) for name in names], np.uint16)
+        return (own + first).astype(np.uint32), sizes, pictures, references, places[codes]
+
+    def name(self, number: int) -> str:
+        """The set that example `number` is from, '' where it says none."""
+        return self.names[self.name_of[number]]
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -105,10 +126,10 @@ class RecordSource:
         target = cover(picture("target"), size)
         instruction, _ = max(captions, key=lambda caption: caption[1])
         several = captions if len(captions) > 1 else ()
-        name = self.file.index["source"][record].decode()
         return Example(
-            instruction, target, shown, numbers, self.task, record, source=name, captions=several
-        )
+            instruction, target, shown, numbers, self.task, record, source=self.name(number),
+            captions=several,
+        )  # fmt: skip
 
     def _captions(self, header: Mapping[str, Any], name: str) -> tuple[tuple[str, float], ...]:
         """(text, weight) of those that the record has. Raises: BadRecord when it has none."""

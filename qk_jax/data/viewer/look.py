@@ -49,7 +49,7 @@ def folder_fields(folder: str, split: str) -> dict[str, str]:
 
     Raises: InputError when it has no records of the split, or none of a known task.
     """
-    found = {name.decode() for name in set(RecordSet(folder, split).index["task"].tolist())}
+    found = RecordSet(folder, split).tasks()
     if not found & set(TASKS):
         raise InputError(
             f"{folder} has no {split} record of a task, only {', '.join(sorted(found)) or 'none'}; "

@@ -149,7 +149,7 @@ class Reader:
         (name, _, source), record = part, number
         if isinstance(source, RecordSource):
             record = int(source.numbers[number])
-            name = source.file.index["source"][record].decode() or name
+            name = source.name(number) or name
         place = f"record {record}"
         try:
             return self._whole(place, name, source[number], (False, False), [])
@@ -233,8 +233,10 @@ def sizes_of(parts: Sequence[Part]) -> Sizes:
     pairs = []
     for source in sources:
         if original and isinstance(source, RecordSource):
-            index = source.file.index[source.numbers]
-            pairs.append(np.stack([index["width"], index["height"]]).astype(np.int64))
+            for first, index in source.file.indices():
+                ends = np.searchsorted(source.numbers, (first, first + len(index)))
+                rows = source.numbers[slice(*ends)] - first
+                pairs.append(np.stack([index[side][rows] for side in ("width", "height")]))
         else:
             pairs.append(np.array(source.settings.sizes)[source.size_of].T[::-1])
     width, height = np.concatenate(pairs, axis=1)

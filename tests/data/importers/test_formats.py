@@ -40,7 +40,8 @@ def test_a_published_set_is_read(name, tmp_path):
     assert list(examples(tmp_path / "out")) == made.examples
     assert manifest["records"] == {"train": len(made.examples)}
     assert manifest["rejected"] == ({"filtered": 1} if name == "uno" else {})
-    index = records.RecordSet(tmp_path / "out", "train").index
+    found = records.RecordSet(tmp_path / "out", "train").indices()
+    index = np.concatenate([piece for _, piece in found])
     assert set(zip(index["width"], index["height"], strict=True)) == {(40, 24)}
     assert index["pictures"].tolist() == [len(pictures) for *_, pictures in made.examples]
     assert set(index["source"]) == {made.job["format"].encode()}

@@ -161,7 +161,8 @@ def test_an_input_that_has_changed_is_named(tmp_path, monkeypatch):
 def test_pictures_that_came_before_are_left_out(tmp_path):
     job = many(tmp_path / "in", 30)
     manifest = run(job, tmp_path / "out", dedup=True)
-    index = records.RecordSet(tmp_path / "out", "train").index
+    found = records.RecordSet(tmp_path / "out", "train").indices()
+    index = np.concatenate([piece for _, piece in found])
     assert len(np.unique(index["digest"], axis=0)) == len(index)
     bad = len([n for n in range(30) if n % 7 == 0])
     assert manifest["records"] == {"train": 15}
@@ -214,7 +215,7 @@ def test_width_and_height_are_those_of_the_picture_upright(tmp_path):
     put(tmp_path, "in/a.txt", "a")
     job = {"format": "folder", "inputs": (str(tmp_path / "in"),), "task": "text_to_image"}
     run(job, tmp_path / "out")
-    index = records.RecordSet(tmp_path / "out", "train").index
+    ((_, index),) = records.RecordSet(tmp_path / "out", "train").indices()
     assert (index["width"][0], index["height"][0]) == (100, 60)
 
 

@@ -4,35 +4,33 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import pathlib
-import re
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 
 import numpy as np
 from PIL import Image
 
+from qk_jax.data.bench import fresh
 from qk_jax.data.importers import importing
 from qk_jax.data.importers.drafts import encoded
 from qk_jax.data.importers.job import Job
 from qk_jax.pictures.decoding import decode_picture
+from qk_jax.pictures.fitting import Size
 
-_SIDE = 512
 _GROUP = 100  # rows of a row group, as Hugging Face writes pictures
 
 
-def pictures(count: int) -> list[bytes]:
-    """JPEGs of 512x512, quality 90, about as large as photographs are."""
+def pictures(count: int, size: Size = (512, 512)) -> list[bytes]:
+    """JPEGs of a (height, width), quality 90, about as large as photographs are."""
     draw = np.random.default_rng(0)
     coarse = draw.integers(0, 255, (count, 24, 24, 3), np.uint8)
     found = []
     for grid in coarse:
-        image = Image.fromarray(grid).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
-        grain = draw.normal(0, 5, (_SIDE, _SIDE, 1))
+        image = Image.fromarray(grid).resize(size[::-1], Image.Resampling.BICUBIC)
+        grain = draw.normal(0, 5, (*size, 1))
         pixels = np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8)
         found.append(encoded(Image.fromarray(pixels), "JPEG", 90))
     return found
@@ -70,13 +68,11 @@ MAKERS: dict[str, Callable[[pathlib.Path, list[bytes]], None]] = {
 }
 
 
-def _measure(job: Job, answer: Connection) -> None:
+def _measure(job: Job) -> tuple[float, float]:
+    """Seconds, and those of the processor."""
     begun, cpu = time.perf_counter(), time.process_time()
     importing.run(job, importing.Engine())
-    wall, cpu = time.perf_counter() - begun, time.process_time() - cpu
-    # Of this program alone: ru_maxrss would have that of the process which has started it.
-    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
-    answer.send((wall, cpu, int(peak) / 1024))
+    return time.perf_counter() - begun, time.process_time() - cpu
 
 
 def run(count: int) -> str:
@@ -97,19 +93,9 @@ def run(count: int) -> str:
                 source.mkdir()
                 make(source, [data[n % len(data)] for n in range(number)])
                 job = Job(name, (str(source),), "text_to_image", f"{folder}/out")
-                wall, cpu, memory = _fresh(job)
+                (wall, cpu), peak = fresh.run(_measure, job)
             lines.append(
-                f"| {name} | {number} | {number / wall:.0f} | {number / cpu:.0f} | {memory:.0f} |"
+                f"| {name} | {number} | {number / wall:.0f} | {number / cpu:.0f} "
+                f"| {peak / 2**20:.0f} |"
             )
     return "\n".join(lines)
-
-
-def _fresh(job: Job) -> tuple[float, float, float]:
-    """What `_measure` finds in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_measure, args=(job, there))
-    process.start()
-    found: tuple[float, float, float] = here.recv()
-    process.join()
-    return found

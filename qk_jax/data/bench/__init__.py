@@ -1,0 +1,1 @@
+"""What the data costs on this machine: imports, and the plan of a large set."""
