@@ -89,6 +89,16 @@ def _saved(meta: Meta, item: str) -> dict[str, tuple[list[int], str]]:
     return {name: (leaf["shape"], leaf["dtype"]) for name, leaf in leaves.items()}
 
 
+class _Manager(ocp.CheckpointManager):
+    """Does not ask JAX whether a host is preempted: `distributed.preempted` does, by its calls, and
+    JAX lets all leave at the call after the highest number that anybody has asked with. Orbax asks
+    with the step at every save: the calls of a run that was resumed would not come to it for long.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Store:
     """The steps under one folder.
 
@@ -141,7 +151,7 @@ class Store:
             read_only=not write,
         )
         try:
-            self.manager = ocp.CheckpointManager(
+            self.manager = _Manager(
                 self.root, options=options, handler_registry=_handlers()
             )
         except OSError as error:

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import sys
 import time
 import types
@@ -34,6 +35,18 @@ class Full(ocp.future.Future):
 
     def result(self, timeout=None):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def preempted(folder):
+    """How many calls after SIGTERM all leave, when a late step was saved before."""
+    store = Store(folder)
+    distributed.preempted()
+    store.save(1000, items(1000), META)
+    store.wait()
+    if jax.process_index() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(4)  # while all agree when to leave, the next step is taken
+    return next((call for call in range(200) if distributed.preempted()), None)
 
 
 def sharded(axis=0):
@@ -197,6 +210,8 @@ def main(port, processes, process, what, folder):
         found = aside(pathlib.Path(folder))
     elif what == "full":
         found = full(folder)
+    elif what == "preempted":
+        found = preempted(folder)
     elif what == "minutes":
         found = by_minutes(folder)
     else:

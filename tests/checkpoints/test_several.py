@@ -70,6 +70,12 @@ def test_a_damaged_step_that_one_process_still_sees_is_saved_again_by_all(tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "damaged-2"]
 
 
+def test_all_leave_at_once_when_a_late_step_was_saved_before(tmp_path):
+    """JAX compares the numbers by which it is asked whether to leave; Orbax asks by the step."""
+    first, second = found("preempted", tmp_path)
+    assert first == second == 0
+
+
 def test_minutes_are_those_of_process_0(tmp_path):
     """Whose steps take 35 s, while the other's clock runs quite another way."""
     for one in found("minutes", tmp_path):
