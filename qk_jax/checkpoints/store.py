@@ -151,9 +151,7 @@ class Store:
             read_only=not write,
         )
         try:
-            self.manager = _Manager(
-                self.root, options=options, handler_registry=_handlers()
-            )
+            self.manager = _Manager(self.root, options=options, handler_registry=_handlers())
         except OSError as error:
             raise InputError(f"{self.root} cannot be written: {error.strerror}") from error
 
