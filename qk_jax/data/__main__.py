@@ -25,6 +25,7 @@ with plan, the start, the memory and the look-up of a large set.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ from qk_jax.data.importers.job import Job
 
 _LEAST_ROWS = 100_000  # of a plan that is measured: each shape should have a batch
 _ON_PAGE, _ON_SHEET = 10_000, 200  # examples
-_SIZES = "stage3:7b"  # whose sizes a folder is shown at
+_SIZES = "stage3:7b"  # whose sizes a folder is shown at, and measured
 _ENCODINGS = {"jpeg": "JPEG", "webp": "WEBP", "png": "PNG"}
 
 
@@ -181,6 +182,24 @@ def check_look(args: argparse.Namespace) -> tuple[int, ...] | None:
     return records
 
 
+def _bench(args: argparse.Namespace) -> str:
+    """The tables of bench. Raises: InputError."""
+    from qk_jax.data.bench import imports, loading, plans
+    from qk_jax.experiment import config as config_lib
+
+    if args.pictures < 1 or args.rows < _LEAST_ROWS:
+        raise InputError(
+            f"--pictures is {args.pictures} and --rows {args.rows}; give at least 1 picture "
+            f"and {_LEAST_ROWS:,} rows"
+        )
+    load = functools.partial(config_lib.load, _SIZES)
+    if args.what == "import":
+        return imports.run(args.pictures)
+    if args.what == "load":
+        return loading.run(args.pictures, load)
+    return plans.run(args.rows, load)
+
+
 def _plan(args: argparse.Namespace, overrides: dict[str, str]) -> str:
     """The report of plan. Raises: InputError."""
     from qk_jax.data.pipeline import Pipeline
@@ -238,15 +257,7 @@ def main(argv: Sequence[str]) -> None:
 
     runtime.start_logging()
     if args.verb == "bench":
-        from qk_jax.data.bench import imports, loading, plans
-
-        if args.pictures < 1 or args.rows < _LEAST_ROWS:
-            raise InputError(
-                f"--pictures is {args.pictures} and --rows {args.rows}; give at least 1 picture "
-                f"and {_LEAST_ROWS:,} rows"
-            )
-        runs = {"import": imports.run, "load": loading.run, "plan": plans.run}
-        print(runs[args.what](args.rows if args.what == "plan" else args.pictures))
+        print(_bench(args))
         return
     if args.verb == "plan":
         print(_plan(args, overrides))

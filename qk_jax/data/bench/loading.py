@@ -16,14 +16,12 @@ from qk_jax.base import runtime
 from qk_jax.base.errors import InputError
 from qk_jax.data import Writer
 from qk_jax.data.bench.imports import pictures
-from qk_jax.experiment import config as config_lib
-from qk_jax.experiment import origins
+from qk_jax.data.bench.made_up import TOKENIZER, Load, fields
 from qk_jax.pictures.decoding import decode_picture
 from qk_jax.pictures.fitting import cover
 
 _SIZE, _SIDE = (600, 640), 512  # (height, width) of the files; side of what is trained
 _FILES, _BATCH, _ROUNDS = 64, 32, 3
-TOKENIZER = str(origins.EMBEDDED / "tokenizer")
 
 
 class TorchSet:
@@ -82,16 +80,13 @@ def _alone(data: list[bytes], count: int, threads: int) -> float:
         return count / (time.perf_counter() - begun)
 
 
-def _ours(folder: str, count: int, workers: int, threads: int) -> float:
+def _ours(load: Load, folder: str, count: int, workers: int, threads: int) -> float:
     """Of our batches."""
     from qk_jax.data.pipeline import Pipeline
 
-    fields = {f"data.tasks.{name}": "0" for name in config_lib.load("stage3:7b").data.tasks}
-    fields |= {"data.tasks.text_to_image": "1", "data.records": folder, "data.sizes": "512x512"}
-    fields |= {"data.batch": str(_BATCH), "validation.batch": str(_BATCH)}
-    fields |= {"data.tokenizer": TOKENIZER, "data.workers": str(workers)}
-    fields |= {"data.threads": str(threads)}
-    pipeline = Pipeline(config_lib.load("stage3:7b", fields), "train", 0, 1)
+    own = {"data.workers": str(workers), "data.threads": str(threads), "data.sizes": "512x512"}
+    config = load(fields(folder, {"text_to_image": 1.0}, _BATCH) | own)
+    pipeline = Pipeline(config, "train", 0, 1)
     try:
         return _timed(pipeline.batches(), count, lambda batch: len(batch["record"]))
     finally:
@@ -107,7 +102,7 @@ def _theirs(files: list[str], count: int, workers: int) -> float:
     return _timed(loader, count, lambda batch: len(batch["target"]))
 
 
-def run(count: int) -> str:
+def run(count: int, load: Load) -> str:
     """A table: pictures per second of each, medians of three rounds that alternate.
 
     Raises: InputError without PyTorch.
@@ -129,8 +124,8 @@ def run(count: int) -> str:
                     writer.add("text_to_image", caption(number), data[number % len(data)])
         ways: dict[str, Callable[[], float]] = {
             "decoding and fitting alone, 2 threads": lambda: _alone(data, count, 2),
-            "qk_jax, 2 threads": lambda: _ours(folder, count, 0, 2),
-            "qk_jax, 2 workers": lambda: _ours(folder, count, 2, 2),
+            "qk_jax, 2 threads": lambda: _ours(load, folder, count, 0, 2),
+            "qk_jax, 2 workers": lambda: _ours(load, folder, count, 2, 2),
             "PyTorch DataLoader, 2 workers": lambda: _theirs(files, count, 2),
         }
         found: dict[str, list[float]] = {name: [] for name in ways}

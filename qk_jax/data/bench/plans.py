@@ -13,8 +13,7 @@ import numpy as np
 
 from qk_jax.data import records
 from qk_jax.data.bench import fresh
-from qk_jax.experiment import config as config_lib
-from qk_jax.experiment import origins
+from qk_jax.data.bench.made_up import Load, fields
 
 _SHARD = 1 << 16  # rows
 _SIDES = (256, 2049)  # of the pictures, in pixels
@@ -45,16 +44,13 @@ def _write(folder: pathlib.Path, rows: int) -> None:
             records.index_path(path).write_bytes(records.index_bytes(index))
 
 
-def _measure(folder: str, batch: int) -> dict[str, Any]:
+def _measure(load: Load, folder: str, batch: int) -> dict[str, Any]:
     """Seconds of the start, of the look-up of a step and of a late one; bytes of what a worker
     gets."""
     from qk_jax.data.pipeline import Pipeline
 
-    fields = {f"data.tasks.{name}": "0" for name in config_lib.load("stage3:7b").data.tasks}
-    fields |= {f"data.tasks.{name}": str(share) for name, (share, _) in _TASKS.items()}
-    fields |= {"data.records": folder, "data.batch": str(batch)}
-    fields |= {"data.tokenizer": str(origins.EMBEDDED / "tokenizer")}
-    config = config_lib.load("stage3:7b", fields)
+    weights = {name: share for name, (share, _) in _TASKS.items()}
+    config = load(fields(folder, weights, batch))
     begun = time.perf_counter()
     pipeline = Pipeline(config, "train", 0, 1)
     start, found = time.perf_counter() - begun, {}
@@ -68,8 +64,8 @@ def _measure(folder: str, batch: int) -> dict[str, Any]:
     return {"start": start, "look_up": found, "bytes": len(pickle.dumps(pipeline.loader))}
 
 
-def run(rows: int) -> str:
-    """A table: the plan of stage3:7b over `rows` records in shards, for two batches."""
+def run(rows: int, load: Load) -> str:
+    """A table: the plan of a config over `rows` records in shards, for two batches."""
     lines = [
         f"{rows:,} rows of side index",
         "| batch | start, s | peak memory, GB | to a worker, GB | look-up, ms | at step "
@@ -79,7 +75,7 @@ def run(rows: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         _write(pathlib.Path(folder), rows)
         for batch in _BATCHES:
-            found, peak = fresh.run(_measure, folder, batch)
+            found, peak = fresh.run(_measure, load, folder, batch)
             early, late = (1000 * found["look_up"][step] for step in (0, _LATE))
             lines.append(
                 f"| {batch} | {found['start']:.1f} | {peak / 1e9:.2f} | {found['bytes'] / 1e9:.2f} "
