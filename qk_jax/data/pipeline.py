@@ -244,10 +244,8 @@ class _Planned(NamedTuple):
     shares: dict[int, dict[int, float]]
 
 
-def _planned(
-    config: Mapping[str, Any], split: str, batch: int, seed: int, weights: Mapping[str, float]
-) -> _Planned:
-    """The plan of a split; `weights` of each task. Raises InputError as `Pipeline`."""
+def _planned(config: Mapping[str, Any], split: str, batch: int, seed: int) -> _Planned:
+    """The plan of a split. Raises InputError as `Pipeline`."""
     train = split == "train"
     phases = settings.phases(config)[0 if train else -1 :]
     groups: list[Group] = []
@@ -255,6 +253,9 @@ def _planned(
     plans, shares_of = [], {}
     mixed = train and config["data"].get("mixed_batches", False)
     for phase in phases:
+        weights = {task: float(x) for task in TASKS if (x := phase.data["tasks"][task]) > 0}
+        if not weights:
+            raise InputError("no task has a weight; set config.data.tasks.text_to_image to 1")
         read = make_sources({**config, "data": phase.data}, split, seed, list(weights))
         begin = len(groups)
         for name in weights:
@@ -334,11 +335,8 @@ class Pipeline:
         seed = config["seed"] if train else config["validation"]["seed"]
         if batch % count:
             raise InputError(f"a batch of {batch} cannot be shared by {count} hosts evenly")
-        weights = {name: float(data["tasks"][name]) for name in TASKS if data["tasks"][name] > 0}
-        if not weights:
-            raise InputError("no task has a weight; set config.data.tasks.text_to_image to 1")
         dropouts = settings.dropouts(data)
-        planned = _planned(config, split, batch, seed, weights)
+        planned = _planned(config, split, batch, seed)
         self.groups, self.plan, self.shares = planned.groups, planned.plan, planned.shares
         prompts = prompts or PromptBuilder.from_config(config)
         self.loader = Loader(

@@ -53,7 +53,7 @@ def _probabilities(name: str, values: Sequence[float]) -> Dropout:
 
 
 class Phase(NamedTuple):
-    """A part of a run with sizes of its own.
+    """A part of a run with sizes, or weights of the tasks, of its own.
 
     Attributes:
       first: its first step, counted from 0.
@@ -70,14 +70,22 @@ def phases(config: Mapping[str, Any]) -> list[Phase]:
     Checkpoints from before there were curricula have none.
 
     Raises:
-      InputError: an entry is none, steps do not rise, the last phase would never come, or a size is
-        none.
+      InputError: an entry is none, steps do not rise, the last phase would never come, a size is
+        none, or a task has no weight in the last phase.
     """
     data = config["data"]
     found, first = [], 0
     for entry in data.get("curriculum", ()):
         until, own = _checked(entry, first)
-        parse_sizes(own["sizes"], "config.data.curriculum")
+        if "sizes" in own:
+            parse_sizes(own["sizes"], "config.data.curriculum")
+        chosen = [task for task, weight in own.get("tasks", {}).items() if weight]
+        if late := sorted(task for task in chosen if not data["tasks"][task]):
+            raise InputError(
+                f"config.data.curriculum has the task {late[0]} before step {until}, which "
+                "validation and painting would not know; give it a small weight in "
+                f"config.data.tasks.{late[0]}, too"
+            )
         found.append(Phase(first, {**data, **own}))
         first = until
     if first and first >= config["steps"]:
@@ -96,11 +104,22 @@ def _checked(entry: Any, first: int) -> tuple[int, dict[str, Any]]:
         if type(until) is int and until > first and are_tables:
             fields = ("sizes", "reference_sizes_by_number")
             return until, dict(zip(fields, map(tuple, tables), strict=False))
+        if type(until) is int and until > first and _are_shares(*tables):
+            return until, {"tasks": dict.fromkeys(TASKS, 0.0) | dict(tables[0])}
     raise InputError(
-        f"config.data.curriculum has {entry!r}; give (step, sizes) or (step, sizes, sides of "
-        "references by their number) by rising steps, such as ((1000, ('32x32', '48x32')),): "
-        "these sizes before that step, config.data.sizes after"
+        f"config.data.curriculum has {entry!r}; give (step, sizes), (step, sizes, sides of "
+        "references by their number) or (step, weights of the tasks) by rising steps, such as "
+        "((1000, ('32x32', '48x32')), (2000, {'editing': 1})): these before that step, those of "
+        "config.data after"
     )
+
+
+def _are_shares(tasks: Any, *others: Any) -> bool:
+    """Whether these are weights of tasks alone."""
+    return (
+        not others and isinstance(tasks, Mapping) and 0 < len(tasks)
+        and set(tasks) <= set(TASKS) and _are_weights(list(tasks.values()))
+    )  # fmt: skip
 
 
 class Listed(NamedTuple):

@@ -133,7 +133,7 @@ MEANINGS = {
     "data.batch": "targets of a step over all devices",
     "data.tasks.NAME": "weight of the task in the mixture",
     "data.sizes": "target sizes, width x height; a picture goes to the nearest in aspect ratio",
-    "data.curriculum": "(step, sizes, sides of references): before that step; then data.sizes",
+    "data.curriculum": "(step, sizes, sides of references) or (step, {task: weight}): before it",
     "data.reference_size": "a reference is shown whole at about the square of this side, in pixels",
     "data.reference_sizes_by_number": "its side for 1, 2, ... references, the last for more",
     "data.reference_ratios": "aspect ratios of references, and mirrors; () is the square alone",

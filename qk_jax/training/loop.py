@@ -150,21 +150,10 @@ class Trainer:
             step = first
             while step < config.steps:
                 step += 1
-                self.clock.begin()
-                self.profiler.begin(step)
-                with self.phases.doing("data", f"step {step}"):
-                    batch = evals.global_batch(self.plan, next(batches))
-                self.clock.data_ready()
-                new = self.train_step.is_new(batch)
-                with self.phases.doing("compile" if new else "step", f"step {step}"):
-                    self.state, values, work = self.train_step(self.state, self.frozen, batch)
-                    self.profiler.end(step, values)
-                    if pending:  # one step behind, so that the devices never wait for the log
-                        self.record(*pending, bar, counts=not new)
-                pending = (step, values, batch["task"].shape[0], work)
+                pending = self.take(step, batches, pending, bar)
                 if step == first + 1:
                     with self.phases.doing("step", f"step {step}"):
-                        jax.block_until_ready(values)
+                        jax.block_until_ready(pending[1])
                     log.info("the first step ended %s", self.phases.since_start(imported_s))
                 self.saver.check()
                 leave, saves = self.asked_to_leave(), self.saver.is_due(step)
@@ -181,6 +170,23 @@ class Trainer:
             with self.phases.doing("save", f"step {config.steps}"):
                 self.saver.save_whole(config.steps, *self.checkpoint())
         log.info("%s: %d steps done; time: %s", self.folder, config.steps, self.phases.report())
+
+    def take(
+        self, step: int, batches: Iterator[Any], pending: Pending | None, bar: tqdm.tqdm
+    ) -> Pending:
+        """Takes a step, and records the one before it."""
+        self.clock.begin()
+        self.profiler.begin(step)
+        with self.phases.doing("data", f"step {step}"):
+            batch = evals.global_batch(self.plan, next(batches))
+        self.clock.data_ready()
+        new = self.train_step.is_new(batch)
+        with self.phases.doing("compile" if new else "step", f"step {step}"):
+            self.state, values, work = self.train_step(self.state, self.frozen, batch)
+            self.profiler.end(step, values)
+            if pending:  # one step behind, so that the devices never wait for the log
+                self.record(*pending, bar, counts=not new)
+        return step, values, batch["task"].shape[0], work
 
     def evaluates(self, step: int) -> bool:
         """Whether an evaluator is due after `step`."""

@@ -125,6 +125,22 @@ def test_a_phase_may_have_smaller_references(builder):
         assert {x.shape[1:3] for x in batch["conditions"]} == {(side, side)}
 
 
+def test_a_phase_may_have_other_tasks(builder):
+    """By the step alone, so that a run goes on exactly in any phase; the last one is as without."""
+    phases = ((3, {"text_to_image": 1}), (6, {"text_to_image": 1, "editing": 3}))
+    weights = {"text_to_image": 1.0, "editing": 1.0, "composition": 2.0}
+    every = dict.fromkeys(TASKS, 0.0) | weights
+    made = pipeline.Pipeline(config(tasks=every, curriculum=phases), "train", 0, 1, builder)
+    alone = pipeline.Pipeline(config(tasks=every, curriculum=()), "train", 0, 1, builder)
+    tasks = [set(made.batch(step)["task"].tolist()) for step in range(12)]
+    wanted = [TASKS.index(name) for name in weights]
+    assert set.union(*tasks[:3]) == {wanted[0]}
+    assert set.union(*tasks[3:6]) == set(wanted[:2])
+    for step in range(6, 12):
+        assert_same(made.batch(step), alone.batch(step - 6))
+    assert sum(made.shares[3].values()) == pytest.approx(1) and len(made.shares) == 3
+
+
 @pytest.mark.parametrize(
     ("curriculum", "words"),
     [
@@ -135,6 +151,10 @@ def test_a_phase_may_have_smaller_references(builder):
         (((5, "32x32"),), r"has \(5, '32x32'\)"),
         (((5, ("32x30",)),), "32x30 is no multiple of 16; 32x32 is near"),
         (((5, ()),), "is empty"),
+        (((5, {"singing": 1}),), r"has \(5, \{'singing': 1\}\)"),
+        (((5, {"editing": 0}),), r"has \(5, \{'editing': 0\}\)"),
+        (((5, {}),), r"has \(5, \{\}\); give .* or \(step, weights of the tasks\)"),
+        (((5, {"reconstruction": 1}),), "has the task reconstruction before step 5, which valid"),
         (((900, SMALL),), "ends at step 900 of 800: config.data.sizes, which validation and paint"),
     ],
 )
