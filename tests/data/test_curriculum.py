@@ -137,7 +137,7 @@ def test_a_phase_may_have_other_tasks(builder):
     assert set.union(*tasks[:3]) == {wanted[0]}
     assert set.union(*tasks[3:6]) == set(wanted[:2])
     for step in range(6, 12):
-        assert_same(made.batch(step), alone.batch(step - 6))
+        assert made.records(step) == alone.records(step - 6)
     assert sum(made.shares[3].values()) == pytest.approx(1) and len(made.shares) == 3
 
 
