@@ -39,11 +39,15 @@ _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
 @jax.jit
-def _device_digest(x: jax.Array) -> jax.Array:
-    """The sums of a leaf on its devices, however it is sharded."""
-    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
-    bits = jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize])
-    return _sums(bits.astype(jnp.uint32), jnp)
+def _device_digests(leaves: list[jax.Array]) -> list[jax.Array]:
+    """The sums of leaves on their devices, however they are sharded; one program for a tree."""
+
+    def digest(x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
+        bits = jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize])
+        return _sums(bits.astype(jnp.uint32), jnp)
+
+    return list(map(digest, leaves))
 
 
 def _host_digest(x: jax.Array) -> np.ndarray:
@@ -56,9 +60,10 @@ def _host_digest(x: jax.Array) -> np.ndarray:
 def describe(tree: Any) -> dict[str, dict[str, Any]]:
     """{name: {'shape', 'dtype', 'digest'}} of every leaf; the digest is 16 hex digits."""
     leaves = named(tree)
-    small = lambda x: x.is_fully_addressable and x.size <= HOST_SIZE  # noqa: E731
-    sums = [_host_digest(x) if small(x) else _device_digest(x) for x in leaves.values()]
-    sums = jax.device_get(sums)
+    small = {name: x.is_fully_addressable and x.size <= HOST_SIZE for name, x in leaves.items()}
+    large = _device_digests([x for name, x in leaves.items() if not small[name]])
+    placed = iter(jax.device_get(large))
+    sums = [_host_digest(x) if small[name] else next(placed) for name, x in leaves.items()]
     return {
         name: {
             "shape": list(leaf.shape),
