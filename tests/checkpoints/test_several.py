@@ -91,7 +91,7 @@ def test_each_process_reads_its_share_and_holds_no_whole_leaf(tmp_path):
         assert share == pytest.approx(whole / 2) and whole > 190
         assert one["same"]["read"] < 1.02 * share
         assert one["other"]["read"] < 1.05 * DEVICES * whole
-        # The share itself, on a CPU two numbers beside each of its own for the digest, and the piece
-        # that is on its way; with a whole leaf it would be five shares.
+        # The share itself, on a CPU two numbers beside each of its own for the digest, and the
+        # piece that is on its way; with a whole leaf it would be five shares.
         for name in ("same", "other"):
             assert one[name]["held"] < 4.2 * share, one
