@@ -5,6 +5,7 @@
         --validation 0.01 --workers 8
     python -m qk_jax.data import --format parquet --input FILES --task text_to_image --out DATA \\
         --columns text=caption,target=image
+    python -m qk_jax.data index --input TARS --task text_to_image --out TARS
     python -m qk_jax.data look DATA --n 48 --out page.html
     python -m qk_jax.data look stage3:tiny --step 100 --out page.html --png sheet.png
     python -m qk_jax.data plan --config stage3:7b --config.data.records=DATA --hosts 8 --step-s 4.2
@@ -14,12 +15,13 @@
 
 import writes shards of records with the pictures' own bytes, their side indexes, rejected.jsonl
 and manifest.json. Every picture is decoded once; what cannot be used is a counted reject. An import
-that was interrupted goes on with --resume and gives the same bytes. look writes a page of examples
-as training sees them: of a folder of records, or of a run by its config, any field of which can be
-given as --config.FIELD=VALUE. plan prints what a run will read, and how fast this host makes it.
-bench measures, on what it makes up, the rate and the memory of
-imports from the main formats; with load, the rate of batches beside that of PyTorch's DataLoader;
-with plan, the start, the memory and the look-up of a large set.
+that was interrupted goes on with --resume and gives the same bytes. index checks WebDataset tars
+alike, but writes where their members lie; config.data.records=tar:DIR reads them there. look writes
+a page of examples as training sees them: of a folder of records, or of a run by its config, any
+field of which can be given as --config.FIELD=VALUE. plan prints what a run will read, and how fast
+this host makes it. bench measures, on what it makes up, the rate and the memory of imports from the
+main formats; with load, the rate of batches beside that of PyTorch's DataLoader; with plan, the
+start, the memory and the look-up of a large set.
 """
 
 from __future__ import annotations
@@ -51,32 +53,17 @@ def parser() -> argparse.ArgumentParser:
     add = take.add_argument
     add("--format", required=True, metavar="F", help="how the set lies on disk; listed below")
     add("--input", required=True, nargs="+", metavar="PATH", help="files or folders")
-    add("--task", required=True, metavar="T", help="the task of all its examples")
     add("--out", required=True, metavar="DIR", help="folder to write; a new or an empty one")
-    add("--columns", default="", metavar="ROLE=COLUMN,..", help="which column is what")
     add("--images", nargs="+", default=[], metavar="PATH",
         help="folders and uncompressed tars with the pictures that rows name")  # fmt: skip
     add("--control", nargs="+", default=[], metavar="DIR", help="folders of control images")
-    add("--name", default="", help="of the set in figures by source (default: the format)")
-    add("--licence", default="", help="for the manifest (default: the publisher's)")
     add("--split", default="train", help="of a TensorFlow data set (default: %(default)s)")
-    add("--min-score", type=float, metavar="X", help="bound of the set's own quality filter")
-    add(
-        "--min-side", type=int, default=0, metavar="N", help="pixels; a smaller picture is rejected"
-    )
-    add("--max-pixels", type=int, default=1 << 26, metavar="N",
-        help="a larger picture is rejected, undecoded (default: %(default)s)")  # fmt: skip
-    add("--max-characters", type=int, default=10_000, metavar="N",
-        help="a longer text is rejected (default: %(default)s)")  # fmt: skip
     add("--encode", default="", metavar="jpeg:95", help="write pictures as jpeg, webp or png")
-    add("--validation", type=float, default=0.0, metavar="SHARE",
-        help="share of the groups for the validation split")  # fmt: skip
-    add("--dedup", action="store_true", help="leave out examples whose pictures came before")
     add("--shard-records", type=int, default=4096, metavar="N",
         help="rows of a shard where the format can choose (default: %(default)s)")  # fmt: skip
-    add("--workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
-    add("--ray", default="", metavar="ADDRESS", help="a Ray cluster instead, or 'auto'")
-    add("--resume", action="store_true", help="go on with an import that was interrupted")
+    take.set_defaults(in_place=False)
+    _add_choice(take)
+    _add_index(verbs.add_parser("index", help="WebDataset tars that are then read in place"))
     rate = verbs.add_parser("bench", help="what imports, loading, or the plan of a large set cost")
     rate.add_argument("what", nargs="?", default="import", choices=("import", "load", "plan"),
         help="(default: %(default)s)")  # fmt: skip
@@ -87,6 +74,40 @@ def parser() -> argparse.ArgumentParser:
     _add_plan(verbs.add_parser("plan", help="what a run will read, and whether a host keeps up"))
     _add_look(verbs.add_parser("look", help="a page of examples as training sees them"))
     return out
+
+
+def _add_index(index: argparse.ArgumentParser) -> None:
+    add = index.add_argument
+    add("--input", required=True, nargs="+", metavar="PATH", help="uncompressed tars, or folders")
+    add("--out", required=True, metavar="DIR", help="folder to write, such as that of the tars")
+    index.set_defaults(
+        format="webdataset", in_place=True, images=[], control=[], split="", encode="",
+        shard_records=1,
+    )  # fmt: skip
+    _add_choice(index)
+
+
+def _add_choice(take: argparse.ArgumentParser) -> None:
+    """Which examples of a set are taken, as what, and by how many processes."""
+    add = take.add_argument
+    add("--task", required=True, metavar="T", help="the task of all its examples")
+    add("--columns", default="", metavar="ROLE=COLUMN,..", help="which column is what")
+    add("--name", default="", help="of the set in figures by source (default: the format)")
+    add("--licence", default="", help="for the manifest (default: the publisher's)")
+    add("--min-score", type=float, metavar="X", help="bound of the set's own quality filter")
+    add(
+        "--min-side", type=int, default=0, metavar="N", help="pixels; a smaller picture is rejected"
+    )
+    add("--max-pixels", type=int, default=1 << 26, metavar="N",
+        help="a larger picture is rejected, undecoded (default: %(default)s)")  # fmt: skip
+    add("--max-characters", type=int, default=10_000, metavar="N",
+        help="a longer text is rejected (default: %(default)s)")  # fmt: skip
+    add("--validation", type=float, default=0.0, metavar="SHARE",
+        help="share of the groups for the validation split")  # fmt: skip
+    add("--dedup", action="store_true", help="leave out examples whose pictures came before")
+    add("--workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
+    add("--ray", default="", metavar="ADDRESS", help="a Ray cluster instead, or 'auto'")
+    add("--resume", action="store_true", help="go on with what was interrupted")
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
@@ -147,7 +168,7 @@ def encoding(text: str) -> tuple[str, int] | None:
 
 
 def job_of(args: argparse.Namespace) -> Job:
-    """The job of the arguments of import. Raises: InputError."""
+    """The job of the arguments of import or index. Raises: InputError."""
     limits = (args.min_side, args.max_pixels, args.max_characters)
     if min(limits) < 0 or args.workers < 0:
         raise InputError("--min-side, --max-pixels, --max-characters and --workers are 0 or more")
@@ -155,7 +176,7 @@ def job_of(args: argparse.Namespace) -> Job:
         raise InputError("--workers and --ray exclude each other; Ray knows its own cores")
     found = {name: getattr(args, name) for name in (
         "format", "task", "out", "name", "licence", "split", "min_score", "validation", "dedup",
-        "shard_records",
+        "shard_records", "in_place",
     )}  # fmt: skip
     return Job(
         **found, inputs=tuple(args.input), images=tuple(args.images), control=tuple(args.control),

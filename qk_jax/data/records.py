@@ -26,7 +26,7 @@ import mmap
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,7 +52,8 @@ INDEX_DTYPE = np.dtype(
 ROWS_AT_ONCE = 1 << 20  # of a side index in memory
 OPEN_AT_ONCE = 400  # shards of one split; systems allow a process 1,024 files
 NAME_LIMIT = 24  # ASCII characters of a task or a source in the index
-_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.array_record")
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
+ENDING = "array_record"  # of a file of records
 _INDEX = ".index.npy"
 _CHECK, _CHECKED = struct.Struct("<8sI"), b"qk-crc32"
 _BLOCK = 1 << 24  # bytes of which a checksum is taken at once
@@ -67,6 +68,20 @@ class Record(NamedTuple):
     blobs: dict[str, bytes]
 
 
+class Span(NamedTuple):
+    """Where a member of a tar lies, with the headers before it.
+
+    Attributes:
+      start: of its first header, in bytes.
+      size: bytes from there to the end of its data.
+      crc: CRC-32 of these bytes.
+    """
+
+    start: int
+    size: int
+    crc: int
+
+
 class Entry(NamedTuple):
     """A record to write, and what the side index says of it.
 
@@ -78,6 +93,7 @@ class Entry(NamedTuple):
       task: name of the task, empty for plain pictures; at most 24 ASCII characters.
       references: (width, height) in pixels of the references, in order.
       source: name of the set that it is from; at most 24 ASCII characters.
+      members: of a tar, where the example is read in place; a record file has no use for them.
     """
 
     header: Mapping[str, Any]
@@ -88,6 +104,12 @@ class Entry(NamedTuple):
     task: str = ""
     references: tuple[tuple[int, int], ...] = ()
     source: str = ""
+    members: tuple[Span, ...] = ()
+
+
+def unreadable(message: str) -> BadRecord:
+    """What a record raises that is damaged, or in a file that is."""
+    return BadRecord("unreadable", message)
 
 
 def digest_of(blobs: Iterable[bytes]) -> bytes:
@@ -98,9 +120,9 @@ def digest_of(blobs: Iterable[bytes]) -> bytes:
     return found.digest()[:16]
 
 
-def shard_name(split: str, number: int, count: int) -> str:
+def shard_name(split: str, number: int, count: int, ending: str = ENDING) -> str:
     """File name of shard `number` of `count` of a split."""
-    return f"{split}-{number:05d}-of-{count:05d}.array_record"
+    return f"{split}-{number:05d}-of-{count:05d}.{ending}"
 
 
 def index_path(path: files.PathLike) -> files.Path:
@@ -171,7 +193,7 @@ def writing(path: files.PathLike) -> Iterator[Callable[[Entry], None]]:
         def add(entry: Entry) -> None:
             data = encode(entry.header, entry.blobs)
             writer.write(data)
-            index.append((*entry[2:5], len(data), *_columns(entry)))
+            index.append(row_of(entry, len(data)))
 
         try:
             yield add
@@ -180,20 +202,23 @@ def writing(path: files.PathLike) -> Iterator[Callable[[Entry], None]]:
         side.write_bytes(index_bytes(np.array(index, INDEX_DTYPE)))
 
 
-def index_bytes(index: np.ndarray) -> bytes:
-    """A side index as its file: a .npy, and behind it a checksum that NumPy does not read."""
+def index_bytes(index: np.ndarray, more: bytes = b"") -> bytes:
+    """A side index as its file: a .npy, and behind it `more` and a checksum of both, which NumPy
+    does not read."""
     buffer = io.BytesIO()
     np.save(buffer, index)
-    data = buffer.getvalue()
+    data = buffer.getvalue() + more
     return data + _CHECK.pack(_CHECKED, zlib.crc32(data))
 
 
-def _check_index(path: files.PathLike) -> None:
-    """Raises ValueError for a side index on disk whose checksum does not agree; those that were
-    written before there was one have none."""
+def check_index(path: files.PathLike, needed: bool = False) -> None:
+    """Raises ValueError for a side index on disk whose checksum does not agree; those of record
+    files that were written before there was one have none, which is an error if `needed`."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         end = len(data) - _CHECK.size
         if end < 0 or data[end : end + len(_CHECKED)] != _CHECKED:
+            if needed:
+                raise ValueError("it has no checksum")
             return
         found = 0
         with memoryview(data) as view:
@@ -204,11 +229,19 @@ def _check_index(path: files.PathLike) -> None:
             raise ValueError("its checksum does not agree")
 
 
-def _columns(entry: Entry) -> tuple[Any, ...]:
-    """The last columns of the index, from `task` on."""
+def more_of(index: np.memmap[Any, Any], path: files.PathLike) -> bytes:
+    """What a side index on disk, of which `index` is the array, has behind it (`index_bytes`)."""
+    with open(path, "rb") as file:
+        file.seek(index.offset + index.nbytes)
+        return file.read()[: -_CHECK.size]
+
+
+def row_of(entry: Entry, size: int) -> tuple[Any, ...]:
+    """The columns INDEX_DTYPE of an entry that takes `size` bytes."""
     sizes = [*entry.references[:3], *[(0, 0)] * (3 - len(entry.references))]
     digest = list(digest_of(entry.blobs.values()))
-    return entry.task.encode("ascii"), sizes, digest, entry.source.encode("ascii")
+    task, source = entry.task.encode("ascii"), entry.source.encode("ascii")
+    return (*entry[2:5], size, task, sizes, digest, source)
 
 
 def write_records(path: files.PathLike, entries: Iterable[Entry]) -> int:
@@ -257,7 +290,7 @@ class RecordFile:
             )
         self._side = buckets.staged(side)
         try:
-            _check_index(self._side)
+            check_index(self._side)
             found = self._mapped()
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"the side index {side} is damaged ({error})") from None
@@ -313,8 +346,7 @@ class RecordFile:
             if not count and len(self):
                 raise ValueError("no record is found in it")
         except (ValueError, RuntimeError, OSError) as error:
-            raise BadRecord(
-                "unreadable",
+            raise unreadable(
                 f"{self.path} cannot be opened; it is missing, truncated or no ArrayRecord file: "
                 f"copy it again ({str(error).splitlines()[0]})",
             ) from None
@@ -342,8 +374,7 @@ class RecordFile:
             return decode(data, name)
         except (ValueError, RuntimeError, OSError, IndexError, InputError) as error:
             self._reader = None  # another reader may do better where the disk had failed
-            raise BadRecord(
-                "unreadable",
+            raise unreadable(
                 f"{name} cannot be read; the file is truncated or damaged: copy it again "
                 f"({str(error).splitlines()[0]})",
             ) from None
@@ -360,17 +391,21 @@ class RecordSet:
 
     def __init__(self, folder: files.PathLike, split: str):
         folder = files.Path(folder)
-        self.path = folder / f"{split}.array_record"
+        path = folder / f"{split}.array_record"
         pattern = f"{split}-*-of-*.array_record"
         indexed = [x.name.removesuffix(_INDEX) for x in folder.glob(pattern + _INDEX)]
         shards = sorted({path.name for path in folder.glob(pattern)} | set(indexed))
         if not shards:
-            self.files = [RecordFile(self.path)]
+            self._hold(path, [RecordFile(path)])
         else:
-            _check_shards(folder, split, shards)
-            self.files = [RecordFile(folder / name, needed=False) for name in shards]
+            check_shards(folder, split, shards)
+            self._hold(path, [RecordFile(folder / name, needed=False) for name in shards])
+
+    def _hold(self, path: files.Path, found: Sequence[Any]) -> None:
+        """Begins with these files, each like a `RecordFile`."""
+        self.path, self.files = path, list(found)
         self._ends = list(itertools.accumulate(map(len, self.files)))
-        self._opened: collections.deque[RecordFile] = collections.deque()
+        self._opened: collections.deque[Any] = collections.deque()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": collections.deque()}
@@ -393,7 +428,7 @@ class RecordSet:
             found |= set(coded(index["task"])[0])
         return {name.decode() for name in found}
 
-    def _place(self, number: int) -> tuple[RecordFile, int]:
+    def _place(self, number: int) -> tuple[Any, int]:
         """The file of a record, and its number there."""
         if not 0 <= number < len(self):
             raise IndexError(f"record {number} of {len(self)} in {self.path}")
@@ -415,15 +450,16 @@ class RecordSet:
         return file[own]
 
 
-def _check_shards(folder: files.Path, split: str, names: list[str]) -> None:
+def check_shards(folder: files.Path, split: str, names: list[str], ending: str = ENDING) -> None:
     """Raises InputError unless the names are the shards of one writing, all of them."""
     found = [match for name in names if (match := _SHARD.search(name))]
     counts = {match[2] for match in found}
-    if (folder / f"{split}.array_record").exists() or len(counts) != 1:
+    if (folder / f"{split}.{ending}").exists() or len(counts) != 1:
         raise InputError(
             f"{folder} has the records of {split} from several writings "
             f"({names[0]} beside others); keep those of one"
         )
-    expected = [shard_name(split, number, int(*counts)) for number in range(int(*counts))]
+    count = int(*counts)
+    expected = [shard_name(split, number, count, ending) for number in range(count)]
     if absent := sorted(set(expected) - set(names)):
         raise InputError(f"{folder / absent[0]} is missing; copy it too or write the records again")

@@ -14,6 +14,7 @@ from qk_jax.base import files
 from qk_jax.base.errors import BadRecord, InputError
 from qk_jax.data.importers import inputs
 from qk_jax.data.importers.job import Job, Piece, Row, Rows
+from qk_jax.data.records import Span
 
 
 class Member(NamedTuple):
@@ -21,12 +22,14 @@ class Member(NamedTuple):
 
     Attributes:
       name: as the archive has it; '' where the rest of the archive is lost.
-      offset: of its first byte in what is unpacked.
+      start: of its first header in what is unpacked.
+      offset: of its first byte there.
       size: bytes.
       refused: why it cannot be used.
     """
 
     name: str
+    start: int = 0
     offset: int = 0
     size: int = 0
     refused: BadRecord | None = None
@@ -70,7 +73,7 @@ def members(file: Any, name: str) -> Iterator[Member]:
             except BadRecord as error:
                 yield Member(info.name, refused=error)
                 continue
-            yield Member(info.name, info.offset_data, info.size)
+            yield Member(info.name, info.offset, info.offset_data, info.size)
     except tarfile.HeaderError as error:
         if type(error).__name__ != "EOFHeaderError":  # the mark of the end
             yield Member("", refused=_rest_is_lost(name, error))
@@ -83,7 +86,14 @@ def _rest_is_lost(name: str, error: Exception) -> BadRecord:
 
 
 def _plan(job: Job) -> tuple[list[Piece], list[BadRecord]]:
-    return [Piece(parts) for parts in inputs.archives(job.inputs)], []
+    found = inputs.archives(job.inputs)
+    for parts in found if job.in_place else ():
+        if len(parts) > 1 or is_packed(parts):
+            raise InputError(
+                f"--input {parts[0]} is compressed or one of several parts, so that it cannot be "
+                "read in place; make it one plain tar, or import it"
+            )
+    return [Piece(parts) for parts in found], []
 
 
 def _samples(job: Job, piece: Piece, wanted: frozenset[str]) -> Iterator[Row | BadRecord]:
@@ -92,32 +102,39 @@ def _samples(job: Job, piece: Piece, wanted: frozenset[str]) -> Iterator[Row | B
     key = ""
     bad: BadRecord | None = None
     fields: dict[str, Any] = {}
+    spans: list[Span] = []
     seen: set[str] = set()
     with unpacked(piece.paths) as file:
         for member in members(file, name):
             own, ending = key_of(member.name) if member.name else (key, "")
             if own != key:
                 if fields or bad:
-                    yield bad or _row(name, key, fields)
-                key, fields, bad = own, {}, None
+                    yield bad or row_of(name, key, fields, spans)
+                key, fields, spans, bad = own, {}, [], None
             if member.name in seen:
                 bad = BadRecord("same name", f"{name}: the member {member.name!r:.100} comes twice")
             seen.add(member.name)
             try:
-                fields[ending] = _bytes_of(file, member, name)
+                begin = member.start if job.in_place else member.offset
+                data = _bytes_of(file, begin, member, name)
+                if job.in_place and ending in wanted:
+                    spans.append(Span(begin, len(data), zlib.crc32(data)))
+                fields[ending] = data[member.offset - begin :]
             except BadRecord as error:
                 bad = error
     if fields or bad:
-        yield bad or _row(name, key, fields)
+        yield bad or row_of(name, key, fields, spans)
 
 
-def _row(archive: str, key: str, fields: dict[str, Any]) -> Row:
+def row_of(archive: str, key: str, fields: dict[str, Any], spans: Sequence[Span] = ()) -> Row:
+    """The row of a sample: its members by what comes after `key` and a dot in their names."""
+
     def picture(value: Any) -> bytes:
         if isinstance(value, bytes):
             return value
         raise BadRecord("missing picture", f"{archive}: {key} has no member {value!r:.60}")
 
-    return Row(f"{posixpath.basename(archive)}/{key}", fields, picture)
+    return Row(f"{posixpath.basename(archive)}/{key}", fields, picture, tuple(spans))
 
 
 def key_of(name: str) -> tuple[str, str]:
@@ -127,17 +144,18 @@ def key_of(name: str) -> tuple[str, str]:
     return f"{folder}/{stem}" if folder else stem, ending.lower()
 
 
-def _bytes_of(file: Any, member: Member, name: str) -> bytes:
+def _bytes_of(file: Any, begin: int, member: Member, name: str) -> bytes:
+    """What is from `begin` to the end of a member."""
     if member.refused:
         raise member.refused
     if member.size > inputs.LARGEST:
         raise BadRecord("too large", f"{name}: {member.name} has {member.size} bytes")
     try:
-        file.seek(member.offset)
-        data = file.read(member.size)
+        file.seek(begin)
+        data = file.read(length := member.offset + member.size - begin)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise _rest_is_lost(f"{name}: {member.name}", error) from None
-    if len(data) < member.size:
+    if len(data) < length:
         raise BadRecord("truncated", f"{name}: {member.name} ends before its last byte")
     return data
 

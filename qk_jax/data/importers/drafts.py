@@ -36,6 +36,7 @@ class Draft(NamedTuple):
       source: name of its part of the set; '' for the import's.
       group: examples of one group are on one side of the split; '' for those of one picture.
       more: further fields of the header.
+      members: where it lies in a tar that is read in place.
     """
 
     key: str
@@ -45,6 +46,7 @@ class Draft(NamedTuple):
     source: str = ""
     group: str = ""
     more: Mapping[str, Any] = {}
+    members: tuple[records.Span, ...] = ()
 
 
 class Limits(NamedTuple):
@@ -104,17 +106,13 @@ def entry_of(
 
     Raises: BadRecord.
     """
-    text = text_of(draft.instruction, limits.max_characters, name)
+    header, given = record_of(draft, roles, limits, name)
     blobs: dict[str, bytes] = {}
     sizes: list[tuple[int, int]] = []
-    names = ["target", *(f"picture_{number}" for number in range(1, len(roles) + 1))]
-    for blob, data in zip(
-        names, (draft.target, *(data for _, data in draft.pictures)), strict=True
-    ):
+    for blob, data in given.items():
         kept, size = _checked(data, limits, f"{name}, {blob}")
         blobs[blob] = kept
         sizes.append(size)
-    header = {"instruction": text, "roles": list(roles), **draft.more}
     try:
         json.dumps(header, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeError:
@@ -123,9 +121,19 @@ def entry_of(
         raise BadRecord("bad row", f"{name}: {error}") from None
     pairs = zip(roles, sizes[1:], strict=True)
     references = tuple(size for role, size in pairs if role == "reference")
+    source = draft.source[: records.NAME_LIMIT]
     return records.Entry(
-        header, blobs, *sizes[0], len(roles), task, references, draft.source[: records.NAME_LIMIT]
+        header, blobs, *sizes[0], len(roles), task, references, source, draft.members
     )
+
+
+def record_of(draft: Draft, roles: tuple[str, ...], limits: Limits, name: str) -> records.Record:
+    """The record of a draft whose pictures are not looked at. Raises: BadRecord for its text."""
+    text = text_of(draft.instruction, limits.max_characters, name)
+    names = ["target", *(f"picture_{number}" for number in range(1, len(roles) + 1))]
+    pictures = (draft.target, *(data for _, data in draft.pictures))
+    header = {"instruction": text, "roles": list(roles), **draft.more}
+    return records.Record(header, dict(zip(names, pictures, strict=True)))
 
 
 def _checked(data: bytes, limits: Limits, name: str) -> tuple[bytes, tuple[int, int]]:

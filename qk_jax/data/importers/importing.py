@@ -23,7 +23,7 @@ import qk_jax
 from qk_jax.base import buckets, files
 from qk_jax.base.errors import BadRecord, Failure, InputError, some
 from qk_jax.data.example import TASKS
-from qk_jax.data.importers import engines, inputs, shards
+from qk_jax.data.importers import engines, inputs, shards, tar_index
 from qk_jax.data.importers.columns import ROLES
 from qk_jax.data.importers.formats import FORMATS
 from qk_jax.data.importers.job import Job, Piece
@@ -153,7 +153,9 @@ def _plan(job: Job, resume: bool) -> Plan:
         pieces = [Piece(tuple(paths), *rest) for paths, *rest in found.get("pieces", ())]
         bad = [BadRecord(*pair) for pair in found.get("bad", ())]
         return Plan(found["digest"], found["inputs"], pieces, bad)
-    if any(file.name != job.work.name for file in _files(out)):
+    if job.in_place and any(map(_is_of_an_index, _files(out))):
+        raise InputError(f"--out {out} has an index; remove what `index` wrote, or choose another")
+    if not job.in_place and any(file.name != job.work.name for file in _files(out)):
         raise InputError(f"--out {out} is not empty; choose another folder")
     log.info("looking through %s", some(job.inputs))
     pieces, bad = FORMATS[job.format].rows.plan(job)
@@ -207,12 +209,19 @@ def _files(folder: files.Path) -> list[files.Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
+def _is_of_an_index(file: files.Path) -> bool:
+    """Whether `index` wrote a file; the folder may hold the tars, and whatever else."""
+    return any(x in file.name for x in (tar_index.ENDING, "rejected.jsonl", "manifest.json"))
+
+
 def _sweep(job: Job) -> None:
     """Removes what a killed process has left half-written."""
-    for folder in (files.Path(job.out), job.work):
-        for file in _files(folder):
-            if file.name.startswith(".") and file.name.endswith((".part", ".part-journal")):
-                file.unlink(missing_ok=True)
+    written = [
+        file for file in _files(files.Path(job.out)) if not job.in_place or _is_of_an_index(file)
+    ]
+    for file in [*written, *_files(job.work)]:
+        if file.name.startswith(".") and file.name.endswith((".part", ".part-journal")):
+            file.unlink(missing_ok=True)
 
 
 def _find_duplicates(job: Job, count: int) -> None:

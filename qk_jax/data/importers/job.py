@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from qk_jax.base import files
 from qk_jax.base.errors import BadRecord
 from qk_jax.data.importers.drafts import Limits
+from qk_jax.data.records import Span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Job:
       dedup: leave out examples whose pictures came before.
       shard_records: rows of a piece, where the format can choose.
       limits: what an example must keep to.
+      in_place: write no records but where the members of each example lie, of a format that has
+        tars.
     """
 
     format: str
@@ -48,6 +51,7 @@ class Job:
     dedup: bool = False
     shard_records: int = 4096
     limits: Limits = Limits()
+    in_place: bool = False
 
     @property
     def work(self) -> files.Path:
@@ -76,11 +80,13 @@ class Row(NamedTuple):
       key: its name, for errors and the header.
       fields: by the names that the set gives them.
       picture: bytes of a picture from the value of a field; raises BadRecord.
+      members: where the fields lie that an example may need, with `Job.in_place`.
     """
 
     key: str
     fields: Mapping[str, Any]
     picture: Callable[[Any], bytes]
+    members: tuple[Span, ...] = ()
 
 
 class Rows(NamedTuple):

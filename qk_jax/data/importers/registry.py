@@ -9,7 +9,7 @@ from typing import Any
 
 from qk_jax.base.errors import InputError
 from qk_jax.data.example import Joined, Part, Source, TaskSettings
-from qk_jax.data.importers import record_files, tfds
+from qk_jax.data.importers import record_files, tars, tfds
 from qk_jax.data.settings import Listed
 from qk_jax.data.settings import sources as listed_sources
 from qk_jax.data.synthesis import tasks
@@ -17,7 +17,7 @@ from qk_jax.data.synthesis import tasks
 # (config.data, split, settings, names of tasks) -> their sources; raises InputError
 Reader = Callable[[Mapping[str, Any], str, TaskSettings, Sequence[str]], dict[str, Source]]
 # By what precedes the first ':' of config.data.records; any other text is a folder of record files.
-READERS: dict[str, Reader] = {"tfds": tfds.sources}
+READERS: dict[str, Reader] = {"tar": tars.sources, "tfds": tfds.sources}
 
 
 def make_sources(
@@ -56,7 +56,7 @@ def _joined(
         if not own or not where:
             continue
         read, given = _reader(entry.path), {**data, "records": entry.path}
-        if read is record_files.sources:
+        if read in (record_files.sources, tars.sources):
             read = functools.partial(read, captions=entry.captions, roles=entry.roles)
         for name, source in read(given, where, settings, own).items():
             parts[name].append(Part(entry.name, entry.weight, source))

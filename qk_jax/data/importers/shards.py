@@ -19,7 +19,7 @@ import numpy as np
 from qk_jax.base import files
 from qk_jax.base.errors import BadRecord
 from qk_jax.data import records
-from qk_jax.data.importers import drafts
+from qk_jax.data.importers import drafts, tar_index
 from qk_jax.data.importers.columns import wanted
 from qk_jax.data.importers.drafts import Draft
 from qk_jax.data.importers.formats import FORMATS
@@ -61,7 +61,8 @@ def read(job: Job, piece: Piece) -> Iterator[Draft | BadRecord]:
             yield row
             continue
         try:
-            yield from form.drafts(row, job, form)
+            for draft in form.drafts(row, job, form):
+                yield draft._replace(members=row.members)
         except BadRecord as error:
             yield error
 
@@ -94,14 +95,16 @@ def import_piece(job: Job, count: int, number: int, piece: Piece) -> None:
     rejected: Counter[str] = Counter()
     written: Counter[str] = Counter()
     of_source: Counter[str] = Counter()
-    names = {split: records.shard_name(split, number, count) for split in splits(job)}
+    ending = tar_index.ENDING if job.in_place else records.ENDING
+    names = {split: records.shard_name(split, number, count, ending) for split in splits(job)}
+    writing = tar_index.writing(job, piece) if job.in_place else records.writing
     with (
         files.beside(rejected_path(job, number)) as lines,
         lines.open("w") as out,
         contextlib.ExitStack() as stack,
     ):
         add = {
-            split: stack.enter_context(records.writing(files.Path(job.out) / name))
+            split: stack.enter_context(writing(files.Path(job.out) / name))
             for split, name in names.items()
         }
         ordinal = -1
@@ -132,12 +135,16 @@ def import_piece(job: Job, count: int, number: int, piece: Piece) -> None:
 
 def _entry(job: Job, draft: Draft) -> records.Entry:
     roles = drafts.roles_of(job.task, draft)
+    return drafts.entry_of(completed(job, draft), job.task, roles, job.limits, draft.key)
+
+
+def completed(job: Job, draft: Draft) -> Draft:
+    """A draft with what its header has besides, of the job."""
     source = draft.source or job.name or job.format
     more: dict[str, Any] = {"key": draft.key, "source": source, **draft.more}
     if draft.group:
         more["group"] = draft.group
-    whole = draft._replace(source=source, more=more)
-    return drafts.entry_of(whole, job.task, roles, job.limits, draft.key)
+    return draft._replace(source=source, more=more)
 
 
 def _split(job: Job, draft: Draft) -> str:
