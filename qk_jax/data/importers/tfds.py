@@ -1,9 +1,10 @@
-"""Captioned pictures of TensorFlow data sets (`config.data.records` = 'tfds:NAME')."""
+"""TensorFlow data sets (`config.data.records` = 'tfds:NAME'): captioned pictures, and all tasks of
+those that `data.tfds_builder` makes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -11,14 +12,30 @@ from PIL import Image
 from qk_jax.base import files
 from qk_jax.base.errors import BadRecord, InputError
 from qk_jax.data.example import Example, Source, TaskSettings, caption_of
+from qk_jax.data.importers import tfds_records
 from qk_jax.data.importers.drafts import encoded
 from qk_jax.data.importers.job import Job, Piece, Row, Rows
+from qk_jax.data.importers.record_files import RecordSource
 from qk_jax.pictures.decoding import decode_picture, picture_of
 from qk_jax.pictures.fitting import cover
 
 
-def opened(name: str, split: str) -> tuple[Any, list[str]]:
-    """The data source of a split by number, and its features; pictures stay encoded.
+class Opened(NamedTuple):
+    """A split of a prepared data set.
+
+    Attributes:
+      data: its examples by number; pictures stay encoded.
+      features: their names.
+      folder: of the data set.
+    """
+
+    data: Any
+    features: list[str]
+    folder: str
+
+
+def opened(name: str, split: str) -> Opened:
+    """A split of a data set.
 
     Args:
       name: of a data set, or the folder of a prepared one.
@@ -37,7 +54,8 @@ def opened(name: str, split: str) -> tuple[Any, list[str]]:
             for feature, kind in builder.info.features.items()
             if isinstance(kind, tfds.features.Image) and kind.np_dtype != np.float32
         }
-        return builder.as_data_source(split, decoders=raw), list(builder.info.features)
+        data = builder.as_data_source(split, decoders=raw)
+        return Opened(data, list(builder.info.features), str(builder.data_path))
     except Exception as error:  # of many classes, none of them shared
         raise InputError(
             f"the data set tfds:{name} has no split {split!r} that can be read by number "
@@ -51,20 +69,21 @@ class TfdsSource:
     Only a file format with random access (array_record) works. Sizes are not known before a picture
     is decoded, so every picture goes to the squarest size.
 
-    Raises: InputError when the data set is not prepared, or has no such features.
+    Raises: InputError when the data set has no such features.
     """
 
     task = "text_to_image"
 
     def __init__(
-        self, name: str, split: str, settings: TaskSettings, image: str, text: str, max_pixels: int
-    ):
-        self.name, self.image, self.text = f"tfds:{name}", image, text
-        self.settings, self.max_pixels = settings, max_pixels
-        self.data, features = opened(name, split)
-        absent = [feature for feature in (image, text) if feature not in features]
+        self, name: str, found: Opened, settings: TaskSettings, image: str, text: str,
+        max_pixels: int,
+    ):  # fmt: skip
+        self.name, self.image, self.text = name, image, text
+        self.settings, self.max_pixels, self.data = settings, max_pixels, found.data
+        absent = [feature for feature in (image, text) if feature not in found.features]
         if absent:
-            raise InputError(f"tfds:{name} has no feature {absent[0]!r}, but {', '.join(features)}")
+            has = ", ".join(found.features)
+            raise InputError(f"{name} has no feature {absent[0]!r}, but {has}")
         shapes = [abs(np.log(height / width)) for height, width in settings.sizes]
         self.size_of = np.full(len(self.data), int(np.argmin(shapes)))
         self.pictures_of = np.zeros(len(self.data), np.int32)
@@ -98,20 +117,22 @@ def _image(array: Any, name: str) -> Image.Image:
 def sources(
     data: Mapping[str, Any], split: str, settings: TaskSettings, names: Sequence[str]
 ) -> dict[str, Source]:
-    """The one task of a data set. Raises: InputError; see `TfdsSource`."""
+    """Tasks of a data set. Raises: InputError; see `TfdsSource` and `tfds_records.TfdsSet`."""
+    name, most = data["records"], data["max_pixels"]
+    found = opened(name.partition(":")[2], split)
+    if tfds_records.are_records(found.features):
+        whole = tfds_records.TfdsSet(name, found.folder, split, found.data)
+        return {task: RecordSource(whole, task, settings, most) for task in names}
     if set(names) != {TfdsSource.task}:
-        raise InputError(f"{data['records']} has text_to_image only; set other data.tasks to 0")
-    source = TfdsSource(
-        data["records"].partition(":")[2], split, settings,
-        data["tfds_image"], data["tfds_text"], data["max_pixels"],
-    )  # fmt: skip
-    return {source.task: source}
+        raise InputError(f"{name} has text_to_image only; set other data.tasks to 0")
+    image, text = data["tfds_image"], data["tfds_text"]
+    return {TfdsSource.task: TfdsSource(name, found, settings, image, text, most)}
 
 
 def _plan(job: Job) -> tuple[list[Piece], list[BadRecord]]:
     pieces = []
     for name in job.inputs:
-        count = len(opened(name, job.split)[0])
+        count = len(opened(name, job.split).data)
         starts = range(0, count, job.shard_records)
         pieces += [Piece((name,), n, min(job.shard_records, count - n)) for n in starts]
     return pieces, []
@@ -119,7 +140,7 @@ def _plan(job: Job) -> tuple[list[Piece], list[BadRecord]]:
 
 def _read(job: Job, piece: Piece, wanted: frozenset[str]) -> Iterator[Row | BadRecord]:
     (name,) = piece.paths
-    data, _ = opened(name, job.split)
+    data = opened(name, job.split).data
     for number in range(piece.start, piece.start + piece.units):
         key = f"{name}/{job.split}/{number}"
 
