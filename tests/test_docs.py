@@ -38,6 +38,7 @@ COMMANDS = {
     "qk_jax.bench precompile": "docs/bench.md",
     "qk_jax.bench checkpoints": "docs/bench.md",
     "qk_jax.data import": "docs/data.md",
+    "qk_jax.data index": "docs/data.md",
     "qk_jax.data bench": "docs/data.md",
     "qk_jax.data look": "docs/data.md",
 }
@@ -352,7 +353,7 @@ def run_data(argv):
     from qk_jax.experiment import config as config_lib
 
     args, overrides = data.arguments(argv)
-    if args.verb == "import":
+    if args.verb in ("import", "index"):
         importing.check(data.job_of(args))
     elif args.verb == "look":
         data.check_look(args)

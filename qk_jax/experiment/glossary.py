@@ -124,7 +124,7 @@ MEANINGS = {
     "alignment.kind": "'cosine', or 'infonce' against the other targets of the batch",
     "alignment.temperature": "of infonce",
     # ---- data ----------------------------------------------------------------------------------
-    "data.records": "a folder of record files, or tfds:NAME; '' makes the tasks from data.corpus",
+    "data.records": "DIR of records, tar:DIR or tfds:NAME; '' makes the tasks from data.corpus",
     "data.sources": "several sources: ({'path': P, 'tasks': T, 'weight': 1}, ..); see docs/data.md",
     "data.corpus": "folder of cut-outs from which the tasks are made; '' is the embedded one",
     "data.tfds_image": "feature of tfds:NAME with the picture",

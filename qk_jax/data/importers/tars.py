@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import tarfile
 import weakref
 import zlib
 from collections.abc import Mapping, Sequence
@@ -130,8 +131,9 @@ def _member(data: bytes, span: records.Span, name: str) -> tuple[str, str, bytes
             f"{name}: its tar is truncated or damaged, or has changed since it was indexed; copy "
             "it again, or index it again",
         )
-    member = next(archives.members(io.BytesIO(data), name))
-    return *archives.key_of(member.name), data[member.offset :]
+    member = tarfile.TarFile(fileobj=io.BytesIO(data)).next()
+    assert member is not None  # by the checksum these are the bytes that were indexed
+    return *archives.key_of(member.name), data[member.offset_data :]
 
 
 class TarSet(records.RecordSet):
