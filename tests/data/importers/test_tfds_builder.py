@@ -81,8 +81,8 @@ def test_the_order_of_roles_is_kept():
 
 
 def test_the_code_of_tfds_build_makes_it_of_tars(tmp_path):
-    """All of `tfds build` but the import of its other verbs, which need TensorFlow and more; then an
-    import of what it made."""
+    """All of `tfds build` but the import of its other verbs, which need TensorFlow and more; an
+    import reads what it made."""
     members = []
     for n in range(4):
         members += [(f"{n}.jpg", picture(n)), (f"{n}.txt", f"n {n}".encode())]
