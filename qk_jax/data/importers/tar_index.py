@@ -81,7 +81,7 @@ def writing(
         yield add
         if facts() != before:
             raise InputError(f"{tar} has changed while it was read; index it when it is whole")
-        more = json.dumps(before._asdict(), ensure_ascii=False).encode()
+        more = json.dumps(before._asdict()).encode()
         files.write_bytes(path, records.index_bytes(_array(rows, spans), more))
 
     return begin
