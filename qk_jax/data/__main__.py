@@ -6,6 +6,8 @@
     python -m qk_jax.data import --format parquet --input FILES --task text_to_image --out DATA \\
         --columns text=caption,target=image
     python -m qk_jax.data index --input TARS --task text_to_image --out TARS
+    python -m qk_jax.data synthesize --kind transformation --input DATA --out CHANGED --workers 8
+    python -m qk_jax.data synthesize --kind edit --input CUTOUTS --backgrounds PHOTOS --out MADE
     python -m qk_jax.data look DATA --n 48 --out page.html
     python -m qk_jax.data look stage3:tiny --step 100 --out page.html --png sheet.png
     python -m qk_jax.data plan --config stage3:7b --config.data.records=DATA --hosts 8 --step-s 4.2
@@ -16,12 +18,14 @@
 import writes shards of records with the pictures' own bytes, their side indexes, rejected.jsonl
 and manifest.json. Every picture is decoded once; what cannot be used is a counted reject. An import
 that was interrupted goes on with --resume and gives the same bytes. index checks WebDataset tars
-alike, but writes where their members lie; config.data.records=tar:DIR reads them there. look writes
-a page of examples as training sees them: of a folder of records, or of a run by its config, any
-field of which can be given as --config.FIELD=VALUE. plan prints what a run will read, and how fast
-this host makes it. bench measures, on what it makes up, the rate and the memory of imports from the
-main formats; with load, the rate of batches beside that of PyTorch's DataLoader; with plan, the
-start, the memory and the look-up of a large set.
+alike, but writes where their members lie; config.data.records=tar:DIR reads them there. synthesize
+makes shards from other records: a picture asked for again or changed as a whole, and cut-outs (with
+transparency or a mask) set on backgrounds, as customization, composition or edits; its bytes do not
+depend on the number of workers. look writes a page of examples as training sees them: of a folder
+of records, or of a run by its config, any field of which can be given as --config.FIELD=VALUE. plan
+prints what a run will read, and how fast this host makes it. bench measures, on what it makes up,
+the rate and the memory of imports from the main formats; with load, the rate of batches beside that
+of PyTorch's DataLoader; with plan, the start, the memory and the look-up of a large set.
 """
 
 from __future__ import annotations
@@ -34,10 +38,12 @@ from collections.abc import Sequence
 
 from qk_jax.base import cli
 from qk_jax.base.errors import InputError, exits
-from qk_jax.data.importers import importing
+from qk_jax.data.importers import importing, pieces
 from qk_jax.data.importers.drafts import Limits
 from qk_jax.data.importers.formats import FORMATS
 from qk_jax.data.importers.job import Job
+from qk_jax.data.synthesis import from_records
+from qk_jax.data.synthesis.order import KINDS, Order
 
 _LEAST_ROWS = 100_000  # of a plan that is measured: each shape should have a batch
 _ON_PAGE, _ON_SHEET = 10_000, 200  # examples
@@ -64,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     take.set_defaults(in_place=False)
     _add_choice(take)
     _add_index(verbs.add_parser("index", help="WebDataset tars that are then read in place"))
+    _add_synthesize(verbs.add_parser("synthesize", help="training records from other records"))
     rate = verbs.add_parser("bench", help="what imports, loading, or the plan of a large set cost")
     rate.add_argument("what", nargs="?", default="import", choices=("import", "load", "plan"),
         help="(default: %(default)s)")  # fmt: skip
@@ -108,6 +115,35 @@ def _add_choice(take: argparse.ArgumentParser) -> None:
     add("--workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
     add("--ray", default="", metavar="ADDRESS", help="a Ray cluster instead, or 'auto'")
     add("--resume", action="store_true", help="go on with what was interrupted")
+
+
+def _add_synthesize(make: argparse.ArgumentParser) -> None:
+    add = make.add_argument
+    add("--kind", required=True, metavar="KIND", help=", ".join(KINDS))
+    add("--input", required=True, metavar="DIR", help="records with pictures, or with cut-outs")
+    add("--backgrounds", default="", metavar="DIR", help="records that cut-outs are set on")
+    add("--out", required=True, metavar="DIR", help="folder to write; a new or an empty one")
+    add("--count", type=int, default=0, metavar="N",
+        help="examples in all (default: one per usable record of --input)")  # fmt: skip
+    add("--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)")
+    add("--language", default="en", metavar="L", help="of the words: en (the default), zh or both")
+    add("--validation", type=float, default=0.0, metavar="SHARE",
+        help="of the records of a folder that has no validation split")  # fmt: skip
+    add("--scale", type=float, nargs=2, default=(0.2, 0.7), metavar=("LEAST", "MOST"),
+        help="longer side of a subject, of the picture's shorter (default: 0.2 0.7)")  # fmt: skip
+    add("--overlap", type=float, default=0.1, metavar="SHARE",
+        help="most of a subject that another may cover (default: %(default)s)")  # fmt: skip
+    add("--side", type=int, default=1024, metavar="N",
+        help="most pixels of a background's shorter side (default: %(default)s)")  # fmt: skip
+    add("--command", action="append", default=[], metavar="CMD",
+        help="with {jobs} and {results}: paints targets, or filters; may be repeated")  # fmt: skip
+    add("--name", default="", help="of the set in figures by source (default: the kind)")
+    add("--max-pixels", type=int, default=1 << 26, metavar="N",
+        help="a larger picture is rejected, undecoded (default: %(default)s)")  # fmt: skip
+    add("--shard-records", type=int, default=4096, metavar="N",
+        help="examples of a shard (default: %(default)s)")  # fmt: skip
+    add("--workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
+    add("--resume", action="store_true", help="go on with a synthesis that was interrupted")
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
@@ -182,6 +218,17 @@ def job_of(args: argparse.Namespace) -> Job:
         **found, inputs=tuple(args.input), images=tuple(args.images), control=tuple(args.control),
         columns=columns(args.columns), limits=Limits(*limits, encoding(args.encode)),
     )  # fmt: skip
+
+
+def order_of(args: argparse.Namespace) -> Order:
+    """The order of the arguments of synthesize. Raises: InputError."""
+    if args.workers < 0:
+        raise InputError(f"--workers is {args.workers}; give 0 or more")
+    found = {name: getattr(args, name) for name in (
+        "out", "kind", "input", "backgrounds", "count", "seed", "language", "validation", "name",
+        "overlap", "side", "shard_records", "max_pixels",
+    )}  # fmt: skip
+    return Order(**found, scale=tuple(args.scale), commands=tuple(args.command))
 
 
 def check_look(args: argparse.Namespace) -> tuple[int, ...] | None:
@@ -287,8 +334,13 @@ def main(argv: Sequence[str]) -> None:
         print(_look(args, overrides))
         return
     workers = args.workers or len(os.sched_getaffinity(0))
-    engine = importing.Engine(workers, args.ray, args.resume)
-    print(importing.told(importing.run(job_of(args), engine)))
+    if args.verb == "synthesize":
+        print(
+            pieces.told(from_records.run(order_of(args), pieces.Engine(workers, "", args.resume)))
+        )
+        return
+    engine = pieces.Engine(workers, args.ray, args.resume)
+    print(pieces.told(importing.run(job_of(args), engine)))
 
 
 def run() -> None:

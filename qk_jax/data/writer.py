@@ -56,6 +56,7 @@ class Writer:
         *,
         source: Any = None,
         references: Sequence[Any] = (),
+        mask: Any = None,
         name: str = "",
         **header: Any,
     ) -> None:
@@ -67,6 +68,7 @@ class Writer:
           target: the true picture.
           source: the picture to edit, where there is one, or several in a list.
           references: pictures of subjects that are to appear, in order.
+          mask: a picture of the target's size, white where its subject is, for `synthesize`.
           name: of the set that it is from, for figures by source; at most 24 ASCII characters.
           **header: further JSON values of the record.
 
@@ -94,7 +96,7 @@ class Writer:
         )
         draft = Draft(
             example, instruction, bytes_of(target, f"{example}, target"), pictures, name,
-            more=header,
+            more=header, mask=b"" if mask is None else bytes_of(mask, f"{example}, mask"),
         )  # fmt: skip
         self._write(entry_of(draft, task, tuple(role for role, _ in given), Limits(), example))
         self.count += 1

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from qk_jax.data.bench import fresh
-from qk_jax.data.importers import importing
+from qk_jax.data.importers import importing, pieces
 from qk_jax.data.importers.drafts import encoded
 from qk_jax.data.importers.job import Job
 from qk_jax.pictures.decoding import decode_picture
@@ -71,7 +71,7 @@ MAKERS: dict[str, Callable[[pathlib.Path, list[bytes]], None]] = {
 def _measure(job: Job) -> tuple[float, float]:
     """Seconds, and those of the processor."""
     begun, cpu = time.perf_counter(), time.process_time()
-    importing.run(job, importing.Engine())
+    importing.run(job, pieces.Engine())
     return time.perf_counter() - begun, time.process_time() - cpu
 
 
@@ -92,7 +92,7 @@ def run(count: int) -> str:
                 source = pathlib.Path(folder) / "in"
                 source.mkdir()
                 make(source, [data[n % len(data)] for n in range(number)])
-                job = Job(name, (str(source),), "text_to_image", f"{folder}/out")
+                job = Job(f"{folder}/out", name, (str(source),), "text_to_image")
                 (wall, cpu), peak = fresh.run(_measure, job)
             lines.append(
                 f"| {name} | {number} | {number / wall:.0f} | {number / cpu:.0f} "

@@ -189,7 +189,7 @@ def index(job: Job) -> list[BadRecord]:
 
 
 def index_path(job: Job) -> files.Path:
-    return job.work / "archives.sqlite"
+    return job.folder / "archives.sqlite"
 
 
 def image_archives(job: Job) -> list[tuple[str, ...]]:

@@ -12,7 +12,9 @@ from qk_jax.base.errors import BadRecord
 from qk_jax.data.importers.drafts import Draft
 from qk_jax.data.importers.job import Job, Row, Rows
 
-ROLES = ("text", "target", "source", "references", "pictures", "group", "score", "key")
+ROLES = (
+    "text", "target", "source", "references", "pictures", "mask", "group", "score", "key",
+)  # fmt: skip
 _ABSENT: Any = object()
 
 
@@ -32,13 +34,14 @@ def by_columns(row: Row, job: Job, form: Format) -> Iterator[Draft]:
     ]
     if isinstance(text, list):
         text = text[-1] if text else None
-    group = get("group")
+    group, mask = get("group"), get("mask")
     yield Draft(
         key=_name(get("key"), row.key),
         instruction=form.words(text) if isinstance(text, str) else text,
         target=row.picture(targets[0]),
         pictures=tuple(pictures),
         group="" if group in (_ABSENT, None) else f"{group}",
+        mask=b"" if mask in (_ABSENT, None, "") else row.picture(mask),
     )
 
 
@@ -142,7 +145,8 @@ class Format:
     Attributes:
       rows: how its rows lie in files.
       columns: {role: names that a column may have, the first that is there is taken}. Roles are
-        text, target, source, references, pictures (roles by the task), group, score, key.
+        text, target, source, references, pictures (roles by the task), mask, group, score,
+        key.
       drafts: the examples of a row; raises BadRecord.
       fields: names of fields that `drafts` reads besides.
       words: what an instruction becomes.

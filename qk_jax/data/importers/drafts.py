@@ -37,6 +37,7 @@ class Draft(NamedTuple):
       group: examples of one group are on one side of the split; '' for those of one picture.
       more: further fields of the header.
       members: where it lies in a tar that is read in place.
+      mask: picture that is white where the subject of the target is, encoded; b'' for none.
     """
 
     key: str
@@ -47,6 +48,7 @@ class Draft(NamedTuple):
     group: str = ""
     more: Mapping[str, Any] = {}
     members: tuple[records.Span, ...] = ()
+    mask: bytes = b""
 
 
 class Limits(NamedTuple):
@@ -99,6 +101,15 @@ def text_of(value: object, limit: int, name: str) -> str:
     return text.strip()
 
 
+def completed(draft: Draft, source: str) -> Draft:
+    """A draft with what its header has besides; `source` is the set's name where it has none."""
+    source = draft.source or source
+    more: dict[str, Any] = {"key": draft.key, "source": source, **draft.more}
+    if draft.group:
+        more["group"] = draft.group
+    return draft._replace(source=source, more=more)
+
+
 def entry_of(
     draft: Draft, task: str, roles: tuple[str, ...], limits: Limits, name: str
 ) -> records.Entry:
@@ -113,6 +124,11 @@ def entry_of(
         kept, size = _checked(data, limits, f"{name}, {blob}")
         blobs[blob] = kept
         sizes.append(size)
+    if draft.mask:
+        # Not encoded anew: what --encode loses would be at its edges.
+        blobs["mask"], size = _checked(draft.mask, limits._replace(encode=None), f"{name}, mask")
+        if size != sizes[0]:
+            raise BadRecord("bad mask", f"{name}: the mask is {size}, the target {sizes[0]}")
     try:
         json.dumps(header, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeError:

@@ -58,10 +58,10 @@ def _captioned(job: Job, controls: Any) -> tuple[list[Piece], list[BadRecord]]:
                 continue
             yield {"file_name": path, "text_file": caption, "pictures": controls(path)}
 
-    with files.beside(job.work / _FOUND) as part, part.open("w") as out:
+    with files.beside(job.folder / _FOUND) as part, part.open("w") as out:
         for row in rows():
             out.write(json.dumps(row) + "\n")
-    return lists.plan_of(job, [str(job.work / _FOUND)]), bad
+    return lists.plan_of(job, [str(job.folder / _FOUND)]), bad
 
 
 def _read(job: Job, piece: Piece, wanted: frozenset[str]) -> Iterator[Row | BadRecord]:

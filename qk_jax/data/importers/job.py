@@ -11,16 +11,42 @@ from qk_jax.base.errors import BadRecord
 from qk_jax.data.importers.drafts import Limits
 from qk_jax.data.records import Span
 
+TAR_INDEX = "tar.index.npy"  # ending of the index of a tar that is read in place
+
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Work:
+    """Something that is made in pieces into a folder; all of it that decides the bytes.
+
+    Attributes:
+      out: the folder.
+    """
+
+    out: str
+
+    @property
+    def occupied(self) -> str:
+        """What is said of a folder that has files of such work, but no plan."""
+        return "is not empty; choose another folder"
+
+    def owns(self, name: str) -> bool:
+        """Whether a file of this name in the folder can be of such work; all are by default."""
+        return True
+
+    @property
+    def folder(self) -> files.Path:
+        """The folder of what is done, as long as not all is."""
+        return files.Path(self.out) / ".import"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job(Work):
     """An import, as the command line asks for it. Pickles to worker processes.
 
     Attributes:
       format: a key of FORMATS.
       inputs: files, folders, or what else the format reads.
       task: one of TASKS.
-      out: folder of the records.
       columns: {role: name of a column, or several joined by '+'}, above those of the format.
       images: folders and tar archives with the pictures that rows name.
       control: folders with the condition pictures of a training folder.
@@ -39,7 +65,6 @@ class Job:
     format: str
     inputs: tuple[str, ...]
     task: str
-    out: str
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     images: tuple[str, ...] = ()
     control: tuple[str, ...] = ()
@@ -54,9 +79,15 @@ class Job:
     in_place: bool = False
 
     @property
-    def work(self) -> files.Path:
-        """The folder of what an unfinished import has done."""
-        return files.Path(self.out) / ".import"
+    def occupied(self) -> str:
+        if self.in_place:
+            return "has an index; remove what `index` wrote, or choose another"
+        return super().occupied
+
+    def owns(self, name: str) -> bool:
+        """With `in_place` the folder may hold the tars, and whatever else."""
+        written = (TAR_INDEX, "rejected.jsonl", "manifest.json")
+        return not self.in_place or any(x in name for x in written)
 
 
 class Piece(NamedTuple):
@@ -93,7 +124,8 @@ class Rows(NamedTuple):
     """How rows lie in files.
 
     Attributes:
-      plan: the pieces of the input, the same each time, and rejected names; may write to job.work.
+      plan: the pieces of the input, the same each time, and rejected names; may write to
+        job.folder.
       read: the rows of a piece with the fields of these names, BadRecord for each that cannot be
         read. Other fields may be there, too.
     """

@@ -21,9 +21,9 @@ from qk_jax.base import buckets, files
 from qk_jax.base.errors import InputError
 from qk_jax.data import records
 from qk_jax.data.importers import inputs
-from qk_jax.data.importers.job import Job, Piece
+from qk_jax.data.importers.job import TAR_INDEX, Job, Piece
 
-ENDING = "tar.index.npy"
+ENDING = TAR_INDEX
 _SPAN = [("start", "<u8"), ("size", "<u4"), ("crc", "<u4")]
 
 

@@ -55,7 +55,7 @@ class TarFile:
         facts = self._index.facts
         is_whole = buckets.is_remote(facts.tar)
         self.path = files.Path(facts.tar if is_whole else files.Path(side).parent / facts.tar)
-        self._job = Job(_FORMAT, (), facts.task, "", facts.columns, name=facts.name, in_place=True)
+        self._job = Job("", _FORMAT, (), facts.task, facts.columns, name=facts.name, in_place=True)
         self._open: _Open | None = None
         self._local = self.path
         if self.path.is_file():

@@ -93,20 +93,29 @@ def _scale(item: Item, size: Size) -> float:
     return min((right - left) * size[1] / columns, (bottom - top) * size[0] / rows)
 
 
+def fitted(item: Item, size: Size) -> tuple[np.ndarray, int, int]:
+    """An item as it lies in a picture of this size: uint8 [h, w, 4], and the column and row of its
+    upper left corner, which may be beyond the picture."""
+    height, width = size
+    left, top, right, bottom = item.box
+    rows, columns = item.rgba.shape[:2]
+    scale = _scale(item, size)
+    inner = max(1, round(columns * scale)), max(1, round(rows * scale))
+    picture = item.rgba
+    if inner != (columns, rows):  # Pillow premultiplies alpha for this
+        resized = Image.fromarray(picture).resize(inner, Image.Resampling.BICUBIC)
+        picture = np.asarray(resized)
+    x = round((left + right) / 2 * width - inner[0] / 2)
+    y = round((top + bottom) / 2 * height - inner[1] / 2)
+    return picture, x, y
+
+
 def paste(canvas: np.ndarray, item: Item) -> None:
     """Draws an item onto a canvas, in place."""
     height, width = canvas.shape[:2]
-    left, top, right, bottom = item.box
-    rows, columns = item.rgba.shape[:2]
-    scale = _scale(item, (height, width))
-    size = max(1, round(columns * scale)), max(1, round(rows * scale))
-    picture = item.rgba
-    if size != (columns, rows):  # Pillow premultiplies alpha for this
-        resized = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
-        picture = np.asarray(resized)
-    x = round((left + right) / 2 * width - size[0] / 2)
-    y = round((top + bottom) / 2 * height - size[1] / 2)
-    x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + size[0], width), min(y + size[1], height)
+    picture, x, y = fitted(item, (height, width))
+    rows, columns = picture.shape[:2]
+    x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + columns, width), min(y + rows, height)
     picture = picture[y0 - y : y1 - y, x0 - x : x1 - x].astype(np.float32)
     alpha = picture[..., 3:] * np.float32(1 / 255)
     region = canvas[y0:y1, x0:x1]

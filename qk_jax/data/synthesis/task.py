@@ -15,7 +15,7 @@ from qk_jax.data.synthesis import scenes
 from qk_jax.data.synthesis.corpus import Corpus, Cutout
 from qk_jax.data.synthesis.references import References
 from qk_jax.data.synthesis.scenes import COLOURS
-from qk_jax.data.synthesis.wordings import WORDINGS, with_article
+from qk_jax.data.synthesis.wordings import WORDINGS, alike, with_article
 from qk_jax.pictures.fitting import Size
 from qk_jax.pictures.roles import REFERENCE, SOURCE
 
@@ -201,5 +201,5 @@ class Task(abc.ABC):
 
 def _same_name(one: Cutout, other: Cutout) -> bool:
     """Whether a name of one might mean the other."""
-    a, b = set(one.caption.split()), set(other.caption.split())
-    return a <= b or b <= a or bool({one.caption, one.subject} & {other.caption, other.subject})
+    same = {one.caption, one.subject} & {other.caption, other.subject}
+    return bool(same) or alike(one.caption, other.caption)

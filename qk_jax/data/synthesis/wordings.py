@@ -252,3 +252,15 @@ def colours_in(caption: str) -> set[str]:
     """The colours that a caption names, as words of `scenes.COLOURS` where it has them."""
     words = caption.replace("-", " ").replace(",", " ").split()
     return {_NEAR.get(word, word) for word in words}
+
+
+def alike(one: str, other: str) -> bool:
+    """Whether a caption might name the thing of the other: 'apple' names a 'green apple' too.
+
+    Of texts in a script without spaces one is looked for within the other.
+    """
+    a, b = one.casefold(), other.casefold()
+    if not (a.isascii() and b.isascii()) and (a in b or b in a):
+        return True
+    words, others = set(a.split()), set(b.split())
+    return words <= others or others <= words

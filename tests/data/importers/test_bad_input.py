@@ -12,7 +12,7 @@ from PIL import Image
 
 from qk_jax.base.errors import BadRecord, Failure, InputError
 from qk_jax.data import records
-from qk_jax.data.importers import importing, inputs
+from qk_jax.data.importers import importing, inputs, pieces
 from qk_jax.data.importers.drafts import Limits
 from qk_jax.data.importers.job import Job
 from qk_jax.pictures.decoding import decode_picture
@@ -25,7 +25,7 @@ LIMITS = Limits(max_pixels=1 << 20, max_characters=10_000)
 def imported(folder, **job):
     """(instructions, {reason: number}) of what becomes of a set, with a good example beside it."""
     given = {"task": "text_to_image", "limits": LIMITS, "out": str(folder / "out"), **job}
-    manifest = importing.run(Job(**given), importing.Engine())
+    manifest = importing.run(Job(**given), pieces.Engine())
     found = records.RecordSet(folder / "out", "train")
     told = [json.loads(x)["reason"] for x in (folder / "out" / "rejected.jsonl").open()]
     assert sorted(told) == sorted(k for k, n in manifest["rejected"].items() for _ in range(n))
@@ -291,7 +291,7 @@ def test_a_picture_without_caption_is_counted(tmp_path):
 
 def test_an_import_of_nothing_fails_and_says_why(tmp_path):
     put(tmp_path, "in/1.jpg", picture(1))
-    with pytest.raises(Failure, match="no record could be imported: 1 no text"):
+    with pytest.raises(Failure, match="no record came of it: 1 no text"):
         imported(tmp_path, format="folder", inputs=(str(tmp_path / "in"),))
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from configs import stage3
 from qk_jax.base.errors import InputError
 from qk_jax.data import records
-from qk_jax.data.importers import formats, importing, registry
+from qk_jax.data.importers import formats, importing, pieces, registry
 from qk_jax.data.importers.drafts import encoded
 from qk_jax.data.importers.job import Job
 from qk_jax.pictures.decoding import decode_picture
@@ -19,7 +19,7 @@ from tests.data.importers import published, tfds_sets
 
 def imported(made: published.Made, out, **more):
     job = Job(task=made.task, out=str(out), **{"shard_records": 3, **made.job, **more})
-    return importing.run(job, importing.Engine())
+    return importing.run(job, pieces.Engine())
 
 
 def examples(out, split="train"):

@@ -17,7 +17,7 @@ from PIL import Image
 from qk_jax.base.errors import InputError
 from qk_jax.data import __main__ as command
 from qk_jax.data import records
-from qk_jax.data.importers import engines, importing, shards
+from qk_jax.data.importers import engines, importing, pieces, shards
 from qk_jax.data.importers.drafts import Limits
 from qk_jax.data.importers.job import Job
 from tests import needs
@@ -42,7 +42,7 @@ def many(folder, count=60):
     return {"format": "folder", "inputs": (str(folder),), "task": "text_to_image"}
 
 
-ALONE = importing.Engine()
+ALONE = pieces.Engine()
 
 
 def run(job: dict, out, engine=ALONE, **more):
@@ -60,17 +60,17 @@ def whole(tmp_path_factory):
 
 def test_processes_give_the_same_bytes(whole, tmp_path):
     job, expected = whole
-    run(job, tmp_path, importing.Engine(workers=2))
+    run(job, tmp_path, pieces.Engine(workers=2))
     assert content(tmp_path) == expected
     assert len(expected) == 2 * 2 * 12 + 2
 
 
 CHILD = """
 import json, sys
-from qk_jax.data.importers import importing
+from qk_jax.data.importers import importing, pieces
 from qk_jax.data.importers.job import Job
 print("begun", flush=True)
-importing.run(Job(**json.loads(sys.argv[1])), importing.Engine(int(sys.argv[2]), resume=True))
+importing.run(Job(**json.loads(sys.argv[1])), pieces.Engine(int(sys.argv[2]), resume=True))
 """
 
 
@@ -108,7 +108,7 @@ def test_a_killed_import_goes_on_to_the_same_bytes(whole, tmp_path):
             killed += child.wait() == -signal.SIGKILL
             if drawn.random() < 0.7:
                 break
-        run(job, out, importing.Engine(resume=True))
+        run(job, out, pieces.Engine(resume=True))
         assert content(out) == expected
         shutil.rmtree(out)
     assert killed >= moments / 2
@@ -125,18 +125,18 @@ def test_workers_end_with_the_command(whole, tmp_path):
     while any(map(pathlib.Path.exists, (pathlib.Path(f"/proc/{pid}") for pid in workers))):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    run(job, tmp_path, importing.Engine(resume=True))
+    run(job, tmp_path, pieces.Engine(resume=True))
     assert content(tmp_path) == expected
 
 
 def test_an_import_is_not_mixed_with_another(whole, tmp_path):
     job, expected = whole
     run(job, tmp_path)
-    with pytest.raises(InputError, match="has an import already; add --resume"):
+    with pytest.raises(InputError, match="has been begun already; add --resume"):
         run(job, tmp_path)
-    with pytest.raises(InputError, match="other arguments or of another version"):
-        run(job, tmp_path, importing.Engine(resume=True), validation=0.3)
-    run(job, tmp_path, importing.Engine(resume=True))
+    with pytest.raises(InputError, match="other arguments or by another version"):
+        run(job, tmp_path, pieces.Engine(resume=True), validation=0.3)
+    run(job, tmp_path, pieces.Engine(resume=True))
     assert content(tmp_path) == expected
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(InputError, match="is not empty"):
@@ -155,7 +155,7 @@ def test_an_input_that_has_changed_is_named(tmp_path, monkeypatch):
             run(job, tmp_path / "out")
     put(tmp_path, "in/metadata.jsonl", lines([{"file_name": "1.jpg", "text": "other"}]))
     with pytest.raises(InputError, match="metadata.jsonl is not as it was"):
-        run(job, tmp_path / "out", importing.Engine(resume=True))
+        run(job, tmp_path / "out", pieces.Engine(resume=True))
 
 
 def test_pictures_that_came_before_are_left_out(tmp_path):

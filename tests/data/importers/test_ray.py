@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from qk_jax.data.importers import importing
+from qk_jax.data.importers import importing, pieces
 from qk_jax.data.importers.job import Job
 from tests import needs
 from tests.data.importers import published
@@ -38,7 +38,7 @@ def test_a_lost_node_changes_nothing(cluster, tmp_path):
             members += [(f"{k:03d}.png", data), (f"{k:03d}.txt", f"{n} {k}".encode())]
         published.tar(tmp_path / "in" / f"{n:03d}.tar", members)
     given = {"format": "webdataset", "inputs": (str(tmp_path / "in"),), "task": "text_to_image"}
-    importing.run(Job(**given, out=str(tmp_path / "alone")), importing.Engine())
+    importing.run(Job(**given, out=str(tmp_path / "alone")), pieces.Engine())
     out = tmp_path / "out"
 
     def lose() -> None:
@@ -50,7 +50,7 @@ def test_a_lost_node_changes_nothing(cluster, tmp_path):
     lost: list[int] = []
     thread = threading.Thread(target=lose, daemon=True)
     thread.start()
-    importing.run(Job(**given, out=str(out)), importing.Engine(ray=cluster.address))
+    importing.run(Job(**given, out=str(out)), pieces.Engine(ray=cluster.address))
     thread.join()
     assert 4 <= lost[0] < 24
     assert content(out) == content(tmp_path / "alone")

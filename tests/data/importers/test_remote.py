@@ -6,7 +6,7 @@ import pytest
 
 from qk_jax.base import files
 from qk_jax.data import records
-from qk_jax.data.importers import importing
+from qk_jax.data.importers import importing, pieces
 from qk_jax.data.importers.job import Job
 from tests.base import storage
 from tests.base.storage import BUCKET
@@ -35,10 +35,10 @@ def test_buckets_are_read_and_written(name, tmp_path, server, monkeypatch):
 
     changed = {key: remote(made.job[key]) for key in ("inputs", "images") if key in made.job}
     job = Job(**{**made.job, **changed}, task=made.task, out=f"{there}/out", shard_records=3)
-    importing.run(job, importing.Engine())
+    importing.run(job, pieces.Engine())
     found = records.RecordSet(files.Path(there) / "out", "train")
     assert [found[n].blobs["target"] for n in range(len(found))] == [x[1] for x in made.examples]
     names = {path.name for path in (files.Path(there) / "out").iterdir()}
     assert not [x for x in names if x.startswith(".")], names
-    importing.run(job, importing.Engine(resume=True))
+    importing.run(job, pieces.Engine(resume=True))
     assert pathlib.Path(tmp_path / "in").is_dir()

@@ -16,7 +16,7 @@ from qk_jax.base import files
 from qk_jax.base.errors import BadRecord, InputError
 from qk_jax.data import __main__ as command
 from qk_jax.data import pipeline, records
-from qk_jax.data.importers import importing, registry, shards, tars
+from qk_jax.data.importers import importing, pieces, registry, shards, tars
 from qk_jax.data.importers.drafts import Limits
 from qk_jax.data.importers.job import Job
 from tests.base import storage
@@ -61,8 +61,8 @@ def job(folder, out, **more):
 def both(folder, **more):
     """(the manifest of the index beside the tars, of the import); the latter is in `out`."""
     out = folder.parent / "out"
-    index = importing.run(job(folder, folder, in_place=True, **more), importing.Engine())
-    return index, importing.run(job(folder, out, **more), importing.Engine())
+    index = importing.run(job(folder, folder, in_place=True, **more), pieces.Engine())
+    return index, importing.run(job(folder, out, **more), pieces.Engine())
 
 
 def assert_same_records(folder, split="train"):
@@ -208,7 +208,7 @@ def read(folder):
 def test_flipped_bits_are_found_or_without_effect(tmp_path):
     """With the times of the files as before, so that nothing else tells."""
     folder = written(tmp_path / "in", count=6, shard=6)
-    importing.run(job(folder, folder, in_place=True), importing.Engine())
+    importing.run(job(folder, folder, in_place=True), pieces.Engine())
     expected, drawn = read(folder), random.Random(4)
     found = {"index": 0, "record": 0, "nothing": 0}
     for path in [folder / "0.tar", folder / "train-00000-of-00001.tar.index.npy"]:
@@ -303,14 +303,14 @@ def test_an_index_goes_on_where_it_was_stopped_and_leaves_other_files_alone(
     with monkeypatch.context() as patch:
         patch.setattr(shards, "import_piece", stopped)
         with pytest.raises(InputError, match="stop"):
-            importing.run(given, importing.Engine())
-    importing.run(given, importing.Engine(resume=True))
+            importing.run(given, pieces.Engine())
+    importing.run(given, pieces.Engine(resume=True))
     for path in whole.glob("*.npy"):
         assert (folder / path.name).read_bytes() == path.read_bytes()
     assert (folder / ".other.part").exists()
     (folder / "manifest.json").unlink()
     with pytest.raises(InputError, match="has an index; remove what `index` wrote"):
-        importing.run(given, importing.Engine())
+        importing.run(given, pieces.Engine())
 
 
 def test_a_tar_that_grows_while_it_is_read_is_named(tmp_path, monkeypatch):
@@ -323,7 +323,7 @@ def test_a_tar_that_grows_while_it_is_read_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(shards, "read", reading)
     with pytest.raises(InputError, match="0.tar has changed while it was read"):
-        importing.run(job(folder, folder, in_place=True), importing.Engine())
+        importing.run(job(folder, folder, in_place=True), pieces.Engine())
     assert not list(folder.glob("*.npy"))
 
 
@@ -347,8 +347,8 @@ def test_tars_in_a_bucket_are_copied_to_the_host(tmp_path, monkeypatch):
         for path in folder.iterdir():
             server.put(f"tars/{path.name}", path.read_bytes())
         there = f"{storage.BUCKET}/tars"
-        importing.run(job(there, there, in_place=True), importing.Engine())
-        importing.run(job(folder, tmp_path / "out"), importing.Engine())
+        importing.run(job(there, there, in_place=True), pieces.Engine())
+        importing.run(job(folder, tmp_path / "out"), pieces.Engine())
         found = tars.TarSet(there, "train")
         imported = records.RecordSet(tmp_path / "out", "train")
         assert [found[n] for n in range(4)] == [imported[n] for n in range(4)]

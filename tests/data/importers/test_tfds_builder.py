@@ -11,7 +11,7 @@ from tensorflow_datasets.scripts.cli import build, cli_utils
 
 from qk_jax.base.errors import BadRecord, InputError
 from qk_jax.data import Writer, pipeline, records, tfds_builder
-from qk_jax.data.importers import importing, tfds, tfds_records
+from qk_jax.data.importers import importing, pieces, tfds, tfds_records
 from qk_jax.data.importers.job import Job
 from tests.data import stage3
 from tests.data.importers.published import picture, tar
@@ -87,14 +87,14 @@ def test_the_code_of_tfds_build_makes_it_of_tars(tmp_path):
     for n in range(4):
         members += [(f"{n}.jpg", picture(n)), (f"{n}.txt", f"n {n}".encode())]
     tar(tmp_path / "in" / "a.tar", members)
-    job = Job("webdataset", (str(tmp_path / "in"),), "text_to_image", str(tmp_path / "index"))
-    importing.run(Job(**{**job.__dict__, "in_place": True}), importing.Engine())
+    job = Job(str(tmp_path / "index"), "webdataset", (str(tmp_path / "in"),), "text_to_image")
+    importing.run(Job(**{**job.__dict__, "in_place": True}), pieces.Engine())
     line = f"tfds qk_records --imports qk_jax.data.tfds_builder --data_dir {tmp_path / 'out'}"
     line += f" --manual_dir {tmp_path / 'index'}"
     cli_utils.make_flags_parser(build.Args, "")(line.split()).execute()
     folder = tmp_path / "out" / "qk_records" / "1.0.0"
-    again = Job("tfds", (str(folder),), "text_to_image", str(tmp_path / "again"))
-    importing.run(again, importing.Engine())
+    again = Job(str(tmp_path / "again"), "tfds", (str(folder),), "text_to_image")
+    importing.run(again, pieces.Engine())
     for found in (data_set(folder), records.RecordSet(tmp_path / "again", "train")):
         got = [(found[n].header["instruction"], found[n].blobs["target"]) for n in range(4)]
         assert got == [(f"n {n}", picture(n)) for n in range(4)]
@@ -102,8 +102,8 @@ def test_the_code_of_tfds_build_makes_it_of_tars(tmp_path):
 
 def test_edits_are_imported_with_their_roles(built, tmp_path):
     given, folder = built
-    job = Job("tfds", (str(folder),), "editing", str(tmp_path), split="validation")
-    manifest = importing.run(job, importing.Engine())
+    job = Job(str(tmp_path), "tfds", (str(folder),), "editing", split="validation")
+    manifest = importing.run(job, pieces.Engine())
     assert manifest["records"] == {"train": 8} and manifest["rejected"] == {"roles": 8}
     found, expected = records.RecordSet(tmp_path, "train"), records.RecordSet(given, "validation")
     for number in range(8):
