@@ -26,7 +26,7 @@ from qk_jax.checkpoints.digest import describe, of_metadata
 
 log = logging.getLogger(__name__)
 META = "meta"
-FORMAT = 1
+FORMAT, UNDIGESTED = 2, 1  # of the metadata; that of 0.1.0 has no digest
 EXISTS = "exists"
 PROBE, PROBE_BYTES = "probe", 2**18  # as much as must be free for a save to begin
 RESTORE_GB = 32  # of host memory for what is read and not yet on its device; the largest shard fits
@@ -39,10 +39,11 @@ class SaveError(Failure):
 
 
 def is_intact(meta: Meta, step: int) -> bool:
-    """Whether the metadata of `step` is what was written; steps of 0.1.0 have no digest of it."""
-    digest = meta.get("digest")
-    same = digest is None or digest == of_metadata(meta)
-    return same and meta.get("format") == FORMAT and meta.get("step") == step
+    """Whether the metadata of `step` is what was written."""
+    known, digest = meta.get("format"), meta.get("digest")
+    if known not in (FORMAT, UNDIGESTED) or meta.get("step") != step:
+        return False
+    return known == UNDIGESTED if digest is None else digest == of_metadata(meta)
 
 
 class Restored(NamedTuple):

@@ -137,7 +137,15 @@ def no_metadata(folder):
     next((folder / "meta").rglob("metadata")).write_text("{")
 
 
-@pytest.mark.parametrize("damage", [flip, cut, empty, no_metadata])
+def no_digest(folder):
+    """One bit, after which the metadata seems to have no digest."""
+    file = next((folder / "meta").rglob("metadata"))
+    head, _, tail = file.read_text().rpartition('"digest"')
+    file.write_text(f'{head}"digEst"{tail}')
+    assert "digEst" in json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("damage", [flip, cut, empty, no_metadata, no_digest])
 def test_a_damaged_step_is_set_aside_and_the_one_before_is_used(saved, damage, caplog):
     damage(saved / "3")
     reader = Store(saved, write=False)

@@ -144,7 +144,7 @@ def test_a_phase_may_have_other_tasks(builder):
 @pytest.mark.parametrize(
     ("curriculum", "words"),
     [
-        (("32x32",), r"has '32x32'; give \(step, sizes\) or"),
+        (("32x32",), r"has '32x32'; give \(step, sizes\), \(step"),
         (((0, SMALL),), r"has \(0, "),
         (((5, SMALL, 32),), r"has .*, 32\)"),
         (((5, SMALL), (5, MIDDLE)), r"has \(5, \('48x48'"),
