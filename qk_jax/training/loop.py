@@ -260,9 +260,10 @@ class Trainer:
 
     def bad_counts(self) -> dict[str, float]:
         """Bad records so far: of all processes, and of this one by source and kind; {} for none."""
-        own = float(self.data.bad.total())
+        counts = self.data.bad_counts()
+        own = float(sum(counts.values()))
         total = sum(distributed.latest("bad", own).values()) or own
-        return {"bad": total, **self.data.bad_counts()} if total else {}
+        return {"bad": total, **counts} if total else {}
 
     def skip(self, step: int, values: Any, finite: np.ndarray) -> None:
         """Names an update that was not applied, and the examples [B] whose loss is not finite.

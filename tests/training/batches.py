@@ -89,5 +89,8 @@ class Pipeline:
     def digest(self):
         return ""
 
+    def bad_counts(self):
+        return {}
+
     def close(self):
         pass
