@@ -105,9 +105,8 @@ def read(path: files.PathLike) -> tuple[Image.Image, list[Line]]:
     Raises: InputError when it is no PNG that can be read, or says of itself what cannot be.
     """
     try:
-        sheet = Image.open(io.BytesIO(files.Path(path).read_bytes()), formats=["PNG"])
-        told = sheet.info.get(_PARTS, "[]")
-        sheet = sheet.convert("RGB")
+        png = Image.open(io.BytesIO(files.Path(path).read_bytes()), formats=["PNG"])
+        told, sheet = png.info.get(_PARTS, "[]"), png.convert("RGB")
         return sheet, [
             (str(part["prompt"]), [(str(x["label"]), _cut(sheet, x)) for x in part["cells"]])
             for part in json.loads(told)

@@ -14,7 +14,7 @@ function svg(tag, attributes, text) {
 function told(value) {
   if (value === undefined || value === null) return "none";
   const size = Math.abs(value);
-  if (size && (size < 1e-3 || size >= 1e6)) return value.toExponential(2);
+  if (size && (size < 1e-3 || size >= 1e6)) return value.toExponential(2).replace(/\.?0+e/, "e");
   return String(Number(value.toPrecision(4)));
 }
 
@@ -104,7 +104,7 @@ function drawChart(figure) {
       return height - edge.bottom - part * (height - edge.top - edge.bottom);
     };
     const drawn = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, "aria-hidden": true });
-    for (const tick of isLog() ? logTicks(limit.low, limit.high) : ticks(limit.low, limit.high, 4)) {
+    for (const tick of isLog() ? logTicks(limit.low, limit.high) : ticks(limit.low, limit.high, 6)) {
       drawn.append(svg("line", { class: "grid", x1: edge.left, x2: width - edge.right, y1: y(tick), y2: y(tick) }));
       drawn.append(svg("text", { x: edge.left - 6, y: y(tick) + 4, class: "end" }, told(tick)));
     }
@@ -305,7 +305,8 @@ function filter(form, items, hit) {
 const has = (item, field) => item.textContent.toLowerCase().includes(field.value.trim().toLowerCase());
 const pictures = document.querySelector("form.pictures-of");
 if (pictures) {
-  filter(pictures, [...document.querySelectorAll(".record")], (item, { set, task, words }) =>
+  filter(pictures, [...document.querySelectorAll(".record")], (item, { set, task, most, words }) =>
+    (!most.value || Number(item.dataset.number) <= Number(most.value)) &&
     (!set.value || item.dataset.set === set.value) &&
     (!task.value || item.dataset.task === task.value) &&
     (!words.value.trim() || has(item.querySelector("h3"), words)));

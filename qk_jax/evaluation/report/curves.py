@@ -41,11 +41,11 @@ def _parts(kind: str, title: str, bins: bool) -> _Chart:
     )
 
 
-def _named(title: str, *names: str) -> _Chart:
-    """Series of training with these names, or below one of them."""
+def _named(title: str, kind: str, group: str) -> _Chart:
+    """The series of a kind with this name, and those below it, such as bad/SOURCE/KIND."""
     return _Chart(
         title,
-        lambda kind, name: kind == _TRAIN and name.split("/")[0] in names,
+        lambda k, name: k == kind and name.split("/")[0] == group,
         lambda _, name: name,
         by_run=True,
     )
@@ -57,8 +57,8 @@ _CHARTS = (
     _parts(_TRAIN, "Loss by part of t", bins=True),
     _parts(_VALIDATION, "Validation loss by task", bins=False),
     _parts(_VALIDATION, "Validation loss by part of t", bins=True),
-    _named("Learning rate", "lr"),
-    _named("Gradient norm, before clipping", "grad_norm"),
+    _named("Learning rate", _TRAIN, "lr"),
+    _named("Gradient norm", _TRAIN, "grad_norm"),
 )
 
 
@@ -78,7 +78,8 @@ def draw(runs: Sequence[Run]) -> tuple[str, list[dict[str, Any]]]:
         charts += _others(stages, known)
         more = "".join(_element(n, charts[n]) for n in range(middle, len(charts)))
         if more:
-            more = f'<details><summary>More curves</summary><div class="charts">{more}</div></details>'
+            more = f'<div class="charts">{more}</div>'
+            more = f"<details><summary>More curves</summary>{more}</details>"
         body = f'<div class="charts">{drawn}</div>{more}'
         if not known:
             body = '<p class="none">No metrics yet.</p>'
@@ -110,13 +111,9 @@ def _others(
         and not any(chart.takes(kind, name) for chart in _CHARTS)
     )
     for kind, group in dict.fromkeys(others):
-        chart = _Chart(
-            group.replace("_", " ") if kind == _TRAIN else f"{kind}: {group}",
-            lambda k, name, kind=kind, group=group: k == kind and name.split("/")[0] == group,
-            lambda _, name: name,
-            by_run=True,
-        )  # fmt: skip
-        yield _chart(chart, stages, known)
+        title = group.replace("_", " ")
+        yield _chart(_named(title if kind == _TRAIN else f"{kind}: {title}", kind, group),
+                     stages, known)  # fmt: skip
 
 
 def _chart(

@@ -102,8 +102,5 @@ def read(text: bytes) -> History:
                     steps, values = series.setdefault((kind, name), Series([], []))
                     steps.append(step)
                     values.append(value)
-    rollbacks = [
-        (step, row["to"]) for step, row in rows["rollback"] if type(row.get("to")) is int
-    ]
+    rollbacks = [(step, row["to"]) for step, row in rows["rollback"] if type(row.get("to")) is int]
     return History(series, rollbacks, damaged)
-
