@@ -46,7 +46,7 @@ def chart(title: str, about: str, series: Sequence[str], bars: Sequence[Bar], un
                                             bar.value + (bar.error or 0.0))]  # fmt: skip
     low, high = min(ends), max(ends)
     span = high - low or 1.0
-    several = len({bar.series for bar in bars}) > 1
+    several = len(series) > 1
     rows = []
     for group in dict.fromkeys(bar.group for bar in bars):
         if several:
@@ -77,7 +77,8 @@ def _drawn(bar: Bar, low: float, span: float) -> str:
     return (
         '<svg viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
         f'<rect class="c{bar.series % 8}" x="{left:.2f}" y="1" '
-        f'width="{max(right - left, 0.2):.2f}" height="8"/>{whisker}<path class="zero" d="M{x(0.0):.2f} 0V10"/></svg>'
+        f'width="{max(right - left, 0.2):.2f}" height="8"/>{whisker}'
+        f'<path class="zero" d="M{x(0.0):.2f} 0V10"/></svg>'
     )
 
 
