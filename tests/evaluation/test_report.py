@@ -254,6 +254,7 @@ def test_pictures_are_compared_filtered_and_enlarged(opened, tmp_path):
     pixels = tab.evaluate(
         """async () => {
           const image = document.querySelector(".record figure[id] img");
+          image.loading = "eager"; // one out of sight is never decoded
           await image.decode();
           const canvas = new OffscreenCanvas(16, 16).getContext("2d");
           canvas.drawImage(image, 0, 0);
