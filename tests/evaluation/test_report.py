@@ -1,4 +1,4 @@
-"""The report of a run: what it reads, what it says of what is missing, and the page in a browser."""
+"""The report of a run: what it reads, what it says is missing, and the page in a browser."""
 
 import json
 import re
@@ -86,7 +86,9 @@ def test_what_is_damaged_is_named_and_the_rest_is_shown(tmp_path):
     folder = made.write_quickstart(tmp_path / "run")
     (folder / "samples" / "editing_stage1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (folder / "stage3" / "metrics.jsonl").open("a").write('{"step": 40, "ki')
-    (folder / "report.json").write_text('{"tasks": [], "seconds": {"x": "y"}, "retrieval": {"a": 1}}')
+    (folder / "report.json").write_text(
+        '{"tasks": [], "seconds": {"x": "y"}, "retrieval": {"a": 1}}'
+    )
     text = report(tmp_path / "report.html", folder)
     assert "editing_stage1.png is no sheet that can be read" in text
     assert "stage3: what is damaged in metrics.jsonl is left out: line 6." in text
@@ -160,7 +162,9 @@ def test_bars_have_values_errors_and_kinds(tmp_path):
 
 def test_a_bar_reaches_from_zero_to_its_value():
     text = bars.chart("", "", ["a"], [bars.Bar("x", 0, -1.0, 1.0), bars.Bar("y", 0, 3.0)], "")
-    places = [tuple(map(float, x)) for x in re.findall(r'x="([\d.]+)" y="1" width="([\d.]+)"', text)]
+    places = [
+        tuple(map(float, x)) for x in re.findall(r'x="([\d.]+)" y="1" width="([\d.]+)"', text)
+    ]
     assert places == [(20.0, 20.0), (40.0, 60.0)]
     assert 'd="M0.00 5H40.00' in text and text.count("whisker") == 1
 
@@ -303,7 +307,9 @@ def test_two_runs_are_compared(opened, tmp_path):
     figure = chart(tab, "Loss")
     assert figure.locator(".plot path.line").count() == 4  # training and validation of both
     assert tab.locator(".record:visible").first.locator(".strip").count() == 2
-    assert "first, Stage 3" in tab.inner_text("#works") and "2.00 ± 0.25 dB" in tab.inner_text("#works")
+    assert "first, Stage 3" in tab.inner_text("#works") and "2.00 ± 0.25 dB" in tab.inner_text(
+        "#works"
+    )
     # only what differs, until all is asked for
     rows = tab.locator("#settings tbody tr:visible")
     assert rows.locator("code").all_inner_texts() == ["optimizer.lr"]
