@@ -106,8 +106,30 @@ def test_a_stage_and_a_run_that_is_being_measured(tmp_path):
     assert [x.name for x in stage.stages] == ["stage2"] and begun.stages == []
     assert [sheet.phase for sheet in stage.stages[0].sheets][:2] == ["step 0", "step 10"]
     assert begun.figures == {"untrained": found} and "No stage was begun" in begun.notes[0]
+    assert "no config.json" not in " ".join(stage.notes)
     text = page.page([stage, begun])
     assert "6 of 10 sheets are shown" in text and "<figcaption>step 90</figcaption>" in text
+
+
+def test_two_stages_of_a_run_are_two_even_with_one_config(tmp_path):
+    for name in ("stage1", "mean"):
+        made.write_stage(tmp_path / name, "stage1", [1.0])
+    (tmp_path / "mean" / "config.json").unlink()
+    (run,) = runs.read([str(tmp_path)])
+    assert [stage.name for stage in run.stages] == ["stage1", "mean"]
+    assert "mean: no config.json" in run.notes[0]
+    assert {len(chart["lines"]) for chart in curves.draw([run])[1] if chart["title"] == "Loss"} == {
+        2
+    }
+
+
+def test_what_several_runs_lack_is_said_once(tmp_path):
+    for name in ("a", "b", "c"):
+        made.write_stage(tmp_path / name / "stage1", "stage1", [1.0])
+    made.write_sheet(tmp_path / "c/stage1/samples/editing_0000000.png", "stage1")
+    text = page.page(runs.read([str(tmp_path / name) for name in "abc"]))
+    assert text.count("No sheets of pictures.") == 1 and "a, b: No sheets of pictures." in text
+    assert "a, b, c: No figures of held-out examples" in text
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):

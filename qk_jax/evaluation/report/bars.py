@@ -151,7 +151,8 @@ def _bars(group: str, series: int, figures: _Figures, measure: _Measure) -> list
     error = "gain" if measure.name == "gain_over_copy" else measure.name
     if error == "gain" and (as_number(figures.get("psnr_copy")) or 0) >= _NO_COPY:
         return []
-    return [Bar(group, series, value, as_number(figures.get(f"{error}_standard_error")))]
+    spread = as_number(figures.get(f"{error}_standard_error"))
+    return [Bar(group, series, value, spread if spread is not None and spread >= 0 else None)]
 
 
 def _retrieval(columns: Sequence[tuple[str, _Figures]], names: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ import html
 from collections.abc import Sequence
 
 from qk_jax.base import files, webpage
+from qk_jax.base.errors import some
 from qk_jax.evaluation.report import bars, curves, facts, runs
 from qk_jax.evaluation.report.gallery import Gallery
 from qk_jax.evaluation.report.runs import Run
@@ -74,11 +75,14 @@ def _grid(drawn: str) -> str:
 
 
 def _notes(found: Sequence[Run]) -> str:
-    """What is missing or damaged, of each run."""
+    """What is missing or damaged, and in which runs."""
+    names: dict[str, list[str]] = {}
+    for run in found:
+        for note in run.notes:
+            names.setdefault(note, []).append(run.name)
     lines = [
-        f"<li>{html.escape(f'{run.name}: ' * (len(found) > 1) + note)}</li>"
-        for run in found
-        for note in run.notes
+        f"<li>{html.escape(f'{some(of)}: ' * (len(found) > 1) + note)}</li>"
+        for note, of in names.items()
     ]
     return f'<ul class="note">{"".join(lines)}</ul>\n' if lines else ""
 

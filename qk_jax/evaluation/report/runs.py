@@ -112,7 +112,7 @@ def _run(given: str, name: str) -> Run:
         raise InputError(
             f"{given} holds no run; give a work directory with stage1/, or the folder of a stage"
         )
-    stages = [_stage(path, notes) for path in found]
+    stages = [_stage(path, path != folder, notes) for path in found]
     sheets = [] if _is_stage(folder) else _phase_sheets(folder)
     if not stages:
         notes.append("No stage was begun: there are no curves and no settings.")
@@ -153,9 +153,13 @@ def _json(path: files.Path, notes: list[str]) -> dict[str, Any]:
         return {}
 
 
-def _stage(folder: files.Path, notes: list[str]) -> Stage:
-    config = _json(folder / run_folder.CONFIG, notes)
-    name = str(config.get("stage") or folder.name)
+def _stage(folder: files.Path, is_below: bool, notes: list[str]) -> Stage:
+    """A stage; one in a work directory has the name of its folder, which no other there has."""
+    is_known = (folder / run_folder.CONFIG).is_file()
+    config = _json(folder / run_folder.CONFIG, notes) if is_known else {}
+    name = folder.name if is_below else str(config.get("stage") or folder.name)
+    if not is_known:
+        notes.append(f"{name}: no config.json, so its settings are not known.")
     path = folder / METRICS
     past = history.read(path.read_bytes() if path.is_file() else b"")
     if past.damaged:
