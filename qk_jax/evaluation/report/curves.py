@@ -126,7 +126,7 @@ def _chart(
         for part, key in enumerate(taken):
             if key in stage.history.series:
                 steps, values = stage.history.series[key].thinned()
-                values = [value if value is None else float(f"{value:.5g}") for value in values]
+                values = [value if value is None else float(f"{value:.6g}") for value in values]
                 lines.append({"run": run, "part": part, "x": steps, "y": values})
     marks = [
         {"run": run, "step": step, "to": to}
