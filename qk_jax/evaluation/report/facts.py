@@ -42,7 +42,8 @@ def summary(runs: Sequence[Run]) -> str:
     columns = "".join(f'<th scope="col">{html.escape(head)}</th>' for head in heads)
     corner = '<th scope="col">stage</th>' if len(runs) > 1 else ""
     return (
-        f'<div class="wide" tabindex="0"><table class="ruled"><thead><tr>{corner}<th scope="col">last value'
+        '<div class="wide" tabindex="0">'
+        f'<table class="ruled"><thead><tr>{corner}<th scope="col">last value'
         f"</th>{columns}</tr></thead><tbody>{body}</tbody></table></div>\n"
     )
 
@@ -141,8 +142,8 @@ def settings(runs: Sequence[Run]) -> str:
         f'<label><input name="differing" type="checkbox"{checked}> only what differs between '
         f'{between} ({differing})</label>\n<button type="reset">Reset</button> '
         '<span role="status"></span></form>\n'
-        f'<div class="wide" tabindex="0"><table class="ruled" id="settings"><thead><tr><th scope="col">field'
-        f"</th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>\n"
+        '<div class="wide" tabindex="0"><table class="ruled" id="settings"><thead><tr>'
+        f'<th scope="col">field</th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>\n'
     )
 
 
