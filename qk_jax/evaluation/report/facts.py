@@ -143,7 +143,8 @@ def settings(runs: Sequence[Run]) -> str:
         f'{between} ({differing})</label>\n<button type="reset">Reset</button> '
         '<span role="status"></span></form>\n'
         '<div class="wide" tabindex="0"><table class="ruled" id="settings"><thead><tr>'
-        f'<th scope="col">field</th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>\n'
+        f'<th scope="col">field</th>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>\n"
     )
 
 
