@@ -77,6 +77,7 @@ setup(
             "qk-train = qk_jax.train:run",
             "qk-sample = qk_jax.sample:run",
             "qk-convert = qk_jax.convert:run",
+            "qk-evaluate = qk_jax.evaluate:run",
             "qk-bench = qk_jax.bench.__main__:run",
             "qk-checkpoints = qk_jax.checkpoints.__main__:run",
             "qk-data = qk_jax.data.__main__:run",

@@ -27,6 +27,7 @@ from report import PHASES
 from qk_jax import evaluation, painting
 from qk_jax.base import cli, files
 from qk_jax.base.errors import InputError, exits
+from qk_jax.evaluation.report import page
 from qk_jax.experiment import config as config_lib
 from qk_jax.painting import sheets
 from qk_jax.training import start
@@ -172,7 +173,7 @@ class Quickstart:
         self.write(f"evaluation/{phase}.json", figures)
 
     def report(self, missing: Sequence[str]) -> None:
-        """Writes report.json and report.md, and prints what is in the folder.
+        """Writes report.json, report.md and report.html, and prints what is in the folder.
 
         Raises:
           SystemExit: 1 when PyTorch does not paint what JAX paints.
@@ -190,6 +191,7 @@ class Quickstart:
         whole = report.collect(self.state, plan, found, compared)
         self.write("report.json", whole)
         files.write_text(self.out / "report.md", report.markdown(whole))
+        page.write([str(self.out)], self.out / "report.html")
         print(report.ending(self.out, whole))
         if missing:
             print(

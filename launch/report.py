@@ -181,6 +181,7 @@ def ending(out: pathlib.Path, report: Figures) -> str:
     cost = f"{seconds / 60:.1f} min, at most {sum(memory.values())} MiB"
     lines = [f"\nAll is done in {out} ({cost}):"]
     for name, what in (
+        ("report.html", "open it in a browser: curves, pictures, figures, settings"),
         ("report.md", "the figures"),
         ("samples/", "painted pictures, before training and after each stage"),
         ("stage3/", "the trained model"),

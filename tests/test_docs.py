@@ -44,6 +44,7 @@ COMMANDS = {
     "qk_jax.data synthesize": "docs/data.md",
     "qk_jax.api.paint": "docs/data.md",
     "qk_jax.api.judge": "docs/data.md",
+    "qk_jax.evaluate report": "docs/evaluate.md",
 }
 # They are run by `data synthesize --command`, with folders that it makes.
 SHIPPED = {"qk_jax.api.paint", "qk_jax.api.judge"}
@@ -375,13 +376,19 @@ def run_data(argv):
             config_lib.load(args.what, overrides)
 
 
+def run_evaluate(argv):
+    from qk_jax import evaluate
+
+    assert evaluate.parser().parse_args(argv).folders
+
+
 @pytest.mark.parametrize("line", LINES)
 def test_commands_run_as_they_stand(line, files_of_the_docs):
     module, *argv = line.split(" ", 1)
     runs = {
         "qk_jax.train": run_train, "qk_jax.sample": run_sample, "qk_jax.convert": run_convert,
         "qk_jax.bench": run_bench, "qk_jax.checkpoints": run_checkpoints,
-        "qk_jax.data": run_data,
+        "qk_jax.data": run_data, "qk_jax.evaluate": run_evaluate,
     }  # fmt: skip
     with pytest.raises(SystemExit) if "--help" in line else contextlib.nullcontext():
         runs[module](shlex.split(*argv))

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FLOORS = {
-    "train": 8, "sample": 8, "convert": 8, "bench": 8,
+    "train": 8, "sample": 8, "convert": 8, "evaluate": 8, "bench": 8,
     "training": 7, "evaluation": 7, "export": 7, "api": 7,
     "painting": 6,
     "checkpoints": 5,
@@ -18,7 +18,7 @@ FLOORS = {
     "sharding": 2, "diffusion": 2, "pictures": 2,
     "base": 1,
 }  # fmt: skip
-MAINS = {"train", "sample", "convert"}
+MAINS = {"train", "sample", "convert", "evaluate"}
 LONGEST = 600  # lines of a file
 
 

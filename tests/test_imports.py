@@ -45,7 +45,10 @@ def test_loading_published_models_imports_jax_and_flax_alone():
     }
 
 
-MAINS = ["train", "sample", "convert", "bench.__main__", "checkpoints.__main__", "data.__main__"]
+MAINS = [
+    "train", "sample", "convert", "evaluate", "bench.__main__", "checkpoints.__main__",
+    "data.__main__",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("main", MAINS)

@@ -75,10 +75,14 @@ def test_every_part_once_and_in_order(run, capsys):
         "stage1.py:smoke", "stage2.py:smoke", "stage3.py:smoke",
     ]  # fmt: skip
     assert done[0] == "measure untrained" and done[-1] == "compare"
-    assert "1/255" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "1/255" in shown
     found = json.loads((made.out / "report.json").read_text())
     assert set(found["tasks"]["editing"]) == {"untrained", "stage1", "stage2", "stage3"}
     assert found["seconds"]["total"] >= 0 and found["peak_memory_mib"]["driver"] > 0
+    assert "report.html  open it in a browser" in shown and made.out.name in (
+        made.out / "report.html"
+    ).read_text(encoding="utf-8")
     page = (made.out / "report.md").read_text()
     assert "editing" in page and "source and as reference" in page and "0.06" in page
 

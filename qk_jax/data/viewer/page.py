@@ -1,15 +1,8 @@
-"""The page: one HTML file that asks no other host for anything.
-
-Texts of records are not trusted. All are escaped, and the page's own policy lets a browser run only
-the one script and style that it was written with.
-"""
+"""The page: one HTML file, in the frame of `base.webpage`. Texts of records are not trusted."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import html
-import io
 import shutil
 import tempfile
 from collections import Counter
@@ -17,17 +10,14 @@ from collections.abc import Iterable, Mapping
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-import qk_jax
-from qk_jax.base import files
+from qk_jax.base import files, webpage
 from qk_jax.data.viewer import charts
 from qk_jax.data.viewer.shown import Shown, Sizes, Text
+from qk_jax.pictures import inline
 from qk_jax.pictures.sizes import format_size
 
-_ASSETS = files.Path(qk_jax.__file__).parent / "assets" / "viewer"
 _NOTES = 4  # bad records of an example that are told one by one
-_SMALL = 192  # pixels; a shorter picture is enlarged without smoothing
 
 
 class Heading(NamedTuple):
@@ -59,7 +49,7 @@ def write(path: files.PathLike, heading: Heading, shown: Iterable[Shown], sizes:
     known = _Known()
     with tempfile.TemporaryFile() as cards:  # before which stands what is known after them
         for number, one in enumerate(shown, start=1):
-            cards.write(_bytes(_card(number, one)))
+            cards.write(webpage.encode(_card(number, one)))
             known.add(one)
         cards.seek(0)
         with files.beside(path) as part, part.open("wb") as page:
@@ -86,41 +76,20 @@ class _Known:
                 self.tokens.append(one.text.tokens)
 
 
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "backslashreplace")  # half a surrogate pair has no UTF-8
-
-
 def _assemble(
     page: IO[Any], heading: Heading, known: _Known, sizes: Sizes, cards: IO[bytes]
 ) -> None:
-    style, script = ((_ASSETS / name).read_text("utf-8") for name in ("page.css", "page.js"))
-    policy = (
-        f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; "
-        f"script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
+    before, after = webpage.frame(
+        f"{heading.title} - training examples", ["viewer.css"], ["viewer.js"]
     )
-    page.write(_bytes(
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<link rel="icon" href="data:,">\n'
-        f"<title>{html.escape(heading.title)} - training examples</title>\n"
-        f"<style>{style}</style>\n</head>\n<body>\n"
-        f"{_head(heading, known, sizes)}{_form(known)}<main>\n"
-    ))  # fmt: skip
+    head = _head(heading, known, sizes)
+    page.write(webpage.encode(f"{before}{head}{_form(known)}<main>\n"))
     shutil.copyfileobj(cards, page)
-    page.write(_bytes(
+    page.write(webpage.encode(
         "</main>\n<footer class=\"grey\"><p>Keys: <kbd>j</kbd> and <kbd>k</kbd> go to the next and "
         "the previous example, <kbd>/</kbd> to the words, <kbd>Enter</kbd> on a picture "
-        "enlarges it.</p></footer>\n"
-        '<dialog aria-label="Picture"><img alt=""><p><span></span>'
-        '<button type="button" value="close" autofocus>Close</button></p></dialog>\n'
-        f"<script>{script}</script>\n</body>\n</html>\n"
+        f"enlarges it.</p></footer>\n{after}"
     ))  # fmt: skip
-
-
-def _hash(text: str) -> str:
-    """What a policy calls the inline script or style `text`."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def _head(heading: Heading, known: _Known, sizes: Sizes) -> str:
@@ -133,13 +102,8 @@ def _head(heading: Heading, known: _Known, sizes: Sizes) -> str:
             f"bad records: {html.escape(kinds)}.</p>"
         )
     if heading.facts:
-        rows = (
-            f"<tr><th scope=row>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
-            for name, value in heading.facts.items()
-        )
-        lines.append(
-            f"<details><summary>About the set</summary><table>{''.join(rows)}</table></details>"
-        )
+        rows = webpage.table(list(heading.facts.items()))
+        lines.append(f"<details><summary>About the set</summary>{rows}</details>")
     whole = "files" if sizes.original else "buckets"
     side = np.minimum(sizes.width, sizes.height)
     drawn = [
@@ -217,22 +181,12 @@ def _tokens(text: Text) -> str:
 def _picture(number: int, role: str, pixels: np.ndarray, dropped: bool) -> str:
     """A picture as it is trained, pixel for pixel."""
     height, width = pixels.shape[:2]
-    small = ' class="small"' if min(height, width) < _SMALL else ""
     state = ", dropped" if dropped else ""
-    alt = f"Example {number}: {role}, {width}x{height}{state}"
+    shown = inline.image(pixels, f"Example {number}: {role}, {width}x{height}{state}")
     return (
-        f'<figure{" class=dropped" * dropped}><button type="button">'
-        f'<img{small} width="{width}" height="{height}" loading="lazy" decoding="async" '
-        f'alt="{alt}" src="{_data_uri(pixels)}"></button>'
+        f'<figure{" class=dropped" * dropped}><button type="button">{shown}</button>'
         f"<figcaption>{role}{state}</figcaption></figure>"
     )
-
-
-def _data_uri(pixels: np.ndarray) -> str:
-    """Lossless, which WebP is in fewer bytes than PNG."""
-    data = io.BytesIO()
-    Image.fromarray(pixels).save(data, "WEBP", lossless=True, quality=50, method=2)
-    return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
 def _text(one: Shown) -> str:

@@ -1,4 +1,3 @@
-"use strict";
 const form = document.querySelector("form");
 const cards = [...document.querySelectorAll("article")];
 const told = document.getElementById("told");
@@ -22,19 +21,6 @@ function filter() {
 form.addEventListener("input", filter);
 form.addEventListener("submit", (event) => event.preventDefault());
 form.addEventListener("reset", () => setTimeout(filter));
-
-const view = document.querySelector("dialog");
-document.querySelector("main").addEventListener("click", (event) => {
-  const picture = event.target.closest("button")?.querySelector("img");
-  if (!picture) return;
-  const large = view.querySelector("img");
-  large.src = picture.src;
-  large.alt = picture.alt;
-  large.className = picture.className;
-  view.querySelector("span").textContent = picture.alt;
-  view.showModal();
-});
-view.addEventListener("click", (event) => event.target === view && view.close());
 
 // j and k go from example to example, / to the words; not while something is typed.
 document.addEventListener("keydown", (event) => {
