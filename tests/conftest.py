@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,6 +24,7 @@ import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
 import tests.shapes  # noqa: E402, F401
+from tests import needs  # noqa: E402
 
 # In the tests, and only there, shapes are checked as annotated. Before the rooms are imported.
 jaxtyping.install_import_hook(
@@ -36,3 +38,16 @@ def forget_compiled():
     """Compiled functions are shared within a module and dropped after it, to bound the memory."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium, for what a page does there."""
+    sync_api = needs.module("playwright.sync_api")
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    if not found:
+        needs.missing("chromium on PATH: apt-get install chromium")
+    with sync_api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -5,7 +5,6 @@ import html.parser
 import io
 import itertools
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from PIL import Image
 from qk_jax.data import Writer, pipeline, records
 from qk_jax.data import __main__ as main
 from qk_jax.data.viewer import charts, look, page, shown
-from tests import needs
 from tests.data import stage3
 
 ATTACK = "<script>window.broken = 1</script>\"'><img src=x onerror=alert(1)>"
@@ -289,18 +287,6 @@ def test_wrong_arguments_are_one_line(argv, words, folder, tmp_path, monkeypatch
 
 
 # ---- in a browser -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = needs.module("playwright.sync_api")
-    found = shutil.which("chromium") or shutil.which("google-chrome")
-    if not found:
-        needs.missing("chromium on PATH: apt-get install chromium")
-    with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def test_the_page_works_in_a_browser(browser, folder, tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ from PIL import Image
 
 from qk_jax import evaluate
 from qk_jax.evaluation.report import bars, curves, history, page, runs
-from tests import needs
 from tests.evaluation import runs as made
 
 ATTACK = "</script><script>window.broken = 1</script>\"'><img src=x onerror=alert(1)>"
@@ -192,18 +190,6 @@ def test_a_bar_reaches_from_zero_to_its_value():
 
 
 # ---- in a browser -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = needs.module("playwright.sync_api")
-    found = shutil.which("chromium") or shutil.which("google-chrome")
-    if not found:
-        needs.missing("chromium on PATH: apt-get install chromium")
-    with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
