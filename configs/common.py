@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 import qk_jax
 from qk_jax import sharding
+from qk_jax.base import runtime
 from qk_jax.base.errors import InputError
 from qk_jax.base.files import read_json
 from qk_jax.data import buckets, templates
@@ -22,6 +23,7 @@ from qk_jax.diffusion import flow
 from qk_jax.experiment import origins
 from qk_jax.experiment.stages import STAGES
 from qk_jax.models import mmdit, qwen_vl, rotary, vae
+from qk_jax.pictures.decoding import MAX_PIXELS
 from qk_jax.weights import hub_configs
 
 ASSETS = Path(qk_jax.__file__).parent / "assets"
@@ -163,7 +165,7 @@ def base(stage: str, size: str) -> ConfigDict:
         "mixed_batches": False,
         # at the full sizes thirteen targets, each with two numbers or shapes of condition pictures
         "max_groups": pick(size, tiny=2, tiny_long=4, smoke=1, full=26),
-        "max_pixels": 64_000_000,
+        "max_pixels": MAX_PIXELS,
         "max_bad_share": 0.01,
         "workers": 0 if tiny else 8,
         "threads": 2 if tiny else 16,
@@ -191,10 +193,8 @@ def base(stage: str, size: str) -> ConfigDict:
     config.compilation_cache = True
     # Compiling a step of the real sizes takes up to 10 GB; a stage has at most four, first of all.
     config.programs = ConfigDict({"at_once": 4, "folder": ""})
-    # On a CPU the older emitter at level 1 makes programs that are as fast in a quarter of the
-    # time.
     config.compiler = ConfigDict({
-        "cpu": ("xla_cpu_use_fusion_emitters=false", "xla_backend_optimization_level=1"),
+        "cpu": runtime.CPU_OPTIONS,
         "gpu": (), "tpu": (),
         "tpu_step": (),
     })  # fmt: skip

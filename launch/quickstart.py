@@ -25,7 +25,7 @@ import report  # beside this file
 from report import PHASES
 
 from qk_jax import evaluation, painting
-from qk_jax.base import cli, files
+from qk_jax.base import cli, files, runtime
 from qk_jax.base.errors import InputError, exits
 from qk_jax.evaluation.report import page
 from qk_jax.experiment import config as config_lib
@@ -227,6 +227,7 @@ def main(argv: Sequence[str]) -> None:
     """The command."""
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of options that are meant
     args = parser().parse_args(argv)
+    runtime.skip_absent_tpu()
     mode = "smoke" if args.smoke else "long" if args.long else "quick"
     default = ROOT / "runs" / {"quick": "quickstart"}.get(mode, mode)
     quickstart = Quickstart(files.Path(args.out or default).resolve(), mode)

@@ -1,14 +1,17 @@
 """Paints pictures with a trained model.
 
+    python -m qk_jax.sample --prompt "a red apple on a blue background"
     python -m qk_jax.sample --checkpoint W/stage3 --prompt "a red kite" --out out.png
     python -m qk_jax.sample --checkpoint W/stage3 --prompt "make it blue" --source a.png --out b.png
     python -m qk_jax.sample --checkpoint W/stage3 --prompts many.jsonl --out-dir painted
 
-One picture is written to --out; with --num N they are numbered: out-0.png, out-1.png, ... A line
-of --prompts is {"prompt": ..., "source": path, "references": [paths], "seed": n, "out": name},
-where all but the prompt may be left out and paths are relative to the file. The same arguments
-give the same bits; with the same --batch a picture has them whatever else is painted. Every PNG
-carries its prompt, seed and settings. Compiled programs are kept in the user's cache folder.
+Without --checkpoint the tiny model that is shipped paints. One picture is written to --out, or to
+a file that is named after the prompt; with --num N they are numbered: out-0.png, out-1.png, ...
+A line of --prompts is {"prompt": ..., "source": path, "references": [paths], "seed": n, "out":
+name}, where all but the prompt may be left out and paths are relative to the file. The same
+arguments give the same bits; with the same --batch a picture has them whatever else is painted.
+Every PNG carries its prompt, seed and settings. Compiled programs are kept in the user's cache
+folder.
 """
 
 from __future__ import annotations
@@ -32,13 +35,13 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     out = cli.Parser(prog="python -m qk_jax.sample", description=__doc__)
     add = out.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="a trained stage, such as W/stage3")
+    add("--checkpoint", metavar="DIR", help="W/stage3 or an export (default: the tiny model)")
     add("--step", type=int, help="step of the checkpoint (default: the newest)")
     add("--no-ema", action="store_true", help="paint with the last weights, not their average")
     add("--prompt", help="what to paint, or what to do with the pictures")
     add("--source", metavar="PNG", help="picture to edit")
     add("--reference", metavar="PNG", action="append", default=[], help="subject; may be repeated")
-    add("--out", metavar="PNG", help="file to write (with --num: out-0.png, out-1.png, ...)")
+    add("--out", metavar="PNG", help="file to write (default: named after the prompt)")
     add("--prompts", metavar="JSONL", help="many prompts, one JSON object a line")
     add("--out-dir", metavar="DIR", help="folder for the pictures of --prompts")
     add("--size", metavar="WxH", help="width x height, multiples of 16 (default: as the source)")

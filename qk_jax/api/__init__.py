@@ -6,7 +6,7 @@
     velocity = mmdit(latents, context, context_mask, timestep, img_shapes)
     vae = qk_jax.load_vae("Qwen/Qwen-Image")
     pictures = vae.decode(vae.encode(pictures))
-    model = qk_jax.load("W/stage3")
+    model = qk_jax.load("W/stage3")  # without an argument the tiny model that is shipped
     pictures = model.generate("a red kite", height=64, width=64)
 
 Published models are in `published`, trained ones in `trained`; the package `qk_jax` imports either

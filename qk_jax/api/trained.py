@@ -131,18 +131,19 @@ def _size(height: Any, width: Any) -> tuple[int, int] | None:
 
 
 def load(
-    checkpoint: files.PathLike,
+    checkpoint: files.PathLike | None = None,
     *,
     ema: bool = True,
     step: int | None = None,
     batch: int | None = None,
     mesh: Mesh | None = None,
 ) -> TrainedModel:
-    """A model that the trainer wrote; arguments and errors as `painting.load`. Its programs are
-    kept in the user's cache folder (`runtime.keep_programs`).
+    """A model on disk; arguments and errors as `painting.load`. Its programs are kept in the user's
+    cache folder (`runtime.keep_programs`).
 
     Args:
-      checkpoint: the folder of a stage, W/stage3.
+      checkpoint: the folder of a stage, W/stage3, or an export of `convert to-pytorch`; None for
+        the tiny model that the package carries.
       ema: take the moving average of the weights where there is one.
       step: default the newest that is whole.
       batch: pictures painted at once, with which a picture has the same bits whatever `num` is;

@@ -24,6 +24,8 @@ import jax
 from qk_jax.base import buckets, files
 from qk_jax.base.errors import InputError
 
+# On a CPU the older emitter at level 1 makes programs that are as fast in a quarter of the time.
+CPU_OPTIONS = ("xla_cpu_use_fusion_emitters=false", "xla_backend_optimization_level=1")
 log = logging.getLogger("qk_jax")
 _IMPORTED = time.monotonic()
 

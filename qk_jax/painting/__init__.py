@@ -3,7 +3,8 @@
 It stands below the trainer, so that evaluation and objectives may paint.
 """
 
-from qk_jax.painting.painter import Painter, load, of_loaded, of_params
+from qk_jax.painting.loading import load, of_loaded, of_params
+from qk_jax.painting.painter import Painter
 from qk_jax.painting.programs import programs
 from qk_jax.painting.request import (
     FULL,

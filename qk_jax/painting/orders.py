@@ -7,8 +7,10 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import json
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -83,11 +85,23 @@ def orders(args: argparse.Namespace) -> list[Order]:
             raise InputError("--prompts needs a folder for its pictures: give --out-dir DIR")
         return read_orders(files.Path(args.prompts), files.Path(args.out_dir), args.seed)
     request = Request(args.prompt, seed=args.seed)
-    if args.out_dir or not args.out:
-        raise InputError("--prompt needs the name of its picture: give --out FILE.png")
+    if args.out_dir:
+        raise InputError("--out-dir goes with --prompts; name the picture with --out FILE.png")
     source = files.Path(args.source) if args.source else None
     references = tuple(map(files.Path, args.reference))
-    return [Order("", request, source, references, files.Path(args.out))]
+    out = files.Path(args.out) if args.out else free_name(args.prompt)
+    return [Order("", request, source, references, out)]
+
+
+def free_name(prompt: str, folder: files.PathLike = ".") -> files.Path:
+    """A PNG named after a prompt that is not there yet: a-red-kite.png, a-red-kite-2.png, ..."""
+    stem = "-".join(re.findall(r"\w+", prompt.lower()))[:60].rstrip("-") or "picture"
+    paths = (
+        files.Path(folder) / f"{stem}{number}.png"
+        for number in itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    )
+    # With --num the names are made of it.
+    return next(x for x in paths if not (x.exists() or x.with_stem(f"{x.stem}-0").exists()))
 
 
 def read_orders(path: files.Path, out_dir: files.Path, seed: int) -> list[Order]:

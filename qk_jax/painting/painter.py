@@ -11,23 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qk_jax.base import files, runtime, types
+from qk_jax.base import files, types
 from qk_jax.base.errors import InputError
-from qk_jax.checkpoints import run_folder
 from qk_jax.data import buckets
-from qk_jax.data.example import MAX_REFERENCES, reference_sizes
 from qk_jax.data.prompts import PromptBuilder
 from qk_jax.diffusion import sampler
-from qk_jax.experiment import config as config_lib
-from qk_jax.experiment.plan import Plan
-from qk_jax.models import connector, lora
 from qk_jax.models.query_kontext import ModelConfig
 from qk_jax.painting.programs import Options, programs
 from qk_jax.painting.request import FULL, NO_PICTURES, NO_TEXT, Limits, Request, Settings
 from qk_jax.pictures.decoding import decode_picture
 from qk_jax.pictures.fitting import contain, cover
 from qk_jax.pictures.roles import REFERENCE, SOURCE
-from qk_jax.pictures.sizes import PACKED, check_size, for_number, parse_sizes
+from qk_jax.pictures.sizes import PACKED, check_size, for_number
 
 log = logging.getLogger(__name__)
 MOST_AT_ONCE = 8  # pictures, where nobody chose how many
@@ -251,66 +246,3 @@ class Painter:
             renormalize=renormalize,
         )
         return self.programs.decode(self.params, latents)
-
-
-def load(
-    folder: files.PathLike,
-    *,
-    ema: bool = True,
-    step: int | None = None,
-    batch: int | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-) -> Painter:
-    """The painter of a stage folder (W/stage3) that the trainer wrote.
-
-    Args:
-      folder: with `checkpoints/` and `frozen/` inside.
-      ema: take the moving average of the weights where there is one.
-      step: default the newest that is whole.
-      batch: slots of every program, see `Painter`.
-      mesh: to shard the parameters over; None for one device.
-
-    Raises:
-      InputError: no such folder or step, or it is damaged.
-    """
-    return of_loaded(run_folder.load(folder, step=step, ema=ema, mesh=mesh), batch=batch)
-
-
-def of_loaded(loaded: run_folder.Loaded, *, batch: int | None = None) -> Painter:
-    """The painter of a model that was read from its folder; `batch` as in `load`."""
-    return of_params(loaded.plan, loaded.params, batch=batch, name=loaded.name)
-
-
-def of_params(
-    plan: Plan, params: types.Tree, *, batch: int | None = None, name: str = ""
-) -> Painter:
-    """The painter of parameters in memory.
-
-    Args:
-      plan: of their run.
-      params: all of them; adapters are merged here, which changes no picture but saves time.
-      batch: slots of every program, see `Painter`.
-      name: what PNGs call the model.
-    """
-    config, data, params = plan.model.config, plan.config.data, dict(params)
-    for tower, adapter in params.pop("lora", {}).items():
-        params[tower] = jax.jit(lora.merge, static_argnums=2)(
-            params[tower], adapter, config.lora_scale
-        )
-    if config.query_noise:
-        learned = jnp.asarray(params["queries"]["embedding"])
-        params["queries"] = {"embedding": connector.noisy(learned, config.query_noise)}
-    limits = Limits(
-        sizes=parse_sizes(data.sizes, "config.data.sizes"),
-        reference_sizes=reference_sizes(data),
-        max_references=max(MAX_REFERENCES.get(task, 0) for task, x in data.tasks.items() if x),
-        max_pixels=data.max_pixels,
-    )
-    options = runtime.compiler_options(plan.config.compiler, jax.default_backend())
-    # Adapters are merged, noise is added, nothing is differentiated: all stages share programs.
-    config = dataclasses.replace(config, lora_scale=1.0, remat=None, query_noise=0.0)
-    return Painter(
-        config, params, plan.prompts,
-        limits=limits, batch=batch, dtype=plan.model.dtype, options=tuple(sorted(options.items())),
-        name=name, schedule=sampler.ScheduleConfig.of(config_lib.time_law(plan.config)),
-    )  # fmt: skip

@@ -24,6 +24,7 @@ from qk_jax.base.errors import BadRecord
 FORMATS = (
     "AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP",
 )  # fmt: skip
+MAX_PIXELS = 64_000_000  # of a picture, where nobody chose another bound
 # What turns a picture upright, by its EXIF orientation.
 TURNS: dict[Any, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,

@@ -1,0 +1,106 @@
+"""Where painters come from: the folder of a trained stage, an export, the model that is shipped."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+import qk_jax
+from qk_jax.base import buckets, files, runtime, types
+from qk_jax.base.errors import InputError
+from qk_jax.checkpoints import run_folder
+from qk_jax.data.example import MAX_REFERENCES, reference_sizes
+from qk_jax.diffusion import sampler
+from qk_jax.experiment import config as config_lib
+from qk_jax.experiment.plan import Plan
+from qk_jax.models import connector, lora
+from qk_jax.models.query_kontext import ModelConfig
+from qk_jax.painting import exported
+from qk_jax.painting.painter import Painter
+from qk_jax.painting.request import Limits
+from qk_jax.pictures.sizes import parse_sizes
+
+# The tiny model of stage 3 that the package carries, an export without what the parts of the
+# quickstart have as well.
+_TINY = files.Path(qk_jax.__file__).parent / "assets" / "tiny"
+SHIPPED = _TINY / "stage3"
+_SHARED = {"vae": _TINY / "vae", "tokenizer": _TINY / "tokenizer"}
+
+
+def load(
+    folder: files.PathLike | None = None,
+    *,
+    ema: bool = True,
+    step: int | None = None,
+    batch: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Painter:
+    """The painter of a model on disk.
+
+    Args:
+      folder: of a stage that the trainer wrote (W/stage3), or an export of `convert to-pytorch`;
+        None for the tiny model that the package carries.
+      ema: take the moving average of the weights where there is one.
+      step: default the newest that is whole.
+      batch: slots of every program, see `Painter`.
+      mesh: to shard the parameters over; None for one device.
+
+    Raises:
+      InputError: no such folder or step, or it is damaged; or a choice of weights is asked of an
+        export, which has one set.
+    """
+    if folder is None:
+        return exported.load(SHIPPED, batch=batch, mesh=mesh, shared=_SHARED)
+    folder = files.Path(folder)
+    buckets.check([str(folder)])
+    if not exported.is_exported(folder):
+        loaded = run_folder.load(folder, step=step, ema=ema, mesh=mesh)
+        return of_loaded(loaded, batch=batch)
+    if step is not None or not ema:
+        raise InputError(f"{folder} is an export, whose weights are chosen; leave out step and ema")
+    return exported.load(folder, batch=batch, mesh=mesh)
+
+
+def of_loaded(loaded: run_folder.Loaded, *, batch: int | None = None) -> Painter:
+    """The painter of a model that was read from its folder; `batch` as in `load`."""
+    return of_params(loaded.plan, loaded.params, batch=batch, name=loaded.name)
+
+
+def of_params(
+    plan: Plan, params: types.Tree, *, batch: int | None = None, name: str = ""
+) -> Painter:
+    """The painter of parameters in memory.
+
+    Args:
+      plan: of their run.
+      params: all of them; adapters are merged here, which changes no picture but saves time.
+      batch: slots of every program, see `Painter`.
+      name: what PNGs call the model.
+    """
+    config, data, params = plan.model.config, plan.config.data, dict(params)
+    for tower, adapter in params.pop("lora", {}).items():
+        params[tower] = jax.jit(lora.merge, static_argnums=2)(
+            params[tower], adapter, config.lora_scale
+        )
+    if config.query_noise:
+        learned = jnp.asarray(params["queries"]["embedding"])
+        params["queries"] = {"embedding": connector.noisy(learned, config.query_noise)}
+    limits = Limits(
+        sizes=parse_sizes(data.sizes, "config.data.sizes"),
+        reference_sizes=reference_sizes(data),
+        max_references=max(MAX_REFERENCES.get(task, 0) for task, x in data.tasks.items() if x),
+        max_pixels=data.max_pixels,
+    )
+    options = runtime.compiler_options(plan.config.compiler, jax.default_backend())
+    # Adapters are merged, noise is added, nothing is drawn or differentiated: all stages and
+    # exports share programs.
+    config = dataclasses.replace(
+        config, lora_scale=1.0, remat=None, query_noise=0.0, query_std=ModelConfig.query_std
+    )
+    return Painter(
+        config, params, plan.prompts,
+        limits=limits, batch=batch, dtype=plan.model.dtype, options=tuple(sorted(options.items())),
+        name=name, schedule=sampler.ScheduleConfig.of(config_lib.time_law(plan.config)),
+    )  # fmt: skip
