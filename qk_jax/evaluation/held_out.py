@@ -18,6 +18,7 @@ from qk_jax.data import prompts
 from qk_jax.data.example import TASKS, TaskSettings
 from qk_jax.data.synthesis import tasks
 from qk_jax.data.synthesis.corpus import Corpus
+from qk_jax.data.synthesis.scenes import COLOURS
 from qk_jax.evaluation import similarity
 from qk_jax.painting.painter import Painter
 from qk_jax.painting.request import Request, Settings, request_of
@@ -25,13 +26,17 @@ from qk_jax.pictures.grids import grid_of, vision_size
 from qk_jax.pictures.sizes import PACKED
 
 Figures = dict[str, Any]
+GROUNDED = ("customization", "composition")  # whose words name a background
+PLAIN = 4.0  # levels by which the border of a background of one colour deviates at most
 
 
 class Case(NamedTuple):
-    """A request with the picture that it should give, uint8 [H, W, 3] of the request's size."""
+    """A request with the picture that it should give, uint8 [H, W, 3] of the request's size, and
+    what is done in it (`Example.kind`)."""
 
     request: Request
     truth: np.ndarray
+    kind: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,17 +133,37 @@ class Evaluator:
     # ---- painted pictures against the truth ----------------------------------------------------
 
     def fidelity(self, cases: Sequence[Case], painted: Sequence[np.ndarray]) -> Figures:
-        """PSNR against the truth of the painted picture, and of copying a condition picture."""
+        """PSNR against the truth of the painted picture, and of copying a condition picture; of all
+        cases, and of those of each kind where there are several."""
         truth = np.stack([case.truth for case in cases])
         ours = similarity.psnr(np.stack(painted), truth)
-        figures = {"psnr": float(ours.mean())}
-        figures["psnr_standard_error"] = similarity.mean_and_error(ours)[1]
-        if cases[0].request.pictures:
-            copy = best_copies(cases)
-            figures["psnr_copy"] = float(copy.mean())
-            gain, error = similarity.mean_and_error(ours - copy)
-            figures |= {"gain_over_copy": gain, "gain_standard_error": error}
+        copy = best_copies(cases) if cases[0].request.pictures else None
+        figures = _fidelity(ours, copy)
+        kinds = np.array([case.kind for case in cases])
+        if len(set(kinds)) > 1:
+            figures["kinds"] = {
+                str(kind): _fidelity(
+                    ours[kinds == kind], None if copy is None else copy[kinds == kind]
+                )
+                for kind in sorted(set(kinds))
+            }
         return figures
+
+    def backgrounds(self, cases: Sequence[Case], painted: Sequence[np.ndarray]) -> Figures:
+        """How often the background has the right colour: the mean of the picture's border is nearer
+        to the truth's than to any other named colour. Of the cases whose background has one."""
+        palette = np.array(list(COLOURS.values()), np.float64)
+        right = []
+        for case, picture in zip(cases, painted, strict=True):
+            truth = similarity.border(case.truth)
+            if truth.std(axis=0).max() < PLAIN:
+                named = np.linalg.norm(palette - truth.mean(axis=0), axis=1).argmin()
+                found = np.linalg.norm(palette - similarity.border(picture).mean(axis=0), axis=1)
+                right.append(found.argmin() == named)
+        if not right:
+            return {}
+        share, error = similarity.mean_and_error(np.asarray(right))
+        return {"background": share, "background_standard_error": error, "backgrounds": len(right)}
 
     def paint(self, cases: Sequence[Case]) -> list[np.ndarray]:
         """The picture that the model paints for each example."""
@@ -226,6 +251,17 @@ class Evaluator:
         return figures
 
 
+def _fidelity(ours: np.ndarray, copy: np.ndarray | None) -> Figures:
+    """Figures of the PSNR [N] of painted pictures, and of copies, if there can be any."""
+    figures: Figures = {"psnr": float(ours.mean()), "records": len(ours)}
+    figures["psnr_standard_error"] = similarity.mean_and_error(ours)[1]
+    if copy is not None:
+        figures["psnr_copy"] = float(copy.mean())
+        gain, error = similarity.mean_and_error(ours - copy)
+        figures |= {"gain_over_copy": gain, "gain_standard_error": error}
+    return figures
+
+
 def _noised(request: Request, time: float) -> Request:
     """The same request with noise of its own for each time, unlike that of painting."""
     return dataclasses.replace(request, number=1_000_000 + round(1000 * time))
@@ -252,7 +288,7 @@ def held_out_cases(run: ConfigDict, count: int) -> dict[str, list[Case]]:
             size=widest if composed else settings.sizes[0], pictures=2 if composed else None,
             reference=settings.reference_shapes[settings.squarest(2 if composed else 1)],
         )  # fmt: skip
-        out[task] = [Case(request_of(x, number=n), x.target) for n, x in enumerate(found)]
+        out[task] = [Case(request_of(x, number=n), x.target, x.kind) for n, x in enumerate(found)]
     return out
 
 
@@ -269,7 +305,7 @@ def captions(run: ConfigDict, count: int) -> list[Case]:
 def best_copies(cases: Sequence[Case]) -> np.ndarray:
     """PSNR [N] of the condition picture that is nearest to the truth, shown whole at its size."""
     best = []
-    for request, truth in cases:
+    for request, truth, _ in cases:
         copies = [
             np.asarray(ImageOps.pad(Image.fromarray(picture), request.size[::-1], color="white"))
             for picture in request.pictures
@@ -313,6 +349,8 @@ def evaluate(
         cases = held_out[task]
         painted[task] = evaluator.paint(cases)
         figures = evaluator.margin(cases) | evaluator.fidelity(cases, painted[task])
+        if task in GROUNDED:
+            figures |= evaluator.backgrounds(cases, painted[task])
         tasks[task] = figures
         say(
             f"{task}: loss {figures['loss']:.4f}, with shuffled conditions "

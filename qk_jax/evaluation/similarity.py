@@ -65,6 +65,13 @@ def edges(pictures: np.ndarray) -> np.ndarray:
     return magnitude / np.maximum(norm, 1e-9) * (norm > 1e-9)
 
 
+def border(picture: np.ndarray, width: int = 2) -> np.ndarray:
+    """The pixels at most `width` from an edge of a picture [H, W, 3]: float64 [n, 3]."""
+    inside = np.zeros(picture.shape[:2], bool)
+    inside[width:-width, width:-width] = True
+    return picture[~inside].astype(np.float64)
+
+
 def layout_change(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """1 - correlation of the edge maps of pictures [N, H, W, 3] of one size: float64 [N].
 

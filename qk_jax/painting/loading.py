@@ -7,13 +7,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-import qk_jax
 from qk_jax.base import buckets, files, runtime, types
 from qk_jax.base.errors import InputError
 from qk_jax.checkpoints import run_folder
 from qk_jax.data.example import MAX_REFERENCES, reference_sizes
 from qk_jax.diffusion import sampler
 from qk_jax.experiment import config as config_lib
+from qk_jax.experiment import origins
 from qk_jax.experiment.plan import Plan
 from qk_jax.models import connector, lora
 from qk_jax.models.query_kontext import ModelConfig
@@ -22,11 +22,7 @@ from qk_jax.painting.painter import Painter
 from qk_jax.painting.request import Limits
 from qk_jax.pictures.sizes import parse_sizes
 
-# The tiny model of stage 3 that the package carries, an export without what the parts of the
-# quickstart have as well.
-_TINY = files.Path(qk_jax.__file__).parent / "assets" / "tiny"
-SHIPPED = _TINY / "stage3"
-_SHARED = {"vae": _TINY / "vae", "tokenizer": _TINY / "tokenizer"}
+SHIPPED = files.Path(origins.EMBEDDED) / "stage3"
 
 
 def load(
@@ -52,7 +48,7 @@ def load(
         export, which has one set.
     """
     if folder is None:
-        return exported.load(SHIPPED, batch=batch, mesh=mesh, shared=_SHARED)
+        return load_shipped(batch=batch, mesh=mesh)
     folder = files.Path(folder)
     buckets.check([str(folder)])
     if not exported.is_exported(folder):
@@ -61,6 +57,19 @@ def load(
     if step is not None or not ema:
         raise InputError(f"{folder} is an export, whose weights are chosen; leave out step and ema")
     return exported.load(folder, batch=batch, mesh=mesh)
+
+
+def load_shipped(
+    folder: files.Path = SHIPPED,
+    *,
+    batch: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Painter:
+    """The painter of the tiny model that the package carries: an export without autoencoder and
+    tokenizer, which lie beside it. Arguments as in `load`."""
+    tiny = files.Path(origins.EMBEDDED)
+    shared = {part: tiny / part for part in ("vae", "tokenizer")}
+    return exported.load(folder, batch=batch, mesh=mesh, shared=shared)
 
 
 def of_loaded(loaded: run_folder.Loaded, *, batch: int | None = None) -> Painter:

@@ -8,6 +8,7 @@ import pytest
 
 from qk_jax import evaluation, painting
 from qk_jax.data.example import TASKS
+from qk_jax.data.synthesis.scenes import COLOURS
 from qk_jax.evaluation import held_out as held_out_lib
 from qk_jax.painting import sheets
 
@@ -113,6 +114,36 @@ def test_the_truth_has_the_highest_figures(held_out, evaluator):
     assert figures["gain_over_copy"] == 0 and figures["psnr"] == figures["psnr_copy"]
     figures = evaluator.fidelity(cases, [case.truth for case in cases])
     assert figures["psnr"] == 99
+
+
+def test_figures_of_each_kind_are_those_of_its_cases(held_out, evaluator):
+    """Half of the kinds are solved, the others copied."""
+    cases = [case for task in ("transformation", "editing") for case in held_out[task]]
+    kinds = sorted({case.kind for case in cases})
+    solved = set(kinds[::2])
+    assert 1 < len(kinds) and solved < set(kinds)
+    painted = [case.truth if case.kind in solved else case.request.source for case in cases]
+    figures = evaluator.fidelity(cases, painted)
+    assert list(figures["kinds"]) == kinds
+    assert sum(of["records"] for of in figures["kinds"].values()) == len(cases)
+    for kind, of in figures["kinds"].items():
+        assert (of["psnr"] == 99) == (kind in solved)
+        assert (of["gain_over_copy"] == 0) == (kind not in solved)
+
+
+def test_backgrounds_are_judged_by_their_named_colour(evaluator):
+    request = painting.Request("x", size=(32, 32))
+    blue, red, striped = (np.full((32, 32, 3), 0, np.uint8) for _ in range(3))
+    blue[:], red[:], striped[:, ::2] = COLOURS["blue"], COLOURS["red"], COLOURS["red"]
+    thing = blue.copy()
+    thing[8:24, 8:24] = 255  # what stands before it does not count
+    cases = [evaluation.Case(request, truth) for truth in (blue, thing, striped)]
+    near = np.clip(blue.astype(int) + 20, 0, 255).astype(np.uint8)
+    assert evaluator.backgrounds(cases, [near, blue, red]) == {
+        "background": 1.0, "background_standard_error": 0.0, "backgrounds": 2,
+    }  # fmt: skip
+    assert evaluator.backgrounds(cases, [blue, red, red])["background"] == 0.5
+    assert evaluator.backgrounds(cases[2:], [striped]) == {}
 
 
 def test_the_copy_to_beat_is_the_nearest_picture():

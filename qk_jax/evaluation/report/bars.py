@@ -110,6 +110,8 @@ _MEASURES = (
     _Measure("PSNR over a copy", "Painted picture against the truth, less the condition picture "
              "itself against the truth: what only copies has 0.", "gain_over_copy", "dB"),
     _Measure("PSNR", "Painted picture against the truth.", "psnr", "dB"),
+    _Measure("Right background", "How often the border of the painted picture has the colour that "
+             "the words name.", "background", "%"),
     _Measure("Margin", "How much higher the loss is with another record's condition: what ignores "
              "its condition has 0.", "margin", ""),
 )  # fmt: skip
