@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import absl.logging
 import report  # beside this file
 from report import PHASES
 
@@ -225,8 +224,8 @@ def parser() -> cli.Parser:
 @exits
 def main(argv: Sequence[str]) -> None:
     """The command."""
-    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of options that are meant
     args = parser().parse_args(argv)
+    runtime.quiet()
     runtime.skip_absent_tpu()
     mode = "smoke" if args.smoke else "long" if args.long else "quick"
     default = ROOT / "runs" / {"quick": "quickstart"}.get(mode, mode)

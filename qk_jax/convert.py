@@ -80,6 +80,7 @@ def main(argv: Sequence[str]) -> None:
     from qk_jax.base import buckets, runtime
 
     buckets.check(vars(args).values())
+    runtime.quiet()
     runtime.skip_absent_tpu()
     VERBS[args.verb](args)
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 import sys
 from collections.abc import Sequence
 
@@ -73,8 +72,8 @@ def parser() -> argparse.ArgumentParser:
 @exits
 def main(argv: Sequence[str]) -> None:
     """The command; see the module's docstring."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what we ask for
     args = parser().parse_args(argv)
+    runtime.quiet()
     buckets.check([args.checkpoint, args.source, *args.reference, args.prompts])
     buckets.check([args.out, args.out_dir])
     runtime.skip_absent_tpu()

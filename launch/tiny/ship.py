@@ -42,6 +42,7 @@ def parser() -> cli.Parser:
 def main(argv: Sequence[str]) -> None:
     """The command."""
     args = parser().parse_args(argv)
+    runtime.quiet()
     runtime.skip_absent_tpu()
     runtime.keep_programs()
     loaded = run_folder.load(args.checkpoint)

@@ -152,6 +152,7 @@ def load(
     """
     if batch is not None and batch < 1:
         raise InputError(f"batch is {batch}; give at least 1")
+    runtime.quiet()
     runtime.skip_absent_tpu()
     runtime.keep_programs()
     painter = painting.load(checkpoint, ema=ema, step=step, batch=batch, mesh=mesh)

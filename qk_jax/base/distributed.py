@@ -297,16 +297,30 @@ def agree(what: str, facts: Mapping[str, str]) -> None:
     """
     if _peers is None:
         return
-    client, folder = _peers.client, f"qk_jax/{what}/"
-    client.key_value_set(f"{folder}{_peers.me}", json.dumps(dict(facts)))
-    client.wait_at_barrier(f"qk_jax/{what}", 600_000)
-    said = {
-        int(key.rpartition("/")[2]): json.loads(text)
-        for key, text in client.key_value_dir_get(folder)
-    }
-    client.wait_at_barrier(f"qk_jax/{what}/read", 600_000)  # who differs may end now
+    said = {i: json.loads(text) for i, text in all_said(what, json.dumps(dict(facts))).items()}
     if line := _difference(said, _peers.hosts):
         raise InputError(line)
+
+
+def all_said(what: str, text: str, timeout_s: float = 600.0) -> dict[int, str]:
+    """What each process says, by its number; all wait for all.
+
+    Args:
+      what: a name of its own for each call.
+      text: what this process says.
+      timeout_s: how long the others may take.
+
+    Raises:
+      JaxRuntimeError: they take longer, or one is lost.
+    """
+    if _peers is None:
+        return {0: text}
+    client, folder, limit = _peers.client, f"qk_jax/{what}/", int(1000 * timeout_s)
+    client.key_value_set(f"{folder}{_peers.me}", text)
+    client.wait_at_barrier(f"qk_jax/{what}", limit)
+    found = client.key_value_dir_get(folder)
+    client.wait_at_barrier(f"qk_jax/{what}/read", limit)  # after which one may end
+    return {int(key.rpartition("/")[2]): said for key, said in found}
 
 
 def latest(what: str, value: float) -> dict[str, float]:

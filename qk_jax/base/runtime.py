@@ -41,10 +41,15 @@ def start_logging() -> None:
     log.handlers = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
-    absl.logging.set_verbosity(absl.logging.ERROR)
+    quiet()
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_not_of_orbax)
     sys.unraisablehook = _tell_unraisable
+
+
+def quiet() -> None:
+    """Of Orbax only errors are logged: it warns of what we ask for."""
+    absl.logging.set_verbosity(absl.logging.ERROR)
 
 
 def _tell_unraisable(found: Any) -> None:

@@ -29,6 +29,7 @@ META = "meta"
 FORMAT, UNDIGESTED = 2, 1  # of the metadata; that of 0.1.0 has no digest
 EXISTS = "exists"
 PROBE, PROBE_BYTES = "probe", 2**18  # as much as must be free for a save to begin
+READ_S = 3600.0  # that others may take longer to read their shares of a step
 RESTORE_GB = 32  # of host memory for what is read and not yet on its device; the largest shard fits
 Meta = dict[str, Any]
 Trees = dict[str, Any]
@@ -273,8 +274,12 @@ class Store:
             raises InputError when the step is good but not what is wanted.
           step: only this one.
 
+        Damaged steps are set aside once an older one has proved whole: where none can be read, it
+        may be the storage that is at fault.
+
         Raises:
           InputError: no step, none that is whole, or a saved item with other leaves than asked.
+          MemoryError, JaxRuntimeError: it is this host's memory, or another process is gone.
         """
         self.wait()
         found = self.steps()[::-1]
@@ -284,15 +289,23 @@ class Store:
         if self.is_new():
             raise InputError(f"{self.root} holds no checkpoint; train that stage first")
         damage = "only steps that were set aside"
+        damaged: list[int] = []
         for candidate in found:
+            restored, problem = None, ""
             try:
-                return self._restore(candidate, targets)
-            except InputError:
-                raise
+                restored = self._restore(candidate, targets)
+            except (InputError, MemoryError, jax.errors.JaxRuntimeError):
+                raise  # not of what is on disk
             except Exception as error:  # Orbax and its stores raise many unrelated classes
-                damage = f"step {candidate} is damaged ({first_line(error)})"
-                log.warning("checkpoint %s: %s; trying the step before", self.root, damage)
-                self._set_aside(candidate)
+                problem = first_line(error)
+            problem = self._said_of(candidate, problem)
+            if restored is not None and not problem:
+                for step in damaged:
+                    self._set_aside(step)
+                return restored
+            damage = f"step {candidate} is damaged ({problem})"
+            damaged.append(candidate)
+            log.warning("checkpoint %s: %s; trying the step before", self.root, damage)
         raise InputError(
             f"{self.root} holds no whole checkpoint: {damage}; restore it from a copy or delete "
             "the folder to begin anew"
@@ -319,6 +332,14 @@ class Store:
                 if leaf["digest"] != meta["leaves"][item][name]["digest"]:
                     raise ValueError(f"the digest of {item}/{name} does not agree")
         return Restored(step, items, meta)
+
+    def _said_of(self, step: int, problem: str) -> str:
+        """The first problem that any process has with a step, '' where none has: all go on with the
+        same step, or with the same one before."""
+        self._questions += 1
+        name = f"store/{self.root}/{self._questions}/{step}"
+        said = distributed.all_said(name, problem, READ_S)
+        return next((text for _, text in sorted(said.items()) if text), "")
 
     def drop(self, steps: Iterable[int]) -> None:
         """Removes steps for good; all processes call it alike, while nothing is being written."""

@@ -138,6 +138,41 @@ def aside(folder):
     return {"restored": step, "steps": Store(folder, write=False).steps()}
 
 
+def _saved(folder):
+    """A store with the steps 1 and 2, and the target that restores them."""
+    saver = saver_of(folder)
+    for step in (1, 2):
+        saver.save_whole(step, items(step), META)
+    target = {"params": {"x": jax.ShapeDtypeStruct((64, 1000), jnp.float32, sharding=sharded())}}
+    return saver.store, lambda meta: target
+
+
+def killed(folder):
+    """Process 1 is killed while both restore."""
+    store, target = _saved(folder)
+    if jax.process_index() == 1:
+        store.manager.restore = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+    store.restore(target)
+
+
+def unlike(folder):
+    """Process 1 alone finds step 2 damaged, after it was read."""
+    store, target = _saved(folder)
+    if jax.process_index() == 1:
+        restore = store._restore
+
+        def fails(step, targets):
+            found = restore(step, targets)
+            if step == 2:
+                raise ValueError("its own disk")
+            return found
+
+        store._restore = fails
+    step = store.restore(target).step
+    store.close()
+    return {"restored": step, "steps": Store(folder, write=False).steps()}
+
+
 def by_minutes(folder):
     """The steps that are saved by the clock: that of process 0 alone makes them due."""
     saver = saver_of(folder, every=0, minutes=1.0)
@@ -212,6 +247,10 @@ def main(port, processes, process, what, folder):
         found = full(folder)
     elif what == "preempted":
         found = preempted(folder)
+    elif what == "killed":
+        found = killed(pathlib.Path(folder))
+    elif what == "unlike":
+        found = unlike(pathlib.Path(folder))
     elif what == "minutes":
         found = by_minutes(folder)
     else:

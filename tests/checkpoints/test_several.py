@@ -16,8 +16,8 @@ PROCESSES, DEVICES = 2, 2
 LIMIT_S = 200  # Orbax alone waits 1,200 s for a process whose write failed
 
 
-def found(what, folder):
-    """What each process prints."""
+def ended(what, folder):
+    """Status, stdout and stderr of each process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -39,9 +39,15 @@ def found(what, folder):
         except subprocess.TimeoutExpired:  # its stacks are on stderr
             process.send_signal(signal.SIGKILL)
             outputs.append(process.communicate())
-    for process, (_, errors) in zip(running, outputs, strict=True):
-        assert process.returncode == 0, errors
-    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    return [(x.returncode, *texts) for x, texts in zip(running, outputs, strict=True)]
+
+
+def found(what, folder):
+    """What each process prints."""
+    outputs = ended(what, folder)
+    for status, _, errors in outputs:
+        assert status == 0, errors
+    return [json.loads(out.splitlines()[-1]) for _, out, _ in outputs]
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -68,6 +74,20 @@ def test_a_damaged_step_that_one_process_still_sees_is_saved_again_by_all(tmp_pa
     for one in found("aside", tmp_path):
         assert one == {"restored": 1, "steps": [1, 2]}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "damaged-2"]
+
+
+def test_a_process_that_is_killed_in_a_restore_damages_nothing(tmp_path):
+    """The other once took every step for damaged, and set it aside."""
+    (status, _, errors), (killed, _, _) = ended("killed", tmp_path)
+    assert (status, killed) == (42, -signal.SIGKILL), errors
+    assert errors.splitlines()[-1].startswith("error: process 1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_a_step_that_one_process_cannot_use_is_used_by_none(tmp_path):
+    for one in found("unlike", tmp_path):
+        assert one == {"restored": 1, "steps": [1]}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "damaged-2"]
 
 
 def test_all_leave_at_once_when_a_late_step_was_saved_before(tmp_path):

@@ -197,8 +197,26 @@ def test_nothing_whole_is_an_error_and_never_a_fresh_start(saved):
     with pytest.raises(InputError, match="no whole checkpoint"):
         store.restore(whole)
     assert not store.is_new()
-    with pytest.raises(InputError, match="set aside"):
+    with pytest.raises(InputError, match="no whole checkpoint"):
         store.restore(whole)
+    assert store.steps() == [1, 2, 3]  # where all seem damaged, it may be the disk
+    store.close()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), jax.errors.JaxRuntimeError("Gloo: closed")])
+def test_steps_stay_where_memory_or_another_process_is_at_fault(saved, error, monkeypatch):
+    """A peer that was killed while all restored once made the others set aside every good step."""
+    store = Store(saved, keep=3)
+
+    def restore(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.manager, "restore", restore)
+        with pytest.raises(type(error)):
+            store.restore(whole)
+    assert store.steps() == [1, 2, 3] and not list(saved.glob("damaged-*"))
+    assert store.restore(whole).step == 3
     store.close()
 
 
