@@ -47,6 +47,10 @@ def is_intact(meta: Meta, step: int) -> bool:
     return known == UNDIGESTED if digest is None else digest == of_metadata(meta)
 
 
+class _Damaged(Exception):
+    """A step cannot be used; says why."""
+
+
 class Restored(NamedTuple):
     """What a restore gives: the step, the items asked for, and the metadata of the step."""
 
@@ -74,15 +78,14 @@ def check_complete(meta: Meta, item: str, target: Any) -> None:
             )
 
 
-def _handlers() -> Any:
-    """What reads and writes items: arrays with a bound on what is on its way to the devices."""
-    arrays = ocp.StandardCheckpointHandler(restore_concurrent_gb=RESTORE_GB)
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    for args in (ocp.args.StandardSave, ocp.args.StandardRestore):
-        registry.add(None, args, arrays)
-    for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
-        registry.add(None, args, ocp.JsonCheckpointHandler())
-    return registry
+def _difference(found: Restored) -> str:
+    """The first leaf whose digest is not that of the metadata, in words; '' where all are. All
+    processes call it alike."""
+    for item, tree in found.items.items():
+        for name, leaf in describe(tree).items():
+            if leaf["digest"] != found.meta["leaves"][item][name]["digest"]:
+                return f"the digest of {item}/{name} does not agree"
+    return ""
 
 
 def _saved(meta: Meta, item: str) -> dict[str, tuple[list[int], str]]:
@@ -153,7 +156,8 @@ class Store:
             read_only=not write,
         )
         try:
-            self.manager = _Manager(self.root, options=options, handler_registry=_handlers())
+            registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+            self.manager = _Manager(self.root, options=options, handler_registry=registry)
         except OSError as error:
             raise InputError(f"{self.root} cannot be written: {error.strerror}") from error
 
@@ -291,46 +295,63 @@ class Store:
         damage = "only steps that were set aside"
         damaged: list[int] = []
         for candidate in found:
-            restored, problem = None, ""
             try:
                 restored = self._restore(candidate, targets)
-            except (InputError, MemoryError, jax.errors.JaxRuntimeError):
-                raise  # not of what is on disk
-            except Exception as error:  # Orbax and its stores raise many unrelated classes
-                problem = first_line(error)
-            problem = self._said_of(candidate, problem)
-            if restored is not None and not problem:
-                for step in damaged:
-                    self._set_aside(step)
-                return restored
-            damage = f"step {candidate} is damaged ({problem})"
-            damaged.append(candidate)
-            log.warning("checkpoint %s: %s; trying the step before", self.root, damage)
+            except _Damaged as error:
+                damage = f"step {candidate} is damaged ({error})"
+                damaged.append(candidate)
+                log.warning("checkpoint %s: %s; trying the step before", self.root, damage)
+                continue
+            for number in damaged:
+                self._set_aside(number)
+            return restored
         raise InputError(
             f"{self.root} holds no whole checkpoint: {damage}; restore it from a copy or delete "
             "the folder to begin anew"
         )
 
     def _restore(self, step: int, targets: Callable[[Meta], Trees]) -> Restored:
-        """One step.
+        """One step, or the error that all processes raise alike.
+
+        Raises:
+          InputError, MemoryError, JaxRuntimeError: as `restore`.
+          _Damaged: a process cannot read its part, or what was read has another digest.
+        """
+        restored, problem = None, ""
+        try:
+            restored = self._read(step, targets)
+        except (InputError, MemoryError, jax.errors.JaxRuntimeError):
+            raise  # not of what is on disk
+        except Exception as error:  # Orbax and its stores raise many unrelated classes
+            problem = first_line(error)
+        problem = self._said_of(step, problem)
+        if not problem and restored is not None:
+            problem = self._said_of(step, _difference(restored))
+        if problem or restored is None:
+            raise _Damaged(problem)
+        return restored
+
+    def _read(self, step: int, targets: Callable[[Meta], Trees]) -> Restored:
+        """What is on disk of one step, this process's shares of it. Waits for no other process, as
+        Orbax's manager does: who cannot read would leave the others waiting.
 
         Raises:
           InputError: as `targets`, or other leaves than asked for.
           Exception: the step is damaged.
         """
-        read = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        meta = read[META]
+        folder = self.root / str(step)
+        meta = ocp.JsonCheckpointHandler().restore(folder / META)
         if not is_intact(meta, step):
             raise ValueError("its metadata is damaged, or of another format or step")
         wanted = targets(meta)
         for item, target in wanted.items():
             check_complete(meta, item, target)
-        args = {item: ocp.args.StandardRestore(target) for item, target in wanted.items()}
-        items = dict(self.manager.restore(step, args=ocp.args.Composite(**args)).items())
-        for item, tree in items.items():
-            for name, leaf in describe(tree).items():
-                if leaf["digest"] != meta["leaves"][item][name]["digest"]:
-                    raise ValueError(f"the digest of {item}/{name} does not agree")
+        # with a bound on what is on its way to the devices
+        arrays = ocp.StandardCheckpointHandler(restore_concurrent_gb=RESTORE_GB)
+        items = {
+            item: arrays.restore(folder / item, args=ocp.args.StandardRestore(target))
+            for item, target in wanted.items()
+        }
         return Restored(step, items, meta)
 
     def _said_of(self, step: int, problem: str) -> str:

@@ -151,23 +151,22 @@ def killed(folder):
     """Process 1 is killed while both restore."""
     store, target = _saved(folder)
     if jax.process_index() == 1:
-        store.manager.restore = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+        store._read = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
     store.restore(target)
 
 
 def unlike(folder):
-    """Process 1 alone finds step 2 damaged, after it was read."""
+    """Process 1 alone cannot read its arrays of step 2."""
     store, target = _saved(folder)
     if jax.process_index() == 1:
-        restore = store._restore
+        restore = ocp.StandardCheckpointHandler.restore
 
-        def fails(step, targets):
-            found = restore(step, targets)
-            if step == 2:
-                raise ValueError("its own disk")
-            return found
+        def fails(self, path, args):
+            if path.parent.name == "2":
+                raise OSError("its own disk")
+            return restore(self, path, args=args)
 
-        store._restore = fails
+        ocp.StandardCheckpointHandler.restore = fails
     step = store.restore(target).step
     store.close()
     return {"restored": step, "steps": Store(folder, write=False).steps()}

@@ -13,6 +13,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -212,7 +213,7 @@ def test_steps_stay_where_memory_or_another_process_is_at_fault(saved, error, mo
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.manager, "restore", restore)
+        patch.setattr(ocp.StandardCheckpointHandler, "restore", restore)
         with pytest.raises(type(error)):
             store.restore(whole)
     assert store.steps() == [1, 2, 3] and not list(saved.glob("damaged-*"))
