@@ -302,7 +302,7 @@ def run_sample(argv):
     from qk_jax.painting import Settings, orders
 
     args = sample.parser().parse_args(argv)
-    assert orders.orders(args) and args.checkpoint
+    assert orders.orders(args)
     orders.parse_size(args.size)
     Settings(args.steps, args.guidance, args.image_guidance, args.solver)
 

@@ -68,6 +68,16 @@ def test_one_picture_of_several_is_the_same_picture(checkpoint, pictures, tmp_pa
     assert settings["model"] == "stage3-nano-4" and settings["size"] == "32x32"
 
 
+def test_a_picture_without_a_name_is_named_after_its_prompt(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for more in ((), (), ("--num", 2)):
+        paint(checkpoint, "--prompt", "Make it blue, ÉTÉ!", *more)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "make-it-blue-été-2.png", "make-it-blue-été-3-0.png", "make-it-blue-été-3-1.png",
+        "make-it-blue-été.png",
+    ]  # fmt: skip
+
+
 def test_a_source_is_turned_upright_and_covers_at_any_size(checkpoint, pictures, tmp_path):
     """49 x 50 pixels: the box that covers 64 x 64 once began outside of the picture."""
     upright = painters.picture(5, 50, 49)
@@ -104,8 +114,8 @@ def given(checkpoint, pictures, tmp_path):
     return {
         "no prompt": (ok, "no prompt"),
         "blank prompt": ((*ok, "--prompt", "  "), "no prompt"),
-        "no out": (("--checkpoint", checkpoint, *prompt), "--out"),
-        "no checkpoint": ((*prompt, "--out", "x.png"), "--checkpoint"),
+        "a folder for one": ((*ok, *prompt, "--out-dir", "x"), "--out-dir goes with --prompts"),
+        "a step of what is shipped": ((*prompt, "--step", "3"), "leave out --step"),
         "unknown flag": ((*ok, *prompt, "--colour", "red"), "--colour"),
         "no number": ((*ok, *prompt, "--steps", "many"), "--steps"),
         "no steps": ((*ok, *prompt, "--steps", "0"), "steps is 0"),

@@ -47,15 +47,19 @@ def load(
       InputError: no such folder or step, or it is damaged; or a choice of weights is asked of an
         export, which has one set.
     """
+    if folder is not None:
+        folder = files.Path(folder)
+        buckets.check([str(folder)])
+        if not exported.is_exported(folder):
+            loaded = run_folder.load(folder, step=step, ema=ema, mesh=mesh)
+            return of_loaded(loaded, batch=batch)
+    if step is not None or not ema:
+        raise InputError(
+            f"{folder or 'the tiny model'} is an export, which has one step and one set of "
+            "weights; leave out --step and --no-ema"
+        )
     if folder is None:
         return load_shipped(batch=batch, mesh=mesh)
-    folder = files.Path(folder)
-    buckets.check([str(folder)])
-    if not exported.is_exported(folder):
-        loaded = run_folder.load(folder, step=step, ema=ema, mesh=mesh)
-        return of_loaded(loaded, batch=batch)
-    if step is not None or not ema:
-        raise InputError(f"{folder} is an export, whose weights are chosen; leave out step and ema")
     return exported.load(folder, batch=batch, mesh=mesh)
 
 

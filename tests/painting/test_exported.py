@@ -128,5 +128,5 @@ def test_a_broken_export_is_one_line(folder, tmp_path, break_, message):
 
 @pytest.mark.parametrize("asked", [{"step": 3}, {"ema": False}])
 def test_an_export_has_one_set_of_weights(folder, asked):
-    with pytest.raises(InputError, match="leave out step and ema"):
+    with pytest.raises(InputError, match="leave out --step and --no-ema"):
         painting.load(folder, **asked)
