@@ -158,7 +158,8 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
 
 def _add_look(look: argparse.ArgumentParser) -> None:
     add = look.add_argument
-    add("what", metavar="DIR_OR_CONFIG", help="a folder of records, or NAME:SIZE, or FILE.py:SIZE")
+    add("what", metavar="DIR_OR_CONFIG", 
+        help="a folder of records, tar:FOLDER, or a config NAME:SIZE or FILE.py:SIZE")  # fmt: skip
     add("--out", default="", metavar="FILE.html", help="the page to write")
     add("--png", default="", metavar="FILE.png", help="a sheet to write, with or without a page")
     add("--n", type=int, default=48, metavar="N", help="at most so many (default: %(default)s)")

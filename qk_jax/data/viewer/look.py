@@ -12,12 +12,14 @@ from PIL import Image
 from qk_jax.base import files
 from qk_jax.base.errors import InputError
 from qk_jax.data.example import TASKS
+from qk_jax.data.importers.tars import TarSet
 from qk_jax.data.pipeline import Pipeline
 from qk_jax.data.records import RecordSet
 from qk_jax.data.settings import sources
 from qk_jax.data.viewer.shown import Reader, Shown
 
 _MADE = "made"  # the source of examples that are made from cut-outs
+_TARS = "tar:"  # before a folder of indexes of tars (`importers.tars`)
 _UNDROPPED = "Dropout is drawn by the training step, so nothing is dropped here."
 
 
@@ -40,16 +42,18 @@ class Choice(NamedTuple):
 
 
 def is_folder(what: str) -> bool:
-    """Whether `what` names a folder, here or in a bucket, and no config."""
-    return "://" in what or files.Path(what).is_dir()
+    """Whether `what` names a folder, here or in a bucket, or tar:FOLDER, and no config."""
+    return what.startswith(_TARS) or "://" in what or files.Path(what).is_dir()
 
 
 def folder_fields(folder: str, split: str) -> dict[str, str]:
-    """{field: text} of a config by which the whole of a folder of records is read.
+    """{field: text} of a config by which the whole of a folder is read, of records or tar:FOLDER.
 
     Raises: InputError when it has no records of the split, or none of a known task.
     """
-    found = RecordSet(folder, split).tasks()
+    in_tars = folder.startswith(_TARS)
+    read = TarSet(folder.removeprefix(_TARS), split) if in_tars else RecordSet(folder, split)
+    found = read.tasks()
     if not found & set(TASKS):
         raise InputError(
             f"{folder} has no {split} record of a task, only {', '.join(sorted(found)) or 'none'}; "
@@ -175,7 +179,7 @@ def folder_facts(folder: str) -> dict[str, str]:
 
     Raises: InputError when there is one that is damaged.
     """
-    path = files.Path(folder) / "manifest.json"
+    path = files.Path(folder.removeprefix(_TARS)) / "manifest.json"
     if not path.is_file():
         return {}
     manifest = files.read_json(path)

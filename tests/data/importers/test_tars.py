@@ -6,6 +6,7 @@ import os
 import pathlib
 import pickle
 import random
+import re
 import shutil
 import tarfile
 
@@ -353,3 +354,13 @@ def test_tars_in_a_bucket_are_copied_to_the_host(tmp_path, monkeypatch):
         imported = records.RecordSet(tmp_path / "out", "train")
         assert [found[n] for n in range(4)] == [imported[n] for n in range(4)]
         assert pathlib.Path(found.files[0]._local).is_relative_to(tmp_path / "cache")
+
+
+def test_tars_are_looked_at_as_the_import_of_them(whole, tmp_path):
+    shown = []
+    for path in (f"tar:{whole}", str(whole.parent / "out")):
+        page = tmp_path / f"{len(shown)}.html"
+        command.main(["look", path, "--out", str(page), "--n", "4"])
+        shown.append(page.read_text().split("<main", 1)[1])
+    pictures = [re.findall(r"data:image/[^\"]+", text) for text in shown]
+    assert pictures[0] == pictures[1] and len(pictures[0]) >= 4
