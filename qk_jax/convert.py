@@ -25,7 +25,7 @@ from qk_jax.base import cli
 from qk_jax.base.errors import InputError, exits
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> cli.Parser:
     """The command line."""
     out = cli.Parser(prog="python -m qk_jax.convert", description=__doc__)
     verbs = out.add_subparsers(dest="verb", required=True, metavar="VERB")

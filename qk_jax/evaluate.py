@@ -11,7 +11,6 @@ have stopped anywhere: the page says what is missing.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -19,7 +18,7 @@ from qk_jax.base import cli
 from qk_jax.base.errors import exits
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> cli.Parser:
     """The command line."""
     out = cli.Parser(prog="python -m qk_jax.evaluate", description=__doc__)
     verbs = out.add_subparsers(dest="verb", required=True, metavar="VERB")

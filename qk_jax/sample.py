@@ -30,7 +30,7 @@ from qk_jax.diffusion import sampler
 from qk_jax.painting.orders import jobs_of, make_folders, orders, parse_size, texts_of, write_png
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> cli.Parser:
     """The command line."""
     out = cli.Parser(prog="python -m qk_jax.sample", description=__doc__)
     add = out.add_argument

@@ -39,16 +39,21 @@ def main(argv: Sequence[str]) -> None:
     loop.train(config, args.workdir, imported_s=imported_s)
 
 
-def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-    """The options, and the overrides --config.FIELD=VALUE."""
-    parser = cli.Parser(
+def parser(argv: Sequence[str] = ()) -> cli.Parser:
+    """The command line; --help lists the fields of the config that `argv` names."""
+    out = cli.Parser(
         prog="python -m qk_jax.train", description=__doc__, more=lambda: fields_help(argv)
     )
     about = "the experiment: a shipped config, or FILE.py:SIZE"
-    parser.add_argument("--config", required=True, metavar="NAME:SIZE", help=about)
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="for the stage's folder")
-    distributed.add_options(parser)
-    return cli.parse_with_overrides(parser, argv)
+    out.add_argument("--config", required=True, metavar="NAME:SIZE", help=about)
+    out.add_argument("--workdir", required=True, metavar="DIR", help="for the stage's folder")
+    distributed.add_options(out)
+    return out
+
+
+def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The options, and the overrides --config.FIELD=VALUE."""
+    return cli.parse_with_overrides(parser(argv), argv)
 
 
 def fields_help(argv: Sequence[str]) -> str:

@@ -48,6 +48,8 @@ COMMANDS = {
 }
 # They are run by `data synthesize --command`, with folders that it makes.
 SHIPPED = {"qk_jax.api.paint", "qk_jax.api.judge"}
+# Every command has them; docs/install.md says what they are for.
+COMMON = {"--version", "--print-completion"}
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 
@@ -151,7 +153,11 @@ def test_every_option_has_a_table_row(command):
     if section in text:  # else the whole page is about the command
         text = text.split(section)[1].split("\n## ")[0]
     rows = "\n".join(line for line in text.splitlines() if line.startswith("| `--"))
-    assert not set(OPTION.findall(help_of(command))) - set(OPTION.findall(rows))
+    assert not set(OPTION.findall(help_of(command))) - COMMON - set(OPTION.findall(rows))
+
+
+def test_what_all_commands_have_is_documented_once():
+    assert set(OPTION.findall(text_of("docs/install.md"))) >= COMMON
 
 
 def commands(page):

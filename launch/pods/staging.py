@@ -12,7 +12,7 @@ from pods.settings import Settings
 from pods.shell import Shell
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SOURCES = ("setup.py", "pyproject.toml", "qk_jax", "configs")
+SOURCES = ("setup.py", "pyproject.toml", "README.md", "qk_jax", "configs")
 SCRIPTS = {
     "tpu_vm": ("tpu_vm/host.sh", "tpu_vm/qk-train.service"),
     "gke": ("gke/Dockerfile",),

@@ -33,10 +33,10 @@ from qk_jax.base.errors import exits
 from qk_jax.bench import checkpoints, cost, layouts, peer, precompile, shardings
 
 
-def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
-    """The verb's options, and the overrides --config.FIELD=VALUE."""
-    parser = cli.Parser(prog="python -m qk_jax.bench", description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+def parser() -> cli.Parser:
+    """The command line."""
+    out = cli.Parser(prog="python -m qk_jax.bench", description=__doc__)
+    verbs = out.add_subparsers(dest="verb", required=True, metavar="VERB")
     price = verbs.add_parser("cost", help="parameters, bytes, FLOPs; measured steps")
     price.add_argument("--pictures", type=int, default=2, help="most condition pictures (2)")
     price.add_argument("--sizes", type=int, default=1, help="target sizes of the config (1)")
@@ -52,9 +52,14 @@ def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str,
     precompile.add_arguments(programs)
     for verb in (price, spread, table, programs):
         verb.add_argument("--config", required=True, help="NAME:SIZE, or FILE.py:SIZE")
-    args, overrides = cli.parse_with_overrides(parser, argv)
+    return out
+
+
+def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The verb's options, and the overrides --config.FIELD=VALUE."""
+    args, overrides = cli.parse_with_overrides(parser(), argv)
     if args.verb in ("checkpoints", "peer") and overrides:
-        parser.error(f"{args.verb} has no config")
+        parser().error(f"{args.verb} has no config")
     return args, overrides
 
 

@@ -27,7 +27,7 @@ from qk_jax.base.errors import InputError, exits
 from qk_jax.checkpoints import copying, tools
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> cli.Parser:
     """The command line."""
     out = cli.Parser(prog="python -m qk_jax.checkpoints", description=__doc__)
     verbs = out.add_subparsers(dest="verb", required=True, metavar="VERB")

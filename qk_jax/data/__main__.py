@@ -51,7 +51,7 @@ _SIZES = "stage3:7b"  # whose sizes a folder is shown at, and measured
 _ENCODINGS = {"jpeg": "JPEG", "webp": "WEBP", "png": "PNG"}
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> cli.Parser:
     """The command line."""
     out = cli.Parser(prog="python -m qk_jax.data", description=__doc__)
     verbs = out.add_subparsers(dest="verb", required=True, metavar="VERB")

@@ -106,7 +106,7 @@ assert not rooms & {name.split(".")[0] for name in sys.modules}
 
 
 def test_an_installed_wheel_has_the_configs_inside(tmp_path):
-    for name in ("setup.py", "pyproject.toml"):
+    for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     skipped = shutil.ignore_patterns("__pycache__", "*.array_record", "*.safetensors")
     for name in ("qk_jax", "configs"):
