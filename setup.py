@@ -10,7 +10,7 @@ BENCH = ["jax[tpu]>=0.10.2", "matplotlib>=3.9"]
 DIFFUSERS = "diffusers>=0.37"
 GCS = ["gcsfs>=2026.10"]  # brings google-cloud-storage, which Orbax asks about buckets
 RAY = ["ray>=2.50"]
-DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]  # the site, see launch/site
+DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]  # the site, launch/docs/mkdocs.yml
 TEST = [
     *GCS,
     *RAY,

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What every change must pass before the tests: lint, format, types, the order of imports, scripts.
+# What every change must pass before the tests: lint, format, types, the order of imports, scripts, and
+# the site of docs/, whose links must lead somewhere.
 # Changes nothing; every check runs, whatever the ones before it found.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -20,6 +21,10 @@ check format .venv/bin/ruff format --check
 check types .venv/bin/mypy
 check imports .venv/bin/python -m pytest --quiet tests/test_house.py
 check scripts .venv/bin/shellcheck --external-sources .ci/run launch/*.sh launch/tpu_vm/*.sh
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+check site env NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict --config-file launch/docs/mkdocs.yml \
+  --site-dir "$site"
 if [ -n "$failed" ]; then
   echo "error: failed:$failed" >&2
   exit 1

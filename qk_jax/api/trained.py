@@ -62,8 +62,9 @@ class TrainedModel:
           prompt: what to paint, or what to do with the pictures.
           source: the picture to edit.
           references: pictures of subjects.
-          height, width: in pixels, multiples of 16; without both it is the trained size that is
-            nearest to the source's shape, or the first without a source.
+          height: in pixels, a multiple of 16; without it and `width` it is the trained size that
+            is nearest to the source's shape, or the first without a source.
+          width: the same.
           steps: of the sampler.
           guidance: weight of the text; 1 is off.
           image_guidance: weight of the pictures; 1 is off.
