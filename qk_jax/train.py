@@ -31,12 +31,13 @@ def main(argv: Sequence[str]) -> None:
     runtime.skip_absent_tpu()
     args, overrides = arguments(argv)
     config = config_lib.load(args.config, overrides)
-    distributed.start(
-        distributed.Given.of(args),
-        timeout_s=config.distributed.timeout_s,
-        slices=math.prod(config.slices.values()),
-    )
-    loop.train(config, args.workdir, imported_s=imported_s)
+    with runtime.answered():
+        distributed.start(
+            distributed.Given.of(args),
+            timeout_s=config.distributed.timeout_s,
+            slices=math.prod(config.slices.values()),
+        )
+        loop.train(config, args.workdir, imported_s=imported_s)
 
 
 def parser(argv: Sequence[str] = ()) -> cli.Parser:

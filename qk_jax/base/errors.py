@@ -1,4 +1,5 @@
-"""Errors that the user can correct: one line on stderr and exit status 2, or 1 for a failure."""
+"""Errors that the user can correct: one line on stderr and exit status 2, or 1 for a failure.
+Ctrl-C is one line, too."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
+
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells give it
 
 
 class InputError(Exception):
@@ -44,7 +47,7 @@ def _end(status: int, cause: str | None) -> None:
 
 def exits(main: Callable[..., None]) -> Callable[..., None]:
     """Wraps a command: an InputError becomes one line on stderr and exit status 2, a Failure one
-    line and exit status 1.
+    line and exit status 1, and Ctrl-C one line and exit status 130.
 
     Any other exception is a bug of ours and keeps its traceback.
     """
@@ -61,6 +64,10 @@ def exits(main: Callable[..., None]) -> Callable[..., None]:
         except SystemExit as leaving:
             _end(leaving.code if isinstance(leaving.code, int) else 1, None)
             raise
+        except KeyboardInterrupt:
+            print("stopped by Ctrl-C", file=sys.stderr)
+            _end(INTERRUPTED, "Ctrl-C")
+            raise SystemExit(INTERRUPTED) from None
         except BaseException as error:
             if _endings:  # they may end the process before Python prints this
                 traceback.print_exc()

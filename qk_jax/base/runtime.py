@@ -11,18 +11,20 @@ import logging
 import os
 import pathlib
 import platform
+import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import absl.logging
 import jax
 
 from qk_jax.base import buckets, files
-from qk_jax.base.errors import InputError
+from qk_jax.base.errors import INTERRUPTED, InputError
 
 # On a CPU the older emitter at level 1 makes programs that are as fast in a quarter of the time.
 CPU_OPTIONS = ("xla_cpu_use_fusion_emitters=false", "xla_backend_optimization_level=1")
@@ -63,6 +65,43 @@ def _is_not_of_orbax(record: logging.LogRecord) -> bool:
     """Whether a record of a log has no traceback that goes through Orbax."""
     frames = traceback.walk_tb(record.exc_info[2]) if record.exc_info else ()
     return not any("/orbax/" in frame.f_code.co_filename for frame, _ in frames)
+
+
+STOPPING = "Ctrl-C: stopping, what was trained is saved first; once more ends at once, unsaved"
+_TWICE_S = 1.0  # some wrappers pass one Ctrl-C on twice
+
+
+@contextlib.contextmanager
+def answered() -> Iterator[None]:
+    """Within the block, Ctrl-C is answered on stderr at once; a second one ends the process.
+
+    Python calls its handlers in the main thread, between two instructions of its own: not while a
+    program is compiled or a step runs. What a handler does comes then; a thread tells it before.
+    """
+    hear, tell = os.pipe()
+    os.set_blocking(tell, False)
+
+    def answer() -> None:
+        first = None
+        while number := os.read(hear, 1):
+            if number[0] != signal.SIGINT:
+                continue
+            if first is None:
+                first = time.monotonic()
+                os.write(2, f"\n{STOPPING}\n".encode())
+            elif time.monotonic() - first > _TWICE_S:
+                os._exit(INTERRUPTED)
+
+    thread = threading.Thread(target=answer, daemon=True, name="answers to Ctrl-C")
+    thread.start()
+    old = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(old)
+        os.close(tell)
+        thread.join()
+        os.close(hear)
 
 
 TPU_VENDOR = "0x1ae0"  # Google's, of the PCI devices of a TPU VM

@@ -81,6 +81,13 @@ def listing(config: ConfigDict) -> Iterator[str]:
         yield f"{name}, AXIS {axes}: {glossary.meaning('sharding.mmdit.params.embed')}"
 
 
+def table(config: ConfigDict) -> str:
+    """A table in Markdown of each field with its whole value and its meaning."""
+    cell = lambda value: str(value).replace("\n", "\\n").replace("|", "\\|")  # noqa: E731
+    rows = [f"| {n} | {cell(x)} | {cell(glossary.meaning(n))} |" for n, x in fields(config)]
+    return "\n".join(["| field | value | meaning |", "| --- | --- | --- |", *rows])
+
+
 def _shown(value: Any) -> str:
     """A value as the command line takes it, cut where it is long."""
     text = str(value).lower() if isinstance(value, bool) else str(value) or "''"

@@ -20,7 +20,7 @@ import tqdm
 from ml_collections import ConfigDict
 
 from qk_jax.base import buckets, distributed, files, notices, runtime
-from qk_jax.base.errors import InputError, some
+from qk_jax.base.errors import INTERRUPTED, InputError, some
 from qk_jax.checkpoints import run_folder
 from qk_jax.checkpoints.store import Meta, Store, Trees
 from qk_jax.data import pipeline
@@ -33,7 +33,12 @@ from qk_jax.training.phases import Limits, Phases
 from qk_jax.training.saving import Saver
 
 log = logging.getLogger(__name__)
-PREEMPTED, INTERRUPTED = 42, 130  # exit statuses after SIGTERM and Ctrl-C
+PREEMPTED = 42  # exit status after SIGTERM
+# Phases that the progress bar names: the others last no longer than a step.
+SHOWN = {
+    "compile": "compiling", "save": "saving", "validation": "validating", "painting": "painting",
+    "restore": "restoring",
+}  # fmt: skip
 
 
 def train(config: ConfigDict, workdir: files.PathLike, *, imported_s: float | None = None) -> None:
@@ -131,21 +136,49 @@ class Trainer:
         self.spikes = spikes.Detector(plan.config, begun.spikes)
         self.rollback: spikes.Rollback | None = None  # that is about to be done
         self.writers = metrics.Writers(folder, int(begun.state.step), plan.config)
+        self.writers.text(int(begun.state.step), "config", config_lib.table(plan.config))
         self.evaluators = evals.build(plan, folder, self.writers)
 
     def run(self, imported_s: float) -> None:
         """Compiles all programs, and steps from the state's own to config.steps."""
         config, first = self.plan.config, int(self.state.step)
-        with self.phases.doing("compile"):
-            self.train_step.compile(self.data.abstract())
-        if first == 0:
-            self.evaluate(0)
+        with self.bar(first) as bar:
+            with self.phases.doing("compile"):
+                self.train_step.compile(self.data.abstract())
+            if first == 0:
+                self.evaluate(0)
+            bar.unpause()  # its rate is that of the steps
+            self.steps(first, bar, imported_s)
+        log.info("%s: %d steps done; time: %s", self.folder, config.steps, self.phases.report())
+
+    @contextlib.contextmanager
+    def bar(self, first: int) -> Iterator[tqdm.tqdm]:
+        """The progress bar, which names the phases that take long while they last."""
+        config = self.plan.config
         bar = tqdm.tqdm(
             total=config.steps, initial=first, desc=config.stage, unit="step", smoothing=0.1,
             disable=jax.process_index() != 0, mininterval=0.5 if sys.stderr.isatty() else 20,
         )  # fmt: skip
+        shown = ""
+
+        def show(phase: str) -> None:
+            nonlocal shown
+            if (words := SHOWN.get(phase, "")) != shown:
+                shown = words
+                bar.set_description(f"{config.stage}, {words}" if words else config.stage)
+
+        with bar:
+            self.phases.entered = show
+            try:
+                yield bar
+            finally:
+                self.phases.entered = lambda phase: None
+
+    def steps(self, first: int, bar: tqdm.tqdm, imported_s: float) -> None:
+        """Takes the steps after `first`, and saves the last."""
+        config = self.plan.config
         pending: Pending | None = None
-        with bar, self.signals(), notices.passed_on(), self.profiler.signals():
+        with self.signals(), notices.passed_on(), self.profiler.signals():
             batches = self.data.batches(first)
             step = first
             while step < config.steps:
@@ -169,7 +202,6 @@ class Trainer:
                     self.clock.pause()
             with self.phases.doing("save", f"step {config.steps}"):
                 self.saver.save_whole(config.steps, *self.checkpoint())
-        log.info("%s: %d steps done; time: %s", self.folder, config.steps, self.phases.report())
 
     def take(
         self, step: int, batches: Iterator[Any], pending: Pending | None, bar: tqdm.tqdm
@@ -338,7 +370,7 @@ class Trainer:
     def signals(self) -> Iterator[None]:
         """Within the block, SIGTERM and Ctrl-C only leave a note.
 
-        With several processes SIGTERM stays JAX's, which tells all of them.
+        With several processes SIGTERM stays JAX's, which tells all of them, and Ctrl-C becomes one.
         """
         status: dict[int, int] = {signal.SIGINT: INTERRUPTED}
         if not distributed.several():
@@ -346,6 +378,8 @@ class Trainer:
 
         def note(number: int, frame: Any) -> None:
             self.signal = status[number]
+            if distributed.several():
+                os.kill(os.getpid(), signal.SIGTERM)
 
         old = {number: signal.signal(number, note) for number in status}
         try:

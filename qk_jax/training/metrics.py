@@ -222,6 +222,11 @@ class Writers:
         if self._board is not None:
             self._board.add_image(name, pixels, step, dataformats="HWC")
 
+    def text(self, step: int, name: str, markdown: str) -> None:
+        """A text for TensorBoard."""
+        if self._board is not None:
+            self._board.add_text(name, markdown, step)
+
     def close(self) -> None:
         """Flushes and closes everything."""
         if self.active:

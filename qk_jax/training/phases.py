@@ -51,6 +51,8 @@ class Phases:
     """The phases of one process, nested: an inner one pauses the outer one's time.
 
     Attributes:
+      entered: is called with the name of the phase that begins, or goes on after an inner one, and
+        with '' when none does.
       seconds: by phase, all that was spent in it.
       before: seconds from the start of the process to the first phase.
     """
@@ -63,6 +65,7 @@ class Phases:
           stacks: the file that gets the stacks of a hang, besides stderr.
           hung: is called in the watchdog's thread with a line that names the phase.
         """
+        self.entered: Callable[[str], None] = lambda name: None
         self.seconds: dict[str, float] = defaultdict(float)
         self._limits, self._stacks, self._hung = limits, stacks, hung
         self._earlier: dict[str, deque[float]] = {}
@@ -78,6 +81,7 @@ class Phases:
         """The block is the phase `name`; `detail` tells more when it hangs, such as 'step 12'."""
         self._count()
         self._open.append(Phase(name, detail, time.monotonic(), self._limit(name)))
+        self.entered(name)
         try:
             yield
         finally:
@@ -88,6 +92,7 @@ class Phases:
             if self._open:  # the outer phase begins anew: it was not this that took long
                 outer = self._open.pop()
                 self._open.append(outer._replace(since=time.monotonic()))
+            self.entered(self._open[-1].name if self._open else "")
 
     def _count(self) -> None:
         """Books the time since the last call on the innermost phase."""

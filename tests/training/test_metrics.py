@@ -1,14 +1,19 @@
 """Windows, the clock and the files."""
 
+import io
 import json
+import struct
 import sys
 import types
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
+from tensorboardX.proto import event_pb2
 
 from qk_jax.base.errors import InputError
+from qk_jax.experiment import config as config_lib
 from qk_jax.training import metrics
 
 CONFIG = ConfigDict({"wandb": {"project": "", "name": ""}})
@@ -101,6 +106,37 @@ def test_writers_keep_one_line_per_step_over_a_resume(tmp_path):
     assert lines[0] == {"step": 1, "kind": "train", "loss": 0.5, "grad_norm": None}
     assert lines[2]["loss"] == 9.0
     assert list(tmp_path.glob("events*"))
+
+
+def events(folder):
+    """The values of all event files, by tag: TFRecords of protocol buffers."""
+    found = {}
+    for path in folder.glob("events*"):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (size,) = struct.unpack_from("<Q", data, at)
+            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
+            found |= {value.tag: value for value in event.summary.value}
+            at += 16 + size
+    return found
+
+
+def test_tensorboard_gets_figures_pictures_and_texts(tmp_path):
+    log = metrics.Writers(tmp_path, 0, CONFIG)
+    log.write(1, "validation", {"loss": 0.5})
+    log.picture(1, "samples/editing", np.full((4, 6, 3), 200, np.uint8))
+    log.text(0, "config", config_lib.table(config_lib.load("stage1:tiny")))
+    log.close()
+    found = events(tmp_path)
+    assert found["validation/loss"].simple_value == 0.5
+    picture = found["samples/editing"].image
+    assert (picture.height, picture.width) == (4, 6)
+    shown = Image.open(io.BytesIO(picture.encoded_image_string))
+    assert shown.getpixel((0, 0)) == (200, 200, 200)
+    (text,) = found["config/text_summary"].tensor.string_val
+    row = next(x for x in text.decode().splitlines() if x.startswith("| optimizer.lr |"))
+    assert row == "| optimizer.lr | 0.001 | peak learning rate |"
+    assert "\\|" in text.decode()  # a value with a bar, which would end its cell
 
 
 def test_weights_and_biases_must_be_there_when_asked_for(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Three stages of a nano model, straight and interrupted: the same bits, and what stays frozen."""
 
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -17,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from qk_jax.base import trees
+from qk_jax.base import runtime, trees
 from qk_jax.base.errors import InputError
 from qk_jax.checkpoints import run_folder
 from qk_jax.checkpoints.store import Store
@@ -124,6 +125,41 @@ def test_stopped_and_resumed_equals_straight_bit_for_bit(stage, straight, tmp_pa
     ours = re.compile(', "(pictures_per|goodput).*')  # what a clock says
     strip = lambda rows: [ours.sub("", r) for r in rows if '"train"' in r]  # noqa: E731
     assert strip(lines) == strip(wanted)
+
+
+def test_ctrl_c_saves_too_and_the_bar_says_what_lasts(straight, tmp_path, monkeypatch, capfd):
+    class Press(evals.Evaluator):
+        phase = "painting"
+
+        def run(self, step, params, frozen):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setitem(evals.EVALUATORS, "sheets", Press)
+    config = config_of("stage1", evals__sheets__every=2, evals__loss__every=2)
+    with pytest.raises(SystemExit) as stop, runtime.answered():
+        loop.train(config, tmp_path)
+    assert stop.value.code == loop.INTERRUPTED == 130
+    assert Store(tmp_path / "stage1" / "checkpoints", write=False).steps()[-1] == 3
+    told = capfd.readouterr().err
+    assert told.count(runtime.STOPPING) == 1
+    words = [state for state, _ in itertools.groupby(re.findall(r"\r(stage1[^:]*):", told))]
+    for name in ("compiling", "validating", "painting", "saving"):
+        at = words.index(f"stage1, {name}")
+        assert words[at + 1] == "stage1"  # and no longer
+    loop.train(config_of("stage1"), tmp_path)
+    assert_same(tmp_path / "stage1", straight / "stage1")
+
+
+def test_over_several_processes_ctrl_c_is_the_signal_that_all_hear_of(monkeypatch):
+    """Of one alone: the others would wait for it for ever."""
+    sent = []
+    monkeypatch.setattr(loop.distributed, "several", lambda: True)
+    trainer = object.__new__(loop.Trainer)
+    with trainer.signals():
+        monkeypatch.setattr(loop.os, "kill", lambda pid, number: sent.append((pid, number)))
+        signal.raise_signal(signal.SIGINT)
+    assert sent == [(os.getpid(), signal.SIGTERM)]
 
 
 @pytest.mark.parametrize("stage", STAGES)
