@@ -23,7 +23,8 @@ check imports .venv/bin/python -m pytest --quiet tests/test_house.py
 check scripts .venv/bin/shellcheck --external-sources .ci/run launch/*.sh launch/tpu_vm/*.sh
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
-check site env NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict --config-file launch/docs/mkdocs.yml \
+# Not --quiet, with which --strict sees no warning.
+check site env NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --config-file launch/docs/mkdocs.yml \
   --site-dir "$site"
 if [ -n "$failed" ]; then
   echo "error: failed:$failed" >&2

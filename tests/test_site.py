@@ -5,6 +5,7 @@ import html.parser
 import http.server
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -26,21 +27,38 @@ def refused(self, address, *rest):
     raise OSError(f"the site asks {address} while it is built")
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refused
 from mkdocs.__main__ import cli
-cli(["build", "--strict", "--quiet", "-f", sys.argv[1], "--site-dir", sys.argv[2]])
+cli(["build", "--strict", "-f", sys.argv[1], "--site-dir", sys.argv[2]])
 """
+
+
+def build(root, folder):
+    """(exit status, output) of a build of the site of the checkout at `root`."""
+    needs.module("mkdocs")
+    needs.module("mkdocstrings_handlers.python")
+    env = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", OFFLINE, str(root / "launch/docs/mkdocs.yml"), str(folder)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The folder of the built site."""
-    needs.module("mkdocs")
-    needs.module("mkdocstrings_handlers.python")
     folder = tmp_path_factory.mktemp("site")
-    env = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", OFFLINE, str(ROOT / "launch/docs/mkdocs.yml"), str(folder)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, told = build(ROOT, folder)
+    assert status == 0, told
     return folder
+
+
+def test_a_link_that_leads_nowhere_and_a_page_that_none_leads_to_end_the_build(tmp_path):
+    for name in ("docs", "launch/docs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "qk_jax", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "docs" / "new.md").write_text("# New\n\n[a](train.md#nowhere)\n")
+    status, told = build(tmp_path, tmp_path / "site")
+    assert status and "does not contain an anchor '#nowhere'" in told
+    assert 'not included in the "nav" configuration' in told
 
 
 class Fetches(html.parser.HTMLParser):
