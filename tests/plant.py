@@ -433,6 +433,18 @@ BUGS = (
         "ema=not args.no_ema", "ema=args.no_ema", "tests/test_sample.py -k unless_refused"),
     Bug("convert: sizes are powers of 1024", "qk_jax/convert.py",
         "* 1000 **", "* 1024 **", "tests/weights/test_from_pytorch.py -k powers"),
+    Bug("base: shells offer files where a folder is asked for", "qk_jax/base/cli.py",
+        "= shtab.DIRECTORY", "= shtab.FILE", "tests/base/test_cli.py -k offers"),
+    Bug("base: the first Ctrl-C ends a training unsaved", "qk_jax/base/runtime.py",
+        "if first is None:", "if first:", "tests/base/test_stopping.py"),
+    Bug("training: the bar names what is over", "qk_jax/training/phases.py",
+        'self._open[-1].name if self._open else ""', "ended.name", "tests/training/test_phases.py"),
+    Bug("docs: the site has links that lead nowhere", "launch/docs/mkdocs.yml",
+        "anchors: warn", "anchors: info", "tests/test_site.py -k nowhere"),
+    Bug("docs: search takes a field's name for one word", "launch/docs/mkdocs.yml",
+        "[\\s\\-_,", "[\\s\\-,", "tests/test_site.py -k search"),
+    Bug("launch: the image runs as root", "launch/docker/Dockerfile",
+        "USER 1000\n", "", "tests/launch/test_image.py -k roots"),
 )
 # fmt: on
 

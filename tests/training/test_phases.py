@@ -27,6 +27,16 @@ def test_nested_phases_share_the_time():
     assert phases.report().count("%") == 2
 
 
+def test_who_asks_is_told_which_phase_goes_on():
+    phases, told = Phases(NEVER, None, pytest.fail), []
+    phases.entered = told.append
+    with phases.doing("start"), phases.doing("compile"):
+        pass
+    with pytest.raises(OSError), phases.doing("save"):
+        raise OSError
+    assert told == ["start", "compile", "start", "", "save", ""]
+
+
 def watched(tmp_path, limits):
     """(phases, the line of a hang, its stacks)."""
     found, heard = [], threading.Event()
