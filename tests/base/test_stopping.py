@@ -32,7 +32,7 @@ def busy():
         pipe = subprocess.PIPE
         running.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True))
         assert running[-1].stdout.readline() == "busy\n"
-        time.sleep(0.2)  # it is inside of the call
+        time.sleep(1)  # it is inside of the call
         return running[-1]
 
     yield start
