@@ -16,6 +16,8 @@ from qk_jax.experiment import config
 from tests import needs, test_docs
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+# A main that another test has imported is run once more, which runpy warns of.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:runpy")
 PATIENCE_MS = 120_000  # on a machine that is busy with other tests
 # What a browser fetches by itself, as against what one clicks on.
 FETCHED = {
@@ -54,7 +56,8 @@ def site(tmp_path_factory):
 def test_a_link_that_leads_nowhere_and_a_page_that_none_leads_to_end_the_build(tmp_path):
     for name in ("docs", "launch/docs"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "qk_jax", "configs"):
+    above = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "setup.py"]
+    for name in [*above, "qk_jax", "configs"]:
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "docs" / "new.md").write_text("# New\n\n[a](train.md#nowhere)\n")
     status, told = build(tmp_path, tmp_path / "site")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import html
 import importlib
+import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -13,10 +14,7 @@ from qk_jax.base import cli
 from qk_jax.experiment import config as config_lib
 from qk_jax.experiment import glossary
 
-MODULES = (
-    "train", "sample", "convert", "evaluate", "checkpoints.__main__", "data.__main__",
-    "bench.__main__",
-)  # fmt: skip
+SETUP = pathlib.Path(__file__).resolve().parents[2] / "setup.py"
 STAGES, SIZES = ("stage1", "stage2", "stage3", "highres"), ("tiny", "20b")
 LONGEST = 60  # letters of a value
 OBJECTS = {
@@ -40,8 +38,8 @@ def commands() -> str:
         "there as `python -m qk_jax.NAME`, and ends with status 2 and one line for wrong input "
         "([errors](errors.md)).",
     ]
-    for name in MODULES:
-        parser = importlib.import_module(f"qk_jax.{name}").parser()
+    for module in re.findall(r'"qk-\w+ = (qk_jax[\w.]+):run"', SETUP.read_text(encoding="utf-8")):
+        parser = importlib.import_module(module).parser()
         parts += [f"## {parser.script}", *prose(parser.description or ""), table(parser)]
         for verb, found in cli.verbs(parser).items():
             parts += [f"### {parser.script} {verb}", *prose(found.description or "")]

@@ -43,7 +43,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=version, help=about)
         if self.script:
             about = f"print the completion of {self.script} for a shell and exit"
-            self.add_argument("--print-completion", action=_Print, choices=SHELLS, help=about)
+            self.add_argument("--print-completion", action=_Print, choices=SHELLS,
+                default=argparse.SUPPRESS, help=about)  # fmt: skip
 
     @property
     def script(self) -> str:

@@ -1,6 +1,8 @@
 """What all commands have in common: their version, and completion by the shell."""
 
 import importlib
+import pathlib
+import re
 import shutil
 import subprocess
 
@@ -10,17 +12,21 @@ import qk_jax
 from qk_jax.base import cli
 from tests import needs
 
-# {console script: its module}, as in setup.py (tests/test_package.py compares them)
-SCRIPTS = {
-    "qk-train": "qk_jax.train", "qk-sample": "qk_jax.sample", "qk-convert": "qk_jax.convert",
-    "qk-evaluate": "qk_jax.evaluate", "qk-bench": "qk_jax.bench.__main__",
-    "qk-checkpoints": "qk_jax.checkpoints.__main__", "qk-data": "qk_jax.data.__main__",
-}  # fmt: skip
+SETUP = pathlib.Path(__file__).resolve().parents[2] / "setup.py"
+# {console script: its module}
+SCRIPTS = dict(re.findall(r'"(qk-\w+) = (qk_jax[\w.]+):run"', SETUP.read_text()))
 MODULES = [*SCRIPTS.values(), "qk_jax.api.paint", "qk_jax.api.judge"]
 
 
 def parser(module):
     return importlib.import_module(module).parser()
+
+
+def test_every_main_has_a_script_of_its_name():
+    assert {"qk-train", "qk-sample", "qk-convert", "qk-evaluate", "qk-data"} <= set(SCRIPTS)
+    assert {name: parser(module).script for name, module in SCRIPTS.items()} == {
+        name: name for name in SCRIPTS
+    }
 
 
 @pytest.mark.parametrize("module", MODULES)
