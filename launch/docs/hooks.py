@@ -78,6 +78,8 @@ def notebook(text: str) -> str:
             if "image/png" in found:
                 data = base64.b64encode(base64.b64decode("".join(found["image/png"]))).decode()
                 parts.append(f"![painted](data:image/png;base64,{data})")
+            elif output.get("name") == "stderr":
+                continue  # of the machine where it ran
             elif printed := "".join(output.get("text", found.get("text/plain", []))).rstrip():
                 parts.append(f"```text\n{printed}\n```")
     parts.append(f"The notebook itself: [{NOTEBOOK}]({NOTEBOOK}){{: download }}")
