@@ -14,6 +14,7 @@ import itertools
 import json
 import pathlib
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -141,8 +142,17 @@ class Quickstart:
         self.write("comparison.json", rows)
 
     def command(self, *words: Any) -> None:
-        """Runs Python in a process of its own; exits with its status when it fails."""
-        status = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT).returncode
+        """Runs Python in a process of its own; exits with its status when it fails.
+
+        After Ctrl-C it waits for the process, which saves; `subprocess.run` would kill it.
+        """
+        with subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT) as process:
+            try:
+                status = process.wait()
+            except KeyboardInterrupt:
+                process.send_signal(signal.SIGINT)  # a terminal has done so already
+                process.wait()
+                raise
         if status:
             print(f"stopped (status {status}); the same command resumes", file=sys.stderr)
             raise SystemExit(status if status > 0 else 128 - status)

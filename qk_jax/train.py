@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     runtime.skip_absent_tpu()
     args, overrides = arguments(argv)
     config = config_lib.load(args.config, overrides)
-    with runtime.answered():
+    with runtime.answered(distributed.interrupted):
         distributed.start(
             distributed.Given.of(args),
             timeout_s=config.distributed.timeout_s,

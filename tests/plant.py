@@ -436,7 +436,7 @@ BUGS = (
     Bug("base: shells offer files where a folder is asked for", "qk_jax/base/cli.py",
         "= shtab.DIRECTORY", "= shtab.FILE", "tests/base/test_cli.py -k offers"),
     Bug("base: the first Ctrl-C ends a training unsaved", "qk_jax/base/runtime.py",
-        "if first is None:", "if first:", "tests/base/test_stopping.py"),
+        "_patient = True", "_patient = False", "tests/base/test_stopping.py"),
     Bug("training: the bar names what is over", "qk_jax/training/phases.py",
         'self._open[-1].name if self._open else ""', "ended.name", "tests/training/test_phases.py"),
     Bug("docs: the site has links that lead nowhere", "launch/docs/mkdocs.yml",

@@ -427,6 +427,14 @@ def stop(status: int, cause: str) -> NoReturn:
     _exit(status)
 
 
+def interrupted() -> NoReturn:
+    """Ends this process now for Ctrl-C, from any of its threads, and tells all others."""
+    print(f"\n{errors.STOPPED}", file=sys.stderr)
+    if _peers is not None:
+        _peers.fail(errors.INTERRUPTED, "Ctrl-C")
+    _exit(errors.INTERRUPTED)
+
+
 def _end(status: int, cause: str | None) -> None:
     """Called when the command ends: `cause` is None where all processes end alike."""
     if _peers is None:

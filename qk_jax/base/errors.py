@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
-INTERRUPTED = 130  # exit status after Ctrl-C, as shells give it
+INTERRUPTED, STOPPED = 130, "stopped by Ctrl-C"  # exit status, as shells give it, and the line
 
 
 class InputError(Exception):
@@ -65,7 +65,7 @@ def exits(main: Callable[..., None]) -> Callable[..., None]:
             _end(leaving.code if isinstance(leaving.code, int) else 1, None)
             raise
         except KeyboardInterrupt:
-            print("stopped by Ctrl-C", file=sys.stderr)
+            print(STOPPED, file=sys.stderr)
             _end(INTERRUPTED, "Ctrl-C")
             raise SystemExit(INTERRUPTED) from None
         except BaseException as error:

@@ -17,14 +17,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NoReturn
 
 import absl.logging
 import jax
 
 from qk_jax.base import buckets, files
-from qk_jax.base.errors import INTERRUPTED, InputError
+from qk_jax.base.errors import InputError
 
 # On a CPU the older emitter at level 1 makes programs that are as fast in a quarter of the time.
 CPU_OPTIONS = ("xla_cpu_use_fusion_emitters=false", "xla_backend_optimization_level=1")
@@ -69,14 +69,19 @@ def _is_not_of_orbax(record: logging.LogRecord) -> bool:
 
 STOPPING = "Ctrl-C: stopping, what was trained is saved first; once more ends at once, unsaved"
 _TWICE_S = 1.0  # some wrappers pass one Ctrl-C on twice
+_patient = False
 
 
 @contextlib.contextmanager
-def answered() -> Iterator[None]:
-    """Within the block, Ctrl-C is answered on stderr at once; a second one ends the process.
+def answered(end: Callable[[], NoReturn]) -> Iterator[None]:
+    """Within the block, Ctrl-C is heard at once: it ends the process, but for `patient` blocks.
 
     Python calls its handlers in the main thread, between two instructions of its own: not while a
-    program is compiled or a step runs. What a handler does comes then; a thread tells it before.
+    program is compiled or a step runs, and what KeyboardInterrupt does in the midst of JAX is not
+    certain. A thread hears of the signal instead.
+
+    Args:
+      end: ends the process, called in that thread.
     """
     hear, tell = os.pipe()
     os.set_blocking(tell, False)
@@ -86,22 +91,36 @@ def answered() -> Iterator[None]:
         while number := os.read(hear, 1):
             if number[0] != signal.SIGINT:
                 continue
+            now = time.monotonic()
+            if not _patient or first is not None and now - first > _TWICE_S:
+                end()
             if first is None:
-                first = time.monotonic()
+                first = now
                 os.write(2, f"\n{STOPPING}\n".encode())
-            elif time.monotonic() - first > _TWICE_S:
-                os._exit(INTERRUPTED)
 
     thread = threading.Thread(target=answer, daemon=True, name="answers to Ctrl-C")
     thread.start()
+    handler = signal.signal(signal.SIGINT, lambda *_: None)
     old = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
     try:
         yield
     finally:
         signal.set_wakeup_fd(old)
+        signal.signal(signal.SIGINT, handler)
         os.close(tell)
         thread.join()
         os.close(hear)
+
+
+@contextlib.contextmanager
+def patient() -> Iterator[None]:
+    """Within the block, a first Ctrl-C is answered by a line alone: the process saves, and ends."""
+    global _patient
+    _patient = True
+    try:
+        yield
+    finally:
+        _patient = False
 
 
 TPU_VENDOR = "0x1ae0"  # Google's, of the PCI devices of a TPU VM

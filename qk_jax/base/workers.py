@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 
 
@@ -19,3 +20,10 @@ def end_with_parent(*_: object) -> None:
             os._exit(1)
 
     threading.Thread(target=wait, daemon=True, name="parent").start()
+
+
+def leave_to_parent(*_: object) -> None:
+    """The same, and Ctrl-C, which a terminal sends to all processes, does nothing here: the parent
+    needs its workers for what it finishes before it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()

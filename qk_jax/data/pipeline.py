@@ -22,7 +22,7 @@ from absl import flags
 
 from qk_jax.base.errors import BadRecord, InputError
 from qk_jax.base.types import Batch
-from qk_jax.base.workers import end_with_parent
+from qk_jax.base.workers import leave_to_parent
 from qk_jax.data import settings
 from qk_jax.data.example import MAX_REFERENCES, TASKS, Example, Joined, Source, hashed
 from qk_jax.data.importers.registry import make_sources
@@ -380,7 +380,7 @@ class Pipeline:
             if not flags.FLAGS.is_parsed():  # grain's workers read them, outside of absl.app
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(data["workers"], per_worker_buffer_size=2)
-            made = made.mp_prefetch(options, worker_init_fn=end_with_parent)
+            made = made.mp_prefetch(options, worker_init_fn=leave_to_parent)
         iterator = iter(made)
         self._open.append(iterator)
         for element in iterator:

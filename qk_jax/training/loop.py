@@ -383,7 +383,8 @@ class Trainer:
 
         old = {number: signal.signal(number, note) for number in status}
         try:
-            yield
+            with runtime.patient():
+                yield
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)

@@ -2,6 +2,9 @@
 
 import io
 import itertools
+import multiprocessing
+import os
+import signal
 from collections import Counter
 
 import numpy as np
@@ -110,6 +113,11 @@ def test_hosts_together_have_the_global_batch(pipe, builder, hosts):
 def test_worker_processes_change_nothing(pipe, builder):
     with_workers = pipeline.Pipeline(config(workers=2), "train", 0, 1, builder)
     for step, batch in zip(range(7, 12), with_workers.batches(7), strict=False):
+        if step == 7:  # a terminal sends Ctrl-C to them as well, though the run still takes a step
+            workers = multiprocessing.active_children()
+            assert len(workers) >= 2
+            for worker in workers:
+                os.kill(worker.pid, signal.SIGINT)
         same(batch, pipe.batch(step))
     with_workers.close()
 

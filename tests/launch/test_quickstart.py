@@ -3,7 +3,9 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
+import sys
 
 import pytest
 import quickstart
@@ -166,3 +168,30 @@ def test_no_suitable_python_is_one_line(tmp_path):
 
 def test_tables_are_markdown():
     assert report.table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | ---: |\n| 1 | 2 |\n"
+
+
+CHILD = """
+import pathlib, signal, sys, time
+def save(*_):
+    time.sleep(1.5)  # longer than subprocess.run waits before it kills
+    pathlib.Path(sys.argv[1]).write_text("saved")
+    sys.exit(130)
+signal.signal(signal.SIGINT, save)
+print("training", flush=True)
+time.sleep(600)
+"""
+
+
+def test_ctrl_c_leaves_a_training_the_time_to_save(tmp_path):
+    call = "quickstart.Quickstart.command(None, '-c', sys.argv[1], sys.argv[2])"
+    code = f"import sys; sys.path.insert(0, {str(LAUNCH)!r}); import quickstart; {call}"
+    saved = tmp_path / "saved"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, CHILD, str(saved)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "training\n"
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert saved.read_text() == "saved"
+    assert "KeyboardInterrupt" in told and process.returncode != 0

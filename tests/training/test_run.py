@@ -137,7 +137,7 @@ def test_ctrl_c_saves_too_and_the_bar_says_what_lasts(straight, tmp_path, monkey
 
     monkeypatch.setitem(evals.EVALUATORS, "sheets", Press)
     config = config_of("stage1", evals__sheets__every=2, evals__loss__every=2)
-    with pytest.raises(SystemExit) as stop, runtime.answered():
+    with pytest.raises(SystemExit) as stop, runtime.answered(pytest.fail):
         loop.train(config, tmp_path)
     assert stop.value.code == loop.INTERRUPTED == 130
     assert Store(tmp_path / "stage1" / "checkpoints", write=False).steps()[-1] == 3
