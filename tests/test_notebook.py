@@ -60,6 +60,9 @@ def test_it_runs_and_shows_its_pictures(ran):
         for output in cell.get("outputs", [])
         if output.output_type == "execute_result"
     ]
+    assert not [
+        x for cell in ran.cells for x in cell.get("outputs", []) if x.get("name") == "stderr"
+    ]
     assert "TrainedModel" in shown[0]["text/plain"]
     assert len(shown) == 4 and all("image/png" in data for data in shown[1:])
 

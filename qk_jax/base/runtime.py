@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -50,8 +51,10 @@ def start_logging() -> None:
 
 
 def quiet() -> None:
-    """Of Orbax only errors are logged: it warns of what we ask for."""
+    """Of Orbax only errors are logged: it warns of what we ask for. Nor does a notebook need to
+    hear from tqdm that it has no ipywidgets, which no bar of ours wants."""
     absl.logging.set_verbosity(absl.logging.ERROR)
+    warnings.filterwarnings("ignore", "IProgress not found")
 
 
 def _tell_unraisable(found: Any) -> None:
