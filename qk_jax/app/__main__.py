@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     out = cli.Parser(prog="python -m qk_jax.app", description=__doc__)
     add = out.add_argument
     add("--checkpoint", metavar="DIR", action="append", default=[],
-        help="a trained stage, such as W/stage3; may be repeated")  # fmt: skip
+        help="a trained stage, such as W/stage3, or an export; may be repeated")  # fmt: skip
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=7860, help="0 for any that is free (default: %(default)s)")
     add("--token", help="that every request needs (default: one is made where --host needs it)")

@@ -17,9 +17,8 @@ from qk_jax.base import files
 from qk_jax.base.errors import InputError
 from qk_jax.painting import orders
 from qk_jax.pictures import sizes
-from qk_jax.pictures.decoding import decode_picture
+from qk_jax.pictures.decoding import MAX_PIXELS, decode_picture
 
-MAX_PIXELS = 64_000_000  # of an upload, where the model's training had no bound
 NAME_LENGTH = 80
 _one_at_a_time = threading.Lock()  # decoding takes many times the memory of what comes in
 

@@ -22,6 +22,7 @@ from qk_jax.base import files
 from qk_jax.base.errors import InputError
 from qk_jax.diffusion import sampler
 from qk_jax.pictures import sizes
+from qk_jax.pictures.decoding import MAX_PIXELS
 
 ASSETS = files.Path(qk_jax.__file__).parent / "assets"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
@@ -95,7 +96,7 @@ def _add_painting(app: FastAPI, models: Models, queue: jobs.Queue) -> None:
                     sizes=[sizes.format_size(size) for size in model.limits.sizes],
                     max_area=model.limits.max_area,
                     max_references=model.limits.max_references,
-                    max_pixels=model.limits.max_pixels or intake.MAX_PIXELS,
+                    max_pixels=model.limits.max_pixels or MAX_PIXELS,
                 )
                 for model in models.all()
             ],
