@@ -43,6 +43,25 @@ def test_what_is_not_installed_is_named(capsys, monkeypatch):
     assert "uvicorn is not installed; pip install 'qk_jax[app]'" in refused(capsys)
 
 
+def test_an_export_is_a_model_like_others(tmp_path):
+    """It has one set of weights, whatever is asked for; few models are held in memory."""
+    from qk_jax.app import models
+    from qk_jax.export.folder import export_pipeline
+    from tests.export import models as nano
+
+    export_pipeline(nano.loaded(), tmp_path / "model")
+    stage = painters.save(tmp_path / "run", average=True)
+    known = models.Models([tmp_path / "model", stage, stage], keep=2)
+    export, trained = known.all()
+    assert export.name.endswith("/model") and trained.name == "run/stage3"
+    assert (export.has_average, trained.has_average) == (False, True)
+    whole = known.painter(export, True)
+    assert known.painter(export, False) is whole
+    last, mean = known.painter(trained, False), known.painter(trained, True)
+    assert last is not mean and known.painter(trained, False) is last
+    assert known.painter(export, False) is not whole  # which had to make room
+
+
 def test_addresses():
     assert main.address("127.0.0.1", 7860, None) == "http://127.0.0.1:7860/"
     assert main.address("::1", 80, None) == "http://[::1]:80/"
