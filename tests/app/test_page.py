@@ -304,11 +304,11 @@ def test_a_file_of_prompts(open_page):
     open_page.allowed.append("status of 422")
     text = b'{"prompt": "a kite", "seed": 5}\n{"prompt": "a cup"}\n{"prompt": "a dog"}\n'
     lines = {"name": "many.jsonl", "mimeType": "application/jsonl", "buffer": text}
-    page.set_input_files("#lines", lines)
+    page.set_input_files("#file", lines)
     expect(page.locator(f"{PAINTED} figcaption")).to_have_count(3, timeout=SLOW)
     assert page.locator("article h2").all_text_contents() == ["a dog", "a cup", "a kite"]
     assert told(download(page, 2)[0])["seed"] == "5"
-    page.set_input_files("#lines", lines | {"buffer": text + b'{"source": "a.png", "prompt": "x"}'})
+    page.set_input_files("#file", lines | {"buffer": text + b'{"source": "a.png", "prompt": "x"}'})
     expect(page.locator("#error")).to_contain_text("line 4 of many.jsonl: it names pictures")
 
 
@@ -342,7 +342,7 @@ def test_everything_has_a_name_and_is_reached_by_keyboard(open_page):
     for _ in range(60):
         page.keyboard.press("Tab")
         seen.add(page.evaluate("document.activeElement.id || document.activeElement.className"))
-    assert {"dice", "seed", "steps", "paint", "batch", "tile", "stack", "button"} <= seen
+    assert {"dice", "seed", "steps", "paint", "open", "tile", "stack", "button"} <= seen
     page.focus("#paint")
     page.keyboard.press("Tab")
     outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")

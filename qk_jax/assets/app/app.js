@@ -110,9 +110,9 @@ function follow(task, view) {
   });
   events.addEventListener("state", (event) => {
     const now = JSON.parse(event.data);
+    if (task.state !== now.state) say(told({ ...now, step: 0 }));
     task.state = now.state;
     task.card.state(task.column, now);
-    say(told(now));
     while (task.taken < now.pictures.length) take(task, now.pictures[task.taken++], size);
     if (ENDED.includes(now.state)) end(task);
     drawQueue();
@@ -135,7 +135,12 @@ async function take(task, path, size) {
   const figure = element("figure");
   fit(figure, ...size);
   task.card.add(task.column, figure);
-  const blob = await (await fetch(path)).blob();
+  const answer = await fetch(path).catch(() => null);
+  if (!answer?.ok) {
+    figure.remove();
+    return complain("a painted picture could not be fetched; paint it again");
+  }
+  const blob = await answer.blob();
   const item = {
     key: Date.now() + Math.random(), blob, size, recipe: await recipeOf(blob),
     source: kept(task.pictures.source), references: task.pictures.references.map(kept),
@@ -236,7 +241,8 @@ function reload(item) {
   at("prompt").focus();
 }
 
-/** Files that are dropped beside the zones: a painted PNG brings its settings, others are pictures. */
+/** Files that are opened, or dropped beside the zones: a file of prompts is painted, a painted PNG
+    brings its settings, others are pictures. */
 async function stray(files) {
   const lines = files.find(({ name }) => /\.(jsonl|json|txt)$/i.test(name));
   if (lines) return paintLines(lines);
@@ -296,10 +302,10 @@ async function start() {
     event.preventDefault();
     paint();
   });
-  at("batch").addEventListener("click", () => at("lines").click());
-  at("lines").addEventListener("change", () => {
-    if (at("lines").files.length) paintLines(at("lines").files[0]);
-    at("lines").value = "";
+  at("open").addEventListener("click", () => at("file").click());
+  at("file").addEventListener("change", () => {
+    if (at("file").files.length) stray([...at("file").files]);
+    at("file").value = "";
   });
   at("cancel-all").addEventListener("click", () => [...tasks].reverse().forEach(cancel));
   at("forget").addEventListener("click", async () => {

@@ -48,6 +48,7 @@ const words = {
 export function told(view) {
   if (view.state === "queued" && view.ahead) return `queued, ${view.ahead} ahead`;
   if (view.state !== "painting") return words[view.state];
+  if (!view.step) return words.painting;
   const which = view.num > 1 ? `picture ${Math.min(view.pictures.length + 1, view.num)} of ${view.num}, ` : "";
   return `painting: ${which}step ${view.step} of ${view.steps}`;
 }
