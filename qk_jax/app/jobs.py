@@ -54,7 +54,6 @@ class Job:
     def __init__(self, order: Order, notes: tuple[str, ...] = ()):
         self.id = secrets.token_urlsafe(12)
         self.order, self.notes = order, notes
-        self.created = time.time()
         self._lock = threading.Lock()
         self._listeners: set[Callable[[], None]] = set()
         self._now = Seen(QUEUED)

@@ -74,7 +74,7 @@ def create_app(
         title="Query-Kontext", version="1", description="Paints with trained models.",
         docs_url=None, redoc_url=None, lifespan=painting,
     )  # fmt: skip
-    app.state.models, app.state.queue = models, queue
+    app.state.queue = queue
     _add_painting(app, models, queue)
     _add_jobs(app, queue)
     _add_pages(app)

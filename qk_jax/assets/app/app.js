@@ -284,8 +284,11 @@ async function paintLines(file) {
 
 function paint() {
   complain("");
-  const pictures = { source: roles.source, references: [...roles.references] };
-  queue(form.read(), pictures);
+  try {
+    queue(form.read(), { source: roles.source, references: [...roles.references] });
+  } catch (error) {
+    complain(error.message);
+  }
 }
 
 async function start() {

@@ -88,12 +88,17 @@ export class Form {
     [at("interval_first").value, at("interval_last").value] = given.guidance_interval ?? [0, 1];
   }
 
-  /** What is asked for, without pictures: one form, or one for each of two models. */
+  /** What is asked for, without pictures: one form, or one for each of two models, which then have
+      the same noise; throws an Error in words. */
   read() {
     const same = {
       prompt: at("prompt").value, size: this.size, seed: number("seed"), num: number("num"),
       preview: number("preview"), settings: this.settings,
     };
+    if (at("compare").checked && !this.size) {
+      const [one, other] = ["model", "model2"].map((id) => this.#model(id).sizes.join());
+      if (one !== other) throw new Error("choose a size: the two models were trained with different ones");
+    }
     const both = at("compare").checked ? [["model", "ema"], ["model2", "ema2"]] : [["model", "ema"]];
     return both.map(([model, ema]) => ({ ...same, model: at(model).value, ema: at(ema).checked && !at(ema).disabled }));
   }
