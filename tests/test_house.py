@@ -9,7 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FLOORS = {
-    "train": 8, "sample": 8, "convert": 8, "evaluate": 8, "bench": 8,
+    "train": 8, "sample": 8, "convert": 8, "evaluate": 8, "bench": 8, "app": 8,
     "training": 7, "evaluation": 7, "export": 7, "api": 7,
     "painting": 6,
     "checkpoints": 5,

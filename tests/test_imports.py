@@ -46,8 +46,8 @@ def test_loading_published_models_imports_jax_and_flax_alone():
 
 
 MAINS = [
-    "train", "sample", "convert", "evaluate", "bench.__main__", "checkpoints.__main__",
-    "data.__main__",
+    "train", "sample", "convert", "evaluate", "app.__main__", "bench.__main__",
+    "checkpoints.__main__", "data.__main__",
 ]  # fmt: skip
 
 

@@ -114,6 +114,8 @@ def test_the_reference_has_every_option_and_every_field(site):
     names = [name for name, _ in config.fields(config.load("stage3:20b"))]
     listed = [name for name in names if not name.startswith("sharding.")]
     assert not [name for name in listed if f"<code>{name}</code>" not in page]
+    rest = Fetches((site / "rest.html").read_text(encoding="utf-8")).text
+    assert "POST /api/paint" in rest and "GET /api/jobs/{job_id}" in rest and "JobView" in rest
     api = (site / "api.html").read_text(encoding="utf-8")
     assert 'id="qk_jax.api.trained.TrainedModel.generate"' in api
 

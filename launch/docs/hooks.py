@@ -18,6 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(pathlib.Path(__file__).parent)]
 
 import reference  # noqa: E402  (beside this file)
+import rest  # noqa: E402
 from mkdocs.config.defaults import MkDocsConfig  # noqa: E402
 from mkdocs.structure.files import File, Files  # noqa: E402
 from mkdocs.structure.pages import Page  # noqa: E402
@@ -41,6 +42,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "commands.md": reference.commands(),
         "config.md": reference.fields(),
         "api.md": reference.objects(),
+        "rest.md": rest.page(),
         "site.css": (pathlib.Path(__file__).parent / "site.css").read_text(encoding="utf-8"),
     }
     for name, text in made.items():

@@ -85,6 +85,21 @@ def schedule(steps: int, tokens: int, config: ScheduleConfig) -> Float[np.ndarra
     return np.append(sigmas, 0.0).astype(np.float32)
 
 
+def step(
+    velocity: Velocity,
+    x: Float[Array, "*any"],
+    now: Float[Array, ""],
+    after: Float[Array, ""],
+    solver: str = "euler",
+) -> Float[Array, "*any"]:
+    """One step of `sample` from the noise level `now` to `after`, which 'heun' never takes to 0."""
+    first = velocity(x, now).astype(jnp.float32)
+    if solver == "euler":
+        return x + (after - now) * first
+    second = velocity(x + (after - now) * first, after).astype(jnp.float32)
+    return x + (after - now) * 0.5 * (first + second)
+
+
 def sample(
     velocity: Velocity,
     noise: Float[Array, "*any"],
@@ -108,14 +123,10 @@ def sample(
     sigmas = jnp.asarray(sigmas, jnp.float32)
 
     def euler(x: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
-        now, after = pair
-        return x + (after - now) * velocity(x, now).astype(jnp.float32), None
+        return step(velocity, x, *pair, "euler"), None
 
     def heun(x: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
-        now, after = pair
-        first = velocity(x, now).astype(jnp.float32)
-        second = velocity(x + (after - now) * first, after).astype(jnp.float32)
-        return x + (after - now) * 0.5 * (first + second), None
+        return step(velocity, x, *pair, "heun"), None
 
     x, pairs = noise.astype(jnp.float32), (sigmas[:-1], sigmas[1:])
     if solver == "euler":

@@ -3,8 +3,8 @@
 It stands below the trainer, so that evaluation and objectives may paint.
 """
 
-from qk_jax.painting.loading import load, of_loaded, of_params
-from qk_jax.painting.painter import Painter
+from qk_jax.painting.loading import described, load, of_loaded, of_params
+from qk_jax.painting.painter import Painter, Progress
 from qk_jax.painting.programs import programs
 from qk_jax.painting.request import (
     FULL,
@@ -17,6 +17,6 @@ from qk_jax.painting.request import (
 )
 
 __all__ = [
-    "FULL", "NOTHING", "NO_TEXT", "Limits", "Painter", "Request", "Settings", "load",
-    "of_loaded", "of_params", "programs", "request_of",
+    "FULL", "NOTHING", "NO_TEXT", "Limits", "Painter", "Progress", "Request", "Settings",
+    "described", "load", "of_loaded", "of_params", "programs", "request_of",
 ]  # fmt: skip

@@ -54,12 +54,7 @@ def load(
     Raises:
       InputError: it is another pipeline, or a part is missing or damaged.
     """
-    index = files.read_json(folder / INDEX)
-    if index.get("_class_name") != ["pipeline", "QueryKontextPipeline"]:
-        raise InputError(
-            f"{folder} is a {index.get('_class_name')}, not what convert to-pytorch writes; give "
-            "such a folder, or that of a trained stage"
-        )
+    index = _index(folder)
     where = {part: folder / part for part in (*TOWERS.values(), "tokenizer")} | dict(shared or {})
     configs, params, dtype = _towers(where, mesh)
     if (folder / ADAPTER).is_file():
@@ -79,6 +74,23 @@ def load(
         limits=limits, batch=batch, dtype=dtype, options=tuple(sorted(options.items())),
         name=folder.name, schedule=schedule,
     )  # fmt: skip
+
+
+def limits_of(folder: files.Path) -> Limits:
+    """Sizes and counts of the training of an export; errors as `load`."""
+    with _told(folder):
+        return _limits(_index(folder))
+
+
+def _index(folder: files.Path) -> dict[str, Any]:
+    """What an export says of itself."""
+    index = files.read_json(folder / INDEX)
+    if index.get("_class_name") != ["pipeline", "QueryKontextPipeline"]:
+        raise InputError(
+            f"{folder} is a {index.get('_class_name')}, not what convert to-pytorch writes; give "
+            "such a folder, or that of a trained stage"
+        )
+    return index
 
 
 def _towers(where: Mapping[str, files.Path], mesh: jax.sharding.Mesh | None) -> Any:

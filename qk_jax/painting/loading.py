@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from qk_jax.base import buckets, files, runtime, types
 from qk_jax.base.errors import InputError
-from qk_jax.checkpoints import run_folder
+from qk_jax.checkpoints import run_folder, steps
 from qk_jax.data.example import MAX_REFERENCES, reference_sizes
 from qk_jax.diffusion import sampler
 from qk_jax.experiment import config as config_lib
@@ -76,6 +77,27 @@ def load_shipped(
     return exported.load(folder, batch=batch, mesh=mesh, shared=shared)
 
 
+def described(folder: files.PathLike | None = None) -> tuple[Limits, bool]:
+    """(limits, whether `ema` is a choice) of a model on disk; no array is read.
+
+    Args:
+      folder: as in `load`.
+
+    Raises:
+      InputError: no such folder, or it is damaged.
+    """
+    path = SHIPPED if folder is None else files.Path(folder)
+    buckets.check([str(path)])
+    if folder is None or exported.is_exported(path):
+        return exported.limits_of(path), False
+    step = steps.chosen(steps.store_folder(path))
+    try:
+        meta = step.meta()
+    except steps.Damage as damage:
+        raise InputError(f"{path}: step {step.number} is damaged: {damage}") from None
+    return _limits(config_lib.from_dict(meta["config"])), "ema" in meta["leaves"]
+
+
 def of_loaded(loaded: run_folder.Loaded, *, batch: int | None = None) -> Painter:
     """The painter of a model that was read from its folder; `batch` as in `load`."""
     return of_params(loaded.plan, loaded.params, batch=batch, name=loaded.name)
@@ -92,7 +114,7 @@ def of_params(
       batch: slots of every program, see `Painter`.
       name: what PNGs call the model.
     """
-    config, data, params = plan.model.config, plan.config.data, dict(params)
+    config, params = plan.model.config, dict(params)
     for tower, adapter in params.pop("lora", {}).items():
         params[tower] = jax.jit(lora.merge, static_argnums=2)(
             params[tower], adapter, config.lora_scale
@@ -100,12 +122,6 @@ def of_params(
     if config.query_noise:
         learned = jnp.asarray(params["queries"]["embedding"])
         params["queries"] = {"embedding": connector.noisy(learned, config.query_noise)}
-    limits = Limits(
-        sizes=parse_sizes(data.sizes, "config.data.sizes"),
-        reference_sizes=reference_sizes(data),
-        max_references=max(MAX_REFERENCES.get(task, 0) for task, x in data.tasks.items() if x),
-        max_pixels=data.max_pixels,
-    )
     options = runtime.compiler_options(plan.config.compiler, jax.default_backend())
     # Adapters are merged, noise is added, nothing is drawn or differentiated: all stages and
     # exports share programs.
@@ -114,6 +130,18 @@ def of_params(
     )
     return Painter(
         config, params, plan.prompts,
-        limits=limits, batch=batch, dtype=plan.model.dtype, options=tuple(sorted(options.items())),
+        limits=_limits(plan.config), batch=batch, dtype=plan.model.dtype,
+        options=tuple(sorted(options.items())),
         name=name, schedule=sampler.ScheduleConfig.of(config_lib.time_law(plan.config)),
     )  # fmt: skip
+
+
+def _limits(config: Any) -> Limits:
+    """Sizes and counts of the training of a config."""
+    data = config.data
+    return Limits(
+        sizes=parse_sizes(data.sizes, "config.data.sizes"),
+        reference_sizes=reference_sizes(data),
+        max_references=max(MAX_REFERENCES.get(task, 0) for task, x in data.tasks.items() if x),
+        max_pixels=data.max_pixels,
+    )

@@ -11,7 +11,7 @@ import itertools
 import json
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -115,6 +115,13 @@ def read_orders(path: files.Path, out_dir: files.Path, seed: int) -> list[Order]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise InputError(f"{path} cannot be read: {reason}; give a file of JSON lines") from None
+    return orders_of(lines, path, out_dir, seed)
+
+
+def orders_of(
+    lines: Iterable[str], path: files.Path, out_dir: files.Path, seed: int
+) -> list[Order]:
+    """The orders of JSON lines that stand in `path`; arguments and errors as `read_orders`."""
     found: list[Order] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -211,22 +218,41 @@ def jobs_of(painter: Painter, order: Order, size: tuple[int, int] | None, count:
 
 def write_png(path: files.Path, pixels: np.ndarray, texts: dict[str, str]) -> None:
     """Writes a PNG with text chunks. Raises InputError when it cannot be written."""
+    files.write_bytes(path, png_of(pixels, texts))
+
+
+def png_of(pixels: np.ndarray, texts: dict[str, str]) -> bytes:
+    """A PNG of uint8 [H, W, 3] with text chunks."""
     info = PngImagePlugin.PngInfo()
     for key, text in texts.items():
         info.add_itxt(key, text)
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, format="PNG", pnginfo=info)
-    files.write_bytes(path, data.getvalue())
+    return data.getvalue()
 
 
 def texts_of(painter: Painter, job: Job, settings: Settings) -> dict[str, str]:
     """The text chunks of one picture."""
-    order, request, _ = job
+    order = job.order
+    source = str(order.source) if order.source else None
+    return texts(painter.name, job.request, settings, source, list(map(str, order.references)))
+
+
+def texts(
+    model: str,
+    request: Request,
+    settings: Settings,
+    source: str | None,
+    references: Sequence[str],
+    **more: Any,
+) -> dict[str, str]:
+    """The text chunks of one picture, by what its model and its condition pictures are called."""
     shown = dataclasses.asdict(settings) | {
         "size": sizes.format_size(request.size),
         "number": request.number,
-        "source": str(order.source) if order.source else None,
-        "references": [str(path) for path in order.references],
-        "model": painter.name,
+        "source": source,
+        "references": list(references),
+        "model": model,
     }
-    return {"prompt": request.prompt, "seed": str(request.seed), "settings": json.dumps(shown)}
+    told = {"prompt": request.prompt, "seed": str(request.seed)}
+    return told | {"settings": json.dumps(shown | more)}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from qk_jax.data import buckets
 from qk_jax.data.prompts import PromptBuilder
 from qk_jax.diffusion import sampler
 from qk_jax.models.query_kontext import ModelConfig
-from qk_jax.painting.programs import Options, programs
+from qk_jax.painting.programs import Conditions, Options, programs
 from qk_jax.painting.request import FULL, NO_PICTURES, NO_TEXT, Limits, Request, Settings
 from qk_jax.pictures.decoding import decode_picture
 from qk_jax.pictures.fitting import contain, cover
@@ -26,6 +26,23 @@ from qk_jax.pictures.sizes import PACKED, check_size, for_number
 
 log = logging.getLogger(__name__)
 MOST_AT_ONCE = 8  # pictures, where nobody chose how many
+
+
+class Progress(NamedTuple):
+    """How far pictures are.
+
+    Attributes:
+      indices: of the requests that are painted at once.
+      step: sampler steps that are done.
+      steps: of all.
+      pictures: uint8 [n, H, W, 3], one for each index: after the last step as painted, before it
+        as they would be if the velocity stayed what it is; None where nobody asked for them.
+    """
+
+    indices: tuple[int, ...]
+    step: int
+    steps: int
+    pictures: np.ndarray | None
 
 
 class Painter:
@@ -198,20 +215,58 @@ class Painter:
           phase: called with 'compiling' before the first pictures of a shape, whose programs may
             have to be compiled, and with 'painting' once they are.
         """
-        groups: dict[tuple[Any, ...], list[int]] = {}
-        for index, request in enumerate(requests):
-            shapes = tuple(picture.shape for picture in request.pictures)
-            groups.setdefault((request.size, shapes), []).append(index)
-        for members in groups.values():
+        for members in _shapes(requests):
             phase("compiling")
-            slots = self.batch or min(len(members), MOST_AT_ONCE)
-            for start in range(0, len(members), slots):
-                chunk = members[start : start + slots]
-                filled = chunk + chunk[-1:] * (slots - len(chunk))
+            for chunk, filled in self._chunks(members):
                 given = [self.noise(requests[i]) if noise is None else noise[i] for i in filled]
                 pictures = self._start([requests[i] for i in filled], np.stack(given), settings)
                 phase("painting")
                 yield from zip(chunk, np.asarray(pictures)[: len(chunk)], strict=True)
+
+    def steps(
+        self,
+        requests: Sequence[Request],
+        settings: Settings,
+        *,
+        preview: int = 0,
+        phase: Callable[[str], None] = lambda name: None,
+    ) -> Iterator[Progress]:
+        """Paints step by step: who stops asking for the next step stops the painting.
+
+        The last `Progress` of a request has the picture that `stream` gives it, but for what two
+        programs round differently, at most 1/255.
+
+        Args:
+          requests, settings, phase: as in `stream`.
+          preview: after how many steps there are pictures, as far as they can be foreseen; 0 is
+            after the last step only.
+        """
+        for members in _shapes(requests):
+            phase("compiling")
+            for chunk, filled in self._chunks(members):
+                some = [requests[i] for i in filled]
+                x: Any = np.stack([self.noise(request) for request in some])
+                sigmas, given, static = self._prepare(some, settings)
+                for done in range(settings.zero_init_steps + 1, settings.steps + 1):
+                    before, (now, after) = x, sigmas[done - 1 : done + 1]
+                    solver = settings.solver if after else "euler"
+                    x = self.programs.step(
+                        self.params, before, now, after, given, solver=solver, **static
+                    )
+                    shown = None
+                    if not after or preview and done % preview == 0:
+                        clean = x - after * (x - before) / (after - now)  # along the last velocity
+                        shown = np.asarray(self.programs.decode(self.params, clean))[: len(chunk)]
+                    jax.block_until_ready(x)
+                    phase("painting")
+                    yield Progress(tuple(chunk), done, settings.steps, shown)
+
+    def _chunks(self, members: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+        """Indices of requests of one shape that are painted at once, and those of every slot."""
+        slots = self.batch or min(len(members), MOST_AT_ONCE)
+        for start in range(0, len(members), slots):
+            chunk = members[start : start + slots]
+            yield chunk, chunk + chunk[-1:] * (slots - len(chunk))
 
     def _start(
         self, requests: Sequence[Request], noise: np.ndarray, settings: Settings
@@ -220,6 +275,18 @@ class Painter:
 
         Returns when the programs are compiled and asked for; reading the pictures waits for them.
         """
+        sigmas, given, static = self._prepare(requests, settings)
+        # While the velocity is 0 nothing moves.
+        sigmas = sigmas[settings.zero_init_steps :]
+        latents = self.programs.denoise(
+            self.params, noise, sigmas, given, solver=settings.solver, **static
+        )
+        return self.programs.decode(self.params, latents)
+
+    def _prepare(
+        self, requests: Sequence[Request], settings: Settings
+    ) -> tuple[np.ndarray, Conditions, dict[str, Any]]:
+        """(noise levels, conditions, static arguments) of requests of one shape."""
         height, width = requests[0].size
         grid = (height // PACKED, width // PACKED)
         variants = settings.variants(bool(requests[0].pictures))
@@ -230,19 +297,22 @@ class Painter:
         renormalize = settings.renormalize
         if renormalize is None:
             renormalize = self.config.law.kind == "qwen_image"
-        sigmas = sampler.schedule(settings.steps, grid[0] * grid[1], self.schedule)
-        latents = self.programs.denoise(
-            self.params,
-            noise,
-            sigmas[settings.zero_init_steps :],  # while the velocity is 0 nothing moves
-            jnp.stack(contexts),
-            jnp.stack(masks),
-            np.stack([batch["condition_mask"] for batch in batches]),
-            self.latents(batches[0]),
-            batches[0]["roles"],
-            np.asarray(settings.scales(), np.float32),
-            grid=grid,
-            solver=settings.solver,
-            renormalize=renormalize,
+        given = Conditions(
+            contexts=jnp.stack(contexts),
+            masks=jnp.stack(masks),
+            shown=jnp.asarray(np.stack([batch["condition_mask"] for batch in batches])),
+            latents=self.latents(batches[0]),
+            roles=jnp.asarray(batches[0]["roles"]),
+            scales=jnp.asarray(settings.scales(), jnp.float32),
         )
-        return self.programs.decode(self.params, latents)
+        sigmas = sampler.schedule(settings.steps, grid[0] * grid[1], self.schedule)
+        return sigmas, given, {"grid": grid, "renormalize": renormalize}
+
+
+def _shapes(requests: Sequence[Request]) -> Iterable[list[int]]:
+    """The indices of requests, those of one shape together."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for index, request in enumerate(requests):
+        shapes = tuple(picture.shape for picture in request.pictures)
+        groups.setdefault((request.size, shapes), []).append(index)
+    return groups.values()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,26 @@ from qk_jax.models import mmdit, rotary
 from qk_jax.models.query_kontext import ModelConfig, QueryKontext
 
 Options = tuple[tuple[str, Any], ...]
+
+
+class Conditions(NamedTuple):
+    """What the velocity of B pictures depends on besides their latents and the noise level.
+
+    Attributes:
+      contexts: [V, B, L, J], one for each of V conditionings, the full one first.
+      masks: [V, B, L].
+      shown: [V, B], False where the pictures are hidden.
+      latents: condition latents [B, h, w, C].
+      roles: int32 [B, n].
+      scales: of `Settings.scales`.
+    """
+
+    contexts: jax.Array
+    masks: jax.Array
+    shown: jax.Array
+    latents: tuple[jax.Array, ...]
+    roles: jax.Array
+    scales: jax.Array
 
 
 class Towers:
@@ -86,7 +106,9 @@ class Programs:
         self.context, self.pool = towers.context, towers.pool
         self.encode, self.decode = towers.encode, towers.decode
         jit = functools.partial(jax.jit, compiler_options=dict(options))
-        self.denoise = jit(self._denoise, static_argnames=("grid", "solver", "renormalize"))
+        static = ("grid", "solver", "renormalize")
+        self.denoise = jit(self._denoise, static_argnames=static)
+        self.step = jit(self._step, static_argnames=static)
         self.loss = jit(self._loss, static_argnames="grid")
 
     def _loss(
@@ -116,12 +138,7 @@ class Programs:
         params: Tree,
         noise: jax.Array,
         sigmas: jax.Array,
-        contexts: jax.Array,
-        masks: jax.Array,
-        shown: jax.Array,
-        latents: tuple[jax.Array, ...],
-        roles: jax.Array,
-        scales: jax.Array,
+        given: Conditions,
         *,
         grid: tuple[int, int],
         solver: str,
@@ -133,17 +150,38 @@ class Programs:
           params: all parameters.
           noise: float32 latents of pure noise.
           sigmas: [steps + 1], from 1 to 0.
-          contexts: [V, B, L, J], one for each of V conditionings, the full one first.
-          masks: [V, B, L].
-          shown: [V, B], False where the pictures are hidden.
-          latents: condition latents [B, h, w, C].
-          roles: int32 [B, n].
-          scales: of `Settings.scales`.
+          given: what the pictures depend on besides.
           grid: (rows, columns) of the packed target.
           solver: 'euler' or 'heun'.
           renormalize: as in `Settings`.
         """
-        variants, slots = masks.shape[:2]
+        velocity = self._velocity(params, given, grid, renormalize)
+        x = sampler.sample(velocity, mmdit.pack(noise), sigmas, solver)
+        return mmdit.unpack(x, *noise.shape[1:3])
+
+    def _step(
+        self,
+        params: Tree,
+        x: jax.Array,
+        now: jax.Array,
+        after: jax.Array,
+        given: Conditions,
+        *,
+        grid: tuple[int, int],
+        solver: str,
+        renormalize: bool,
+    ) -> jax.Array:
+        """Latents x [B, h, w, C] at the noise level `now` -> at `after`; the rest as `_denoise`."""
+        velocity = self._velocity(params, given, grid, renormalize)
+        return mmdit.unpack(
+            sampler.step(velocity, mmdit.pack(x), now, after, solver), *x.shape[1:3]
+        )
+
+    def _velocity(
+        self, params: Tree, given: Conditions, grid: tuple[int, int], renormalize: bool
+    ) -> sampler.Velocity:
+        """The guided velocity of packed latents."""
+        variants, slots = given.masks.shape[:2]
 
         def every(x: jax.Array) -> jax.Array:  # the same input for each conditioning
             return jnp.tile(x, (variants,) + (1,) * (x.ndim - 1))
@@ -151,23 +189,23 @@ class Programs:
         def merged(x: jax.Array) -> jax.Array:
             return x.reshape(variants * slots, *x.shape[2:])
 
-        pictures, every_role = tuple(every(z) for z in latents), every(roles)
+        pictures, every_role = tuple(every(z) for z in given.latents), every(given.roles)
 
         def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
             v = self.model.velocity(
                 params,
                 every(x),
                 jnp.full((variants * slots,), sigma, jnp.float32),
-                merged(contexts),
-                merged(masks),
+                merged(given.contexts),
+                merged(given.masks),
                 grid,
                 pictures,
                 every_role,
-                merged(shown),
+                merged(given.shown),
             ).reshape(variants, slots, *x.shape[1:])
             if variants == 1:
                 return v[0]
-            start, end, image_scale, first, last = scales
+            start, end, image_scale, first, last = given.scales
             inside = (first <= sigma) & (sigma <= last)
             scale = jnp.where(inside, end + (start - end) * sigma, 1.0)
             if variants == 2:
@@ -177,8 +215,7 @@ class Programs:
                 guided = sampler.guide(v[0], v[1], v[2], scale, image_scale, *v[3:])
             return sampler.renormalize(guided, v[0]) if renormalize else guided
 
-        x = sampler.sample(velocity, mmdit.pack(noise), sigmas, solver)
-        return mmdit.unpack(x, *noise.shape[1:3])
+        return velocity
 
 
 @functools.lru_cache(maxsize=8)

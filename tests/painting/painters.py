@@ -53,14 +53,20 @@ def loaded(stage="stage3", revision="unknown"):
     return run_folder.Loaded(plan(stage), params(stage), 7, revision)
 
 
-def save(workdir, stage="stage3"):
-    """Writes <workdir>/<stage> as the trainer would; returns the folder."""
+def save(workdir, stage="stage3", scale=1.0, average=False):
+    """Writes <workdir>/<stage> as the trainer would; returns the folder.
+
+    The trained parameters are multiplied by `scale`; their moving average, where there is one, has
+    half of them.
+    """
     folder = run_folder.create(workdir, stage)
     trained, frozen = trees.split(params(stage), plan(stage).stage.rules)
     fingerprint = run_folder.save_frozen(folder, jax.device_put(frozen), plan(stage))
     store = Store(folder / run_folder.CHECKPOINTS)
     meta = run_folder.metadata(plan(stage)) | {"frozen": fingerprint}
-    store.save(4, {"params": jax.device_put(trained)}, meta)
+    trained = jax.device_put(jax.tree.map(lambda leaf: leaf * scale, trained))
+    mean = {"ema": jax.tree.map(lambda leaf: leaf / 2, trained)} if average else {}
+    store.save(4, {"params": trained, **mean}, meta)
     store.close()
     return folder
 

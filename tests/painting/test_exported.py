@@ -130,3 +130,16 @@ def test_a_broken_export_is_one_line(folder, tmp_path, break_, message):
 def test_an_export_has_one_set_of_weights(folder, asked):
     with pytest.raises(InputError, match="leave out --step and --no-ema"):
         painting.load(folder, **asked)
+
+
+def test_a_model_describes_itself_before_it_is_read(folder, tmp_path):
+    assert painting.described(folder) == (models.painter().limits, False)
+    stage = painters.save(tmp_path / "one", average=True)
+    assert painting.described(stage) == (painters.painter().limits, True)
+    plain = painters.save(tmp_path / "other")
+    assert painting.described(plain) == (painters.painter().limits, False)
+    (plain / "checkpoints" / "4" / "meta" / "metadata").write_text("{")
+    with pytest.raises(InputError, match="step 4 is damaged: its metadata cannot be read"):
+        painting.described(plain)
+    with pytest.raises(InputError, match="holds no checkpoints"):
+        painting.described(tmp_path)
