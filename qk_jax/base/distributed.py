@@ -48,6 +48,10 @@ OWN = (
 MEGASCALE = ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
 
 
+class DifferenceError(InputError):
+    """Processes differ in what all need alike; every one of them raises it."""
+
+
 class Given(NamedTuple):
     """What the command line says of the processes; nothing where JAX finds them itself.
 
@@ -289,7 +293,7 @@ def several() -> bool:
 
 
 def agree(what: str, facts: Mapping[str, str]) -> None:
-    """Raises InputError on all processes when a fact differs between two of them.
+    """Raises DifferenceError on all processes when a fact differs between two of them.
 
     Args:
       what: a name of its own for each call.
@@ -299,7 +303,7 @@ def agree(what: str, facts: Mapping[str, str]) -> None:
         return
     said = {i: json.loads(text) for i, text in all_said(what, json.dumps(dict(facts))).items()}
     if line := _difference(said, _peers.hosts):
-        raise InputError(line)
+        raise DifferenceError(line)
 
 
 def all_said(what: str, text: str, timeout_s: float = 600.0) -> dict[int, str]:
@@ -439,7 +443,7 @@ def _end(status: int, cause: str | None) -> None:
     """Called when the command ends: `cause` is None where all processes end alike."""
     if _peers is None:
         return
-    if cause is None:
+    if cause is None or isinstance(sys.exception(), DifferenceError):
         _peers.leave(status)
     if _may_be_of_others(sys.exception()):
         # The thread that counts ends this process when one is lost.

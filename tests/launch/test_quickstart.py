@@ -184,7 +184,9 @@ time.sleep(600)
 
 def test_ctrl_c_leaves_a_training_the_time_to_save(tmp_path):
     call = "quickstart.Quickstart.command(None, '-c', sys.argv[1], sys.argv[2])"
-    code = f"import sys; sys.path.insert(0, {str(LAUNCH)!r}); import quickstart; {call}"
+    # A job in the background of a script ignores Ctrl-C, and so would what it starts.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heard}; import sys; sys.path.insert(0, {str(LAUNCH)!r}); import quickstart; {call}"
     saved = tmp_path / "saved"
     process = subprocess.Popen(
         [sys.executable, "-c", code, CHILD, str(saved)],

@@ -2,13 +2,13 @@
 card says."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
 
 import qk_jax
 from qk_jax import evaluation, painting
-from qk_jax.base import files
 from qk_jax.experiment import config as config_lib
 from qk_jax.painting import loading
 
@@ -24,7 +24,7 @@ def evaluator():
 
 @pytest.fixture(scope="module")
 def cases():
-    root = files.Path(__file__).parents[2]
+    root = pathlib.Path(__file__).parents[2]
     return evaluation.held_out_cases(config_lib.load(f"{root}/configs/stage3.py:tiny"), RECORDS)
 
 
@@ -33,7 +33,7 @@ def told(task):
 
 
 def test_the_shipped_weights_are_small():
-    weights = files.Path(qk_jax.__file__).parent / "assets"
+    weights = pathlib.Path(qk_jax.__file__).parent / "assets"
     sizes = [path.stat().st_size for path in weights.rglob("*.safetensors")]
     assert max(sizes) < 20 * MB and sum(sizes) < 40 * MB
 
