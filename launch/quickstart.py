@@ -227,7 +227,7 @@ def parser() -> cli.Parser:
     add("--fresh", action="store_true", help="delete what an earlier run left in the folder")
     how = out.add_mutually_exclusive_group()
     how.add_argument("--smoke", action="store_true", help="everything, shortened: 4 minutes")
-    how.add_argument("--long", action="store_true", help="some 35 minutes: better pictures")
+    how.add_argument("--long", action="store_true", help="more than an hour: more steps")
     return out
 
 

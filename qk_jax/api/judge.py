@@ -234,7 +234,6 @@ def main(argv: Sequence[str]) -> None:
     if not 0 <= args.least <= 1:
         raise InputError(f"--least {args.least:g} is no probability")
     runtime.start_logging()
-    runtime.quiet()
     runtime.skip_absent_tpu()
     runtime.keep_programs()
     jobs = commands.read_jobs(args.jobs)

@@ -88,7 +88,6 @@ def main(argv: Sequence[str]) -> None:
     """The command; see the module's docstring."""
     args = parser().parse_args(argv)
     runtime.start_logging()
-    runtime.quiet()
     runtime.skip_absent_tpu()
     runtime.keep_programs()
     jobs = commands.read_jobs(args.jobs)

@@ -10,9 +10,7 @@ others too, and then only with a token.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import logging
 import secrets
 import socket
 import sys
@@ -24,7 +22,7 @@ from qk_jax.base.errors import InputError, exits
 LEAST_TOKEN = 8  # characters
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> cli.Parser:
     """The command line."""
     out = cli.Parser(prog="python -m qk_jax.app", description=__doc__)
     add = out.add_argument
@@ -90,7 +88,6 @@ def main(argv: Sequence[str]) -> None:
     runtime.start_logging()
     runtime.skip_absent_tpu()
     runtime.keep_programs()
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what we ask for
     known = models.Models(args.checkpoint, batch=args.batch, keep=args.keep)
     port = listener.getsockname()[1]
     app = server.create_app(known, token=token, most_waiting=args.queue, port=port)

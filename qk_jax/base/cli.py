@@ -74,7 +74,7 @@ class _Print(argparse.Action):
 
 def completion(parser: Parser, shell: str) -> str:
     """The script by which one of SHELLS completes a command that has a console script: verbs,
-    options, their choices, and files and folders as their placeholders say."""
+    options, their choices, and files and folders where the metavar says so."""
     import shtab
 
     for action in _actions(parser):
