@@ -145,6 +145,7 @@ def base(stage: str, size: str) -> ConfigDict:
         "tfds_image": "image", "tfds_text": "text",
         "tokenizer": str(ASSETS / "tiny/tokenizer") if tiny else "",
         "batch": 32,
+        "tokens": 0,
         "tasks": {
             "text_to_image": 0.0, "reconstruction": 0.0, "transformation": 0.0,
             "editing": 0.0, "customization": 0.0, "composition": 0.0,

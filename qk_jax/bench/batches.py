@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from qk_jax.base.types import Batch
 from qk_jax.data import prompts, templates
+from qk_jax.data.batch_sizes import fitting, tokens_of
 from qk_jax.data.example import MAX_REFERENCES, reference_sizes
 from qk_jax.experiment import config as config_lib
 from qk_jax.pictures.fitting import Size
@@ -77,6 +78,15 @@ def largest(config: ConfigDict) -> tuple[Size, int]:
     return max(
         shapes, key=lambda shape: tokens(config, [shape[0], *condition_sizes(config, *shape)])
     )
+
+
+def examples_of(config: ConfigDict, size: Size, pictures: int) -> int:
+    """Examples of a batch of targets of `size` with so many condition pictures."""
+    shown = condition_sizes(config, size, pictures)
+    one = abstract(config, size, shown, 1)
+    sequence, window = (one[name].shape[1] for name in ("input_ids", "text_mask"))
+    tokens = tokens_of(config.model, sequence, window, (size, *shown))
+    return fitting(config.data, pictures, tokens)
 
 
 def abstract(config: ConfigDict, size: Size, pictures: Sequence[Size], examples: int) -> Batch:

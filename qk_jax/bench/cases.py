@@ -17,8 +17,10 @@ from ml_collections import ConfigDict
 
 from qk_jax import sharding
 from qk_jax.base.errors import InputError
+from qk_jax.bench.batches import examples_of
 from qk_jax.bench.schedule import topologies
 from qk_jax.experiment import config as config_lib
+from qk_jax.pictures.sizes import parse_size
 from qk_jax.training import flops
 
 NO_REMAT = "none"
@@ -146,6 +148,8 @@ def config_of(case: Case, target: Target) -> ConfigDict:
     """
     config = config_lib.load(case.config, case.overrides)
     set_layout(config, case.layout, target)
+    size = parse_size(case.size, "the size of a case")
+    config.data.batch, config.data.tokens = examples_of(config, size, case.pictures), 0
     config.model.remat = "" if case.remat == NO_REMAT else case.remat
     config.compiler.tpu_step = (*config.compiler.tpu_step, *case.flags)
     micro = micro_batch(target, case.per_chip_batch)

@@ -71,7 +71,8 @@ def command(args: argparse.Namespace, overrides: Mapping[str, str]) -> None:
     if args.pictures < 0 or args.sizes < 1 or args.rows < 0 or args.measure < 0:
         raise InputError("--pictures, --rows and --measure are at least 0, --sizes at least 1")
     config = config_lib.load(args.config, overrides)
-    examples = config.data.batch = args.rows or config.data.batch
+    if args.rows:
+        config.data.batch, config.data.tokens = args.rows, 0
     plan = Plan.build(config, check=bool(args.measure))
     with jax.set_mesh(plan.mesh):
         print(f"{args.config} on {jax.device_count()} x {jax.devices()[0].device_kind}\n")
@@ -82,6 +83,7 @@ def command(args: argparse.Namespace, overrides: Mapping[str, str]) -> None:
         for size in sizes[: args.sizes]:
             for count in range(args.pictures + 1):
                 pictures = batches.condition_sizes(config, size, count)
+                examples = batches.examples_of(config, size, count)
                 shapes = batches.abstract(config, size, pictures, examples)
                 work = flops.of_step(plan, shapes) / 1e12
                 costs = f"{work / examples:>12.4f}{work:>12.2f}"
@@ -95,4 +97,4 @@ def measured(plan: Plan, shapes: Batch, work: float, steps: int) -> str:
     rate = work / seconds / jax.device_count()
     peak = flops.peak(jax.devices()[0])
     mfu = f"{rate * 1e12 / peak:.1%}" if peak else "-"
-    return f"{seconds:>9.3f}{plan.config.data.batch / seconds:>12.1f}{rate:>10.3f}{mfu:>7}"
+    return f"{seconds:>9.3f}{len(shapes['task']) / seconds:>12.1f}{rate:>10.3f}{mfu:>7}"

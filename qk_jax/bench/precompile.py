@@ -53,7 +53,8 @@ def command(args: argparse.Namespace, overrides: Mapping[str, str]) -> None:
         runtime.keep_programs(cache, instead=True)
         pad = Padding.from_config(config)
         batches = (
-            pipeline.abstract(config, plan.prompts, shape, pad) for shape in settings.shapes(config)
+            pipeline.abstract(config, plan.prompts, shape, pad, plan.batch_sizes)
+            for shape in settings.shapes(config)
         )
         old = ahead.kept(out, plan)
         made = Programs(plan).compile(batches, digests=True, skip=old.programs)

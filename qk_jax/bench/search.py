@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from qk_jax import sharding
 from qk_jax.base.errors import InputError
 from qk_jax.bench import shardings
+from qk_jax.bench.batches import examples_of
 from qk_jax.bench.cases import NO_REMAT, Case, Target, layout_of, micro_batch, set_layout
 from qk_jax.bench.schedule.topologies import GIB
 from qk_jax.experiment import config as config_lib
+from qk_jax.pictures.sizes import parse_size
 
 MAX_MESHES = 24  # of a search per target
 
@@ -38,7 +40,8 @@ def cases(
     """
     config = config_lib.load(given.config, given.overrides)
     remats = args.remat or [config.model.remat or NO_REMAT]
-    micro = config.data.batch / config.optimizer.accumulation
+    size = parse_size(given.size, "the size of a case")
+    micro = examples_of(config, size, given.pictures) / config.optimizer.accumulation
     found, refused, used = [], [], set()
     for target in targets:
         layouts = search(given, target) if args.search else args.layout or [""]

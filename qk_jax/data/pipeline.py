@@ -12,6 +12,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from random import Random
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from qk_jax.base.errors import BadRecord, InputError
 from qk_jax.base.types import Batch
 from qk_jax.base.workers import leave_to_parent
 from qk_jax.data import settings
+from qk_jax.data.batch_sizes import BatchSizes, batch_sizes
 from qk_jax.data.example import MAX_REFERENCES, TASKS, Example, Joined, Source, hashed
 from qk_jax.data.importers.registry import make_sources
 from qk_jax.data.plan import (
@@ -36,6 +38,7 @@ from qk_jax.data.plan import (
     groups_of,
     in_turn,
     interleaved,
+    mean_batch,
     mixed_batches,
     shares,
 )
@@ -68,7 +71,7 @@ class Loader:
       sources: of each group.
       prompts: by the number of condition pictures.
       dropout: of each task.
-      slots: of the global batch that are this host's.
+      host: its index, and how many hosts share a global batch evenly.
       seed: of the dropout.
       targets: also show targets to the VLM (`target_pixel_values`).
       mixed: batches are of several tasks.
@@ -79,7 +82,7 @@ class Loader:
     sources: tuple[Source, ...]
     prompts: Mapping[int, PromptBuilder]
     dropout: Mapping[str, settings.Dropout]
-    slots: range
+    host: tuple[int, int]
     seed: int
     targets: bool
     mixed: bool
@@ -87,12 +90,18 @@ class Loader:
 
     def __call__(self, step: int, element: np.ndarray) -> tuple[Any, Tried]:
         bad: list[Bad] = []
-        chosen = [self.slot(step, slot, element, bad) for slot in self.slots]
+        slots = self.slots(len(element))
+        chosen = [self.slot(step, slot, element, bad) for slot in slots]
         examples, dropped = zip(*chosen, strict=True)
-        prompts = self.prompts[self.groups[element[self.slots[0], 0]].pictures]
-        tried = Counter(self.groups[index].label for index in element[self.slots, 0])
+        prompts = self.prompts[self.groups[element[slots[0], 0]].pictures]
+        tried = Counter(self.groups[index].label for index in element[slots, 0])
         tried.update(record.source for record in bad)
         return self.finish(collate(examples, dropped, prompts, self.targets)), (bad, tried)
+
+    def slots(self, batch: int) -> range:
+        """Those of a global batch of so many examples that are this host's."""
+        index, count = self.host
+        return range(index * batch // count, (index + 1) * batch // count)
 
     def slot(
         self, step: int, slot: int, element: np.ndarray, bad: list[Bad]
@@ -205,6 +214,7 @@ def abstract(
     prompts: PromptBuilder,
     shape: Sequence[Size],
     finish: Callable[[Batch], Any],
+    batch: BatchSizes,
 ) -> Any:
     """What `finish` makes of a global training batch of one shape, without arrays.
 
@@ -213,12 +223,13 @@ def abstract(
       prompts: of the run.
       shape: (H, W) of the target and of each condition picture.
       finish: as of `Pipeline`.
+      batch: examples in a batch.
     """
     target, *pictures = (np.zeros((*size, 3), np.uint8) for size in shape)
     example = Example("", target, tuple(pictures), (SOURCE,) * len(pictures), TASKS[0], 0)
     own = dataclasses.replace(prompts, max_text=text_tokens(config, len(pictures)))
     targets = bool(config["alignment"]["weight"])
-    one, slots = finish(collate([example], [(False, False)], own, targets)), config["data"]["batch"]
+    one, slots = finish(collate([example], [(False, False)], own, targets)), batch(len(pictures))
 
     def leaf(x: np.ndarray) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((slots, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype))
@@ -235,22 +246,24 @@ class _Planned(NamedTuple):
       plan: of the pipeline.
       of_task: batches of each task, in the last phase.
       shares: of each phase, by its first step: what part of its examples each group is.
+      examples: of each phase, by its first step: of a step, in the mean.
     """
 
     groups: tuple[Group, ...]
     sources: tuple[Source, ...]
     plan: grain.MapDataset
     of_task: list[grain.MapDataset]
-    shares: dict[int, dict[int, float]]
+    shares: dict[int, dict[int, Fraction]]
+    examples: dict[int, float]
 
 
-def _planned(config: Mapping[str, Any], split: str, batch: int, seed: int) -> _Planned:
+def _planned(config: Mapping[str, Any], split: str, batch: BatchSizes, seed: int) -> _Planned:
     """The plan of a split. Raises InputError as `Pipeline`."""
     train = split == "train"
     phases = settings.phases(config)[0 if train else -1 :]
     groups: list[Group] = []
     sources: list[Source] = []
-    plans, shares_of = [], {}
+    plans, shares_of, examples = [], {}, {}
     mixed = train and config["data"].get("mixed_batches", False)
     for phase in phases:
         weights = {task: float(x) for task in TASKS if (x := phase.data["tasks"][task]) > 0}
@@ -267,18 +280,19 @@ def _planned(config: Mapping[str, Any], split: str, batch: int, seed: int) -> _P
         own = dict(list(enumerate(groups))[begin:])
         # The last phase is what a run without the others would be.
         order = seed if phase is phases[-1] else hashed(seed, "phase", phase.first)
+        share = shares(own, weights, batch, mixed)
         of_task = [batches_of(name, own, batch, order) for name in weights]
+        steps = [exactly(x) / mean_batch(own, share, batch, task) for task, x in weights.items()]
         plans.append(
-            mixed_batches(own, weights, batch, order)
-            if mixed
-            else interleaved(of_task, [exactly(weight) for weight in weights.values()])
+            mixed_batches(own, weights, batch, order) if mixed else interleaved(of_task, steps)
         )
-        shares_of[phase.first] = shares(own, weights, batch, mixed)
+        shares_of[phase.first] = share
+        examples[phase.first] = float(mean_batch(own, share, batch))
         if len(phases) > 1:
             _log_shapes(f"{split}, from step {phase.first}", own)
     _log_shapes(split, dict(enumerate(groups)))
     plan = in_turn(plans, [phase.first for phase in phases])
-    return _Planned(tuple(groups), tuple(sources), plan, of_task, shares_of)
+    return _Planned(tuple(groups), tuple(sources), plan, of_task, shares_of, examples)
 
 
 def _log_shapes(when: str, groups: Groups) -> None:
@@ -298,7 +312,9 @@ class Pipeline:
     Attributes:
       groups: every shape that occurs (tasks share shapes).
       plan: step -> int [B, 2], (index of a group, into its numbers), the same on all hosts.
+      batch_sizes: examples of a global batch.
       shares: of each phase, by its first step: {index of a group: its part of the examples}.
+      examples: of each phase, by its first step: those of a step, in the mean.
       loader: reads the slots of an element of the plan.
       bad: how many records were bad so far, by (source, kind); a source is a task, and its source
         where it has several.
@@ -331,14 +347,17 @@ class Pipeline:
         self.config, data, train = config, config["data"], split == "train"
         index = jax.process_index() if process_index is None else process_index
         count = jax.process_count() if process_count is None else process_count
-        batch = data["batch"] if train else config["validation"]["batch"]
-        seed = config["seed"] if train else config["validation"]["seed"]
-        if batch % count:
-            raise InputError(f"a batch of {batch} cannot be shared by {count} hosts evenly")
-        dropouts = settings.dropouts(data)
-        planned = _planned(config, split, batch, seed)
-        self.groups, self.plan, self.shares = planned.groups, planned.plan, planned.shares
         prompts = prompts or PromptBuilder.from_config(config)
+        self.batch_sizes = (
+            batch_sizes(config, prompts) if train else BatchSizes(config["validation"]["batch"])
+        )
+        seed = config["seed"] if train else config["validation"]["seed"]
+        if uneven := [size for size in self.batch_sizes.all() if size % count]:
+            raise InputError(f"a batch of {uneven[0]} cannot be shared by {count} hosts evenly")
+        dropouts = settings.dropouts(data)
+        planned = _planned(config, split, self.batch_sizes, seed)
+        self.groups, self.plan, self.shares = planned.groups, planned.plan, planned.shares
+        self.examples = planned.examples
         self.loader = Loader(
             groups=self.groups,
             sources=planned.sources,
@@ -347,7 +366,7 @@ class Pipeline:
                 for pictures in {group.pictures for group in self.groups}
             },
             dropout=dropouts if train else dict.fromkeys(TASKS, settings.NO_DROPOUT),
-            slots=range(index * batch // count, (index + 1) * batch // count),
+            host=(index, count),
             seed=seed,
             targets=bool(config["alignment"]["weight"]),
             mixed=train and data.get("mixed_batches", False),
@@ -402,7 +421,8 @@ class Pipeline:
     def abstract(self) -> list[Any]:
         """Each global training batch of another shape that occurs, without arrays."""
         shapes = dict.fromkeys(group.shape for group in self.groups)
-        return [abstract(self.config, self._prompts, shape, self._finish) for shape in shapes]
+        made = (self.config, self._prompts), (self._finish, self.batch_sizes)
+        return [abstract(*made[0], shape, *made[1]) for shape in shapes]
 
     def digest(self) -> str:
         """Of every shape and its examples: equal where all steps read the same."""

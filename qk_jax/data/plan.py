@@ -13,6 +13,10 @@ number of condition pictures, sizes of references). A batch is of one task, or o
   groups by their shares: over many steps every task has its weight. Each group's examples are
   shuffled, and all come once in an epoch of the group.
 
+With config.data.tokens batches of more condition pictures have fewer examples (`batch_sizes`). The
+weights are shares of the examples all the same: a step is the more often of a task or shape the
+fewer examples its batches have.
+
 A run may have phases with sizes of their own (`in_turn`): the step names the phase, and the step
 within the phase the batch, by a plan of that phase's groups.
 
@@ -38,6 +42,7 @@ import grain
 import numpy as np
 
 from qk_jax.base.errors import InputError
+from qk_jax.data.batch_sizes import BatchSizes
 from qk_jax.data.example import MAX_REFERENCES, Joined, Source, hashed
 from qk_jax.pictures.fitting import Size
 
@@ -79,7 +84,7 @@ class Group(NamedTuple):
         return (self.size, *self.conditions)
 
 
-def groups_of(source: Source, batch: int, limit: int) -> list[Group]:
+def groups_of(source: Source, batch: BatchSizes, limit: int) -> list[Group]:
     """The groups of one task with at least a batch each, at most `limit` of them; where none has
     a batch, all of them.
 
@@ -95,16 +100,17 @@ def groups_of(source: Source, batch: int, limit: int) -> list[Group]:
         raise InputError(f"{source.task} has no example; set config.data.tasks.{source.task} to 0")
     sizes, shown = source.settings.sizes, source.settings.reference_shapes
     keys, counts, key_of = _keys(source, len(sizes), len(shown))
-    owner = _merged(keys, counts, _aspects(sizes), _aspects(shown), batch, limit)
+    needed = np.array([batch(pictures) for pictures in keys[:, 0].tolist()])
+    owner = _merged(keys, counts, _aspects(sizes), _aspects(shown), needed, limit)
     key_of = owner.astype(key_of.dtype)[key_of]
     narrow = keys.astype(np.min_scalar_type(max(len(sizes), len(shown))))
     source.size_of, source.references_of = narrow[:, 1][key_of], narrow[:, 2:][key_of]
     groups = []
     often = np.bincount(key_of, minlength=len(keys))
-    small = often.max() < batch
+    small = bool((often < needed).all())
     for key, numbers in _members(key_of, often).items():
         pictures, size, *references = keys[key].tolist()
-        if small or len(numbers) >= batch:
+        if small or len(numbers) >= needed[key]:
             fitted = tuple(shown[i] for i in references[:pictures])
             conditions = (sizes[size],) * pictures
             if source.task in MAX_REFERENCES:
@@ -114,12 +120,12 @@ def groups_of(source: Source, batch: int, limit: int) -> list[Group]:
         else:
             log.warning(
                 "%s: %d records with %d pictures are less than a batch of %d and are left out",
-                source.task, len(numbers), pictures, batch,
+                source.task, len(numbers), pictures, needed[key],
             )  # fmt: skip
     if small:
         log.warning(
             "%s: its %d records, in %d shapes, are less than a batch of %d of any shape: a batch "
-            "repeats them", source.task, len(source.size_of), len(groups), batch,
+            "repeats them", source.task, len(source.size_of), len(groups), needed.min(),
         )  # fmt: skip
     return groups
 
@@ -168,7 +174,7 @@ def _merged(
     counts: np.ndarray,
     targets: np.ndarray,
     references: np.ndarray,
-    batch: int,
+    needed: np.ndarray,
     limit: int,
 ) -> np.ndarray:
     """Index [K] of the key that each of `keys` is merged into, by the law of `groups_of`.
@@ -177,14 +183,15 @@ def _merged(
       keys: int [K, 2 + R], number of pictures, target size and reference sizes.
       counts: examples of each.
       targets, references: log aspect ratios of the sizes.
-      batch, limit: see `groups_of`.
+      needed: int [K], examples of a batch of each.
+      limit: see `groups_of`.
     """
     owner, counts = np.arange(len(keys)), counts.copy()
     apart = keys[:, 0] * len(targets) + keys[:, 1]  # but for references
     while True:
         live = np.flatnonzero(counts)
-        rarest = live[counts[live].argmin()]
-        if len(live) <= limit and counts[rarest] >= batch:
+        rarest = live[(counts[live] / needed[live]).argmin()]
+        if len(live) <= limit and counts[rarest] >= needed[rarest]:
             return owner
         twins = live[np.bincount(apart[live])[apart[live]] > 1]
         if len(live) > limit and len(twins):
@@ -203,7 +210,7 @@ def _merged(
 Groups = Mapping[int, Group]  # by the index that the plan names them with
 
 
-def batches_of(task: str, groups: Groups, batch: int, seed: int) -> grain.MapDataset:
+def batches_of(task: str, groups: Groups, batch: BatchSizes, seed: int) -> grain.MapDataset:
     """The endless global batches of a task: int [batch, 2], (index of a group, into its numbers).
 
     Each epoch's order leaves other examples out, so that every one is seen some time. The examples
@@ -214,13 +221,19 @@ def batches_of(task: str, groups: Groups, batch: int, seed: int) -> grain.MapDat
         return mixed_batches(own, {task: 1.0}, batch, seed)
     parts = []
     for index, group in own.items():
-        whole = max(len(group.numbers) // batch, 1) * batch
+        whole = _whole(group, batch)
         order = _shuffled(index, group, seed)
         if whole > len(group.numbers):
             order = order.repeat(math.ceil(whole / len(group.numbers)))
-        parts.append(order[:whole].batch(batch))
+        parts.append(order[:whole].batch(batch(group.pictures)))
     together = grain.MapDataset.concatenate(parts)
     return together.shuffle(seed=hashed(seed, task, "batches")).repeat()
+
+
+def _whole(group: Group, batch: BatchSizes) -> int:
+    """Examples in an epoch of a group, by whole batches."""
+    examples = batch(group.pictures)
+    return max(len(group.numbers) // examples, 1) * examples
 
 
 def mixed_shares(groups: Groups, weights: Mapping[str, float]) -> dict[int, Fraction]:
@@ -242,8 +255,8 @@ def mixed_shares(groups: Groups, weights: Mapping[str, float]) -> dict[int, Frac
 
 
 def shares(
-    groups: Groups, weights: Mapping[str, float], batch: int, mixed: bool
-) -> dict[int, float]:
+    groups: Groups, weights: Mapping[str, float], batch: BatchSizes, mixed: bool
+) -> dict[int, Fraction]:
     """What part of a run's examples each group is; they sum to 1.
 
     Args:
@@ -254,20 +267,35 @@ def shares(
     """
     found = mixed_shares(groups, weights)
     if not mixed:
-        whole = Counter[str]()  # batches of an epoch of each task that has one source
+        whole = Counter[str]()  # examples in an epoch of each task that has one source
         for group in groups.values():
-            whole[group.task] += max(len(group.numbers) // batch, 1)
+            whole[group.task] += _whole(group, batch)
         found |= {
-            index: exactly(weights[group.task])
-            * Fraction(max(len(group.numbers) // batch, 1), whole[group.task])
+            index: exactly(weights[group.task]) * Fraction(_whole(group, batch), whole[group.task])
             for index, group in groups.items() if not group.source
         }  # fmt: skip
     total = sum(map(exactly, weights.values()))
-    return {index: float(share / total) for index, share in found.items()}
+    return {index: share / total for index, share in found.items()}
+
+
+def mean_batch(
+    groups: Groups, share: Mapping[int, Fraction], batch: BatchSizes, task: str = ""
+) -> Fraction:
+    """Examples of a step in the mean, where each group has its share of the examples.
+
+    Args:
+      groups: of all tasks.
+      share: of `shares`.
+      batch: examples in a batch.
+      task: only of its steps.
+    """
+    own = {i: share[i] for i, group in groups.items() if task in ("", group.task)}
+    steps = sum((part / batch(groups[i].pictures) for i, part in own.items()), Fraction())
+    return sum(own.values(), Fraction()) / steps
 
 
 def mixed_batches(
-    groups: Groups, weights: Mapping[str, float], batch: int, seed: int
+    groups: Groups, weights: Mapping[str, float], batch: BatchSizes, seed: int
 ) -> grain.MapDataset:
     """The endless global batches of all tasks, of one shape each: int [batch, 2] as `batches_of`.
 
@@ -279,11 +307,11 @@ def mixed_batches(
     """
     share = mixed_shares(groups, weights)
     parts, sums = [], []
-    for indices in by_shape(groups).values():
+    for (_, *conditions), indices in by_shape(groups).items():
         streams = [_shuffled(index, groups[index], seed).repeat() for index in indices]
-        own = [share[index] for index in indices]
-        parts.append(interleaved(streams, own).batch(batch))
-        sums.append(sum(own, Fraction()))
+        own, examples = [share[index] for index in indices], batch(len(conditions))
+        parts.append(interleaved(streams, own).batch(examples))
+        sums.append(sum(own, Fraction()) / examples)
     return interleaved(parts, sums)
 
 

@@ -16,10 +16,10 @@ POSITIVE = frozenset(
     "checkpoint.max_failures spike.window".split()
 )
 NOT_NEGATIVE = frozenset(
-    "steps seed data.workers checkpoint.every checkpoint.keep_every optimizer.lr optimizer.warmup "
-    "optimizer.clip optimizer.weight_decay optimizer.lr_end alignment.weight loss.region_weight "
-    "lora.rank model.query_noise model.query_std watchdog.floor_s validation.seed "
-    "checkpoint.minutes checkpoint.grace_s spike.zscore spike.max_rollbacks".split()
+    "steps seed data.tokens data.workers checkpoint.every checkpoint.keep_every optimizer.lr "
+    "optimizer.warmup optimizer.clip optimizer.weight_decay optimizer.lr_end alignment.weight "
+    "loss.region_weight lora.rank model.query_noise model.query_std watchdog.floor_s "
+    "validation.seed checkpoint.minutes checkpoint.grace_s spike.zscore spike.max_rollbacks".split()
 )
 SHARES = frozenset(  # 0 to 1
     "data.max_bad_share data.dropout.text data.dropout.pictures data.dropout.both sharding_limit "

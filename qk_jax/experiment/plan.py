@@ -23,7 +23,7 @@ from qk_jax import sharding
 from qk_jax.base import runtime, trees
 from qk_jax.base.errors import InputError
 from qk_jax.base.types import Tree
-from qk_jax.data import prompts, settings
+from qk_jax.data import batch_sizes, prompts, settings
 from qk_jax.experiment import config as config_lib
 from qk_jax.experiment import optimizer, stages, train_state
 from qk_jax.experiment.train_state import TrainState
@@ -105,10 +105,11 @@ class Plan:
         """Raises InputError when the data section cannot be used, or when batch, optimizer or
         shardings do not fit the mesh."""
         settings.check(self.config)
-        batch, count = self.config.data.batch, self.config.optimizer.accumulation
-        if count < 1 or batch % count:
-            raise InputError(f"optimizer.accumulation {count} must divide data.batch {batch}")
-        self.check_batch(batch // count)
+        count = self.config.optimizer.accumulation
+        for batch in self.batch_sizes.all():
+            if count < 1 or batch % count:
+                raise InputError(f"optimizer.accumulation {count} must divide the batch, {batch}")
+            self.check_batch(batch // count)
         _ = self.replicated_share, self.state  # both check what they are made of
 
     def check_batch(self, examples: int) -> None:
@@ -150,6 +151,13 @@ class Plan:
             offload=section.offload,
             replicated=self.replicated,
         )
+
+    @functools.cached_property
+    def batch_sizes(self) -> batch_sizes.BatchSizes:
+        """Examples of a training batch. Raises InputError where config.data.tokens is too small."""
+        if not self.config.data.get("tokens", 0):
+            return batch_sizes.BatchSizes(self.config.data.batch)
+        return batch_sizes.batch_sizes(self.config, self.prompts)
 
     @functools.cached_property
     def prompts(self) -> prompts.PromptBuilder:

@@ -175,5 +175,6 @@ def check_batch(examples: int, mesh: AnyMesh, towers: Tables) -> None:
         if examples % parts:
             raise InputError(
                 f"a batch of {examples} examples does not divide over {' x '.join(axes)} = {parts} "
-                f"devices ({what}); change data.batch, optimizer.accumulation or the mesh"
+                f"devices ({what}); change data.batch, data.tokens, "
+                "optimizer.accumulation or the mesh"
             )

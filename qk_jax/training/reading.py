@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 from qk_jax.base.errors import InputError
@@ -52,28 +53,37 @@ def told(pipeline: Pipeline, seconds: float, step_s: float) -> str:
       InputError: a batch cannot be made.
     """
     config = pipeline.config
-    lines = [f"{config['steps']:,} steps of {config['data']['batch']} examples"]
+    lines = [f"{config['steps']:,} steps of {_batches(pipeline)} examples"]
     for first, end in itertools.pairwise([*pipeline.shares, config["steps"]]):
         share, steps = pipeline.shares[first], max(min(end, config["steps"]) - first, 0)
+        examples = steps * pipeline.examples[first]
         if len(pipeline.shares) > 1:
             lines += ["", f"From step {first:,}:"]
-        lines += ["", *_sources(pipeline, share, steps), "", *_shapes(pipeline, share)]
+        lines += ["", *_sources(pipeline, share, examples), ""]
+        lines += _shapes(pipeline, share, pipeline.examples[first])
     if seconds:
         lines += ["", _rate(pipeline, seconds, step_s)]
     return "\n".join(lines)
 
 
-def _sources(pipeline: Pipeline, share: Mapping[int, float], steps: int) -> Iterator[str]:
-    """A table: what is read of each source in so many steps."""
+def _batches(pipeline: Pipeline) -> str:
+    """The examples of a batch: of all alike, or by the number of condition pictures."""
+    of = {n: pipeline.batch_sizes(n) for n in sorted({x.pictures for x in pipeline.groups})}
+    if len({*of.values()}) == 1:
+        return str(next(iter(of.values())))
+    return ", ".join(f"{size} (with {n} pictures)" for n, size in of.items())
+
+
+def _sources(pipeline: Pipeline, share: Mapping[int, Fraction], examples: float) -> Iterator[str]:
+    """A table: what is read of each source in so many examples."""
     yield "| source | records | left out | part of the examples | read | epochs |"
     yield "| --- | --- | --- | --- | --- | --- |"
-    examples = steps * pipeline.config["data"]["batch"]
     own: dict[str, list[int]] = {}
     for index in share:
         own.setdefault(pipeline.groups[index].label, []).append(index)
     for label, indices in own.items():
         used = sum(len(pipeline.groups[index].numbers) for index in indices)
-        part = sum(share[index] for index in indices)
+        part = float(sum(share[index] for index in indices))
         left = _length(pipeline, indices[0]) - used
         read = part * examples
         yield f"| {label} | {used:,} | {left:,} | {part:.1%} | {read:,.0f} | {read / used:,.2f} |"
@@ -86,7 +96,7 @@ def _length(pipeline: Pipeline, index: int) -> int:
     return len(parts.get(group.source, source))
 
 
-def shapes(pipeline: Pipeline, share: Mapping[int, float]) -> list[Shape]:
+def shapes(pipeline: Pipeline, share: Mapping[int, Fraction]) -> list[Shape]:
     """The shapes of a phase, the most frequent first."""
     config = pipeline.config
     pad, model = Padding.from_config(config), config_lib.model_config(config)
@@ -101,7 +111,8 @@ def shapes(pipeline: Pipeline, share: Mapping[int, float]) -> list[Shape]:
         batch = abstract[sizes]
         generated = len(sizes) if model.condition_latents else 1
         found.append(Shape(
-            sizes, sum(share[index] for index in indices), sum(len(x.numbers) for x in groups),
+            sizes, float(sum(share[index] for index in indices)),
+            sum(len(group.numbers) for group in groups),
             tuple(dict.fromkeys(group.task for group in groups)),
             sum(math.prod(size) // PACKED**2 for size in sizes[:generated]),
             sum(pad.tokens(batch)[:generated]), pad.abstract(batch)["input_ids"].shape[1],
@@ -109,8 +120,8 @@ def shapes(pipeline: Pipeline, share: Mapping[int, float]) -> list[Shape]:
     return sorted(found, key=lambda shape: -shape.share)
 
 
-def _shapes(pipeline: Pipeline, share: Mapping[int, float]) -> Iterator[str]:
-    """A table of the shapes, and what they come to."""
+def _shapes(pipeline: Pipeline, share: Mapping[int, Fraction], examples: float) -> Iterator[str]:
+    """A table of the shapes, and what they come to in a step of so many examples."""
     found = shapes(pipeline, share)
     yield "| target | condition pictures | tasks | examples | part | tokens | padded | VLM |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
@@ -121,15 +132,14 @@ def _shapes(pipeline: Pipeline, share: Mapping[int, float]) -> Iterator[str]:
             f"| {target} | {pictures} | {', '.join(one.tasks)} | {one.examples:,} | "
             f"{one.share:.1%} | {one.tokens:,} | {one.padded:,} | {one.sequence:,} |"
         )
-    batch = pipeline.config["data"]["batch"]
     mean = {name: sum(x.share * getattr(x, name) for x in found) for name in Shape._fields[4:]}
     programs = len({(one.padded, one.sequence, len(one.sizes)) for one in found})
     yield ""
     yield (
         f"{len(found)} shapes, {programs} programs of the step; a step has "
-        f"{batch * mean['padded']:,.0f} tokens of the generator, of which "
+        f"{examples * mean['padded']:,.0f} tokens of the generator, of which "
         f"{1 - mean['tokens'] / mean['padded']:.1%} are padding, and "
-        f"{batch * mean['sequence']:,.0f} of the VLM"
+        f"{examples * mean['sequence']:,.0f} of the VLM"
     )
 
 
@@ -156,10 +166,10 @@ def _rate(pipeline: Pipeline, seconds: float, step_s: float) -> str:
     )
     if not step_s:
         return said + "; --step-s says how long a step takes, for which it should be enough"
-    slots = len(pipeline.loader.slots)
+    slots = max(pipeline.examples.values()) / pipeline.loader.host[1]
     need = slots / step_s
     verdict = "enough" if per_second >= need else "too slow: add hosts, workers or processors"
-    return f"{said}; its {slots} slots of a step in {step_s:g} s need {need:.1f}: {verdict}"
+    return f"{said}; its {slots:g} slots of a step in {step_s:g} s need {need:.1f}: {verdict}"
 
 
 def check(seconds: float, step_s: float, hosts: int) -> None:

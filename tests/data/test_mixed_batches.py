@@ -8,6 +8,7 @@ import pytest
 
 from qk_jax.base.errors import InputError
 from qk_jax.data import pipeline, plan
+from qk_jax.data.batch_sizes import BatchSizes
 from qk_jax.data.example import TASKS, Example
 from qk_jax.data.plan import Group
 from qk_jax.experiment import config as config_lib
@@ -37,7 +38,7 @@ def pipe(builder):
 
 
 def test_tasks_have_their_weights_and_a_batch_one_shape():
-    made, steps = plan.mixed_batches(dict(enumerate(GROUPS)), WEIGHTS, 8, 0), 4000
+    made, steps = plan.mixed_batches(dict(enumerate(GROUPS)), WEIGHTS, BatchSizes(8), 0), 4000
     found, together = Counter(), Counter()
     for step in range(steps):
         groups = [GROUPS[index] for index in made[step][:, 0]]
@@ -65,7 +66,7 @@ def test_tasks_have_their_weights_and_a_batch_one_shape():
 
 
 def test_an_epoch_of_a_task_and_shape_has_every_example_once():
-    made = plan.mixed_batches(dict(enumerate(GROUPS)), WEIGHTS, 8, 0)
+    made = plan.mixed_batches(dict(enumerate(GROUPS)), WEIGHTS, BatchSizes(8), 0)
     seen = defaultdict(list)
     for step in range(400):
         for group, member in made[step]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from qk_jax.data import buckets, plan
+from qk_jax.data.batch_sizes import BatchSizes
 from qk_jax.data.example import TaskSettings
 
 SIZES = buckets.table(512, 16)
@@ -35,7 +36,7 @@ def random_source(count=4000, seed=0):
 def test_every_example_is_in_one_group_of_its_shape(limit):
     made = random_source()
     before = made.pictures_of.copy()
-    groups = plan.groups_of(made, 8, limit)
+    groups = plan.groups_of(made, BatchSizes(8), limit)
     assert len(groups) <= limit
     numbers = np.concatenate([group.numbers for group in groups])
     assert len(set(numbers.tolist())) == len(numbers) == 4000
@@ -53,12 +54,12 @@ def test_references_are_joined_before_targets():
     """With a limit of all targets and numbers of pictures no target is shown at another size."""
     made = random_source()
     before = made.size_of.copy()
-    assert len(plan.groups_of(made, 8, 26)) == 26
+    assert len(plan.groups_of(made, BatchSizes(8), 26)) == 26
     np.testing.assert_array_equal(made.size_of, before)
     few = random_source()
-    assert len(plan.groups_of(few, 8, 25)) == 25
+    assert len(plan.groups_of(few, BatchSizes(8), 25)) == 25
     assert 0 < np.mean(few.size_of != before) < 0.1
-    assert len(plan.groups_of(random_source(), 8, 30)) == 30
+    assert len(plan.groups_of(random_source(), BatchSizes(8), 30)) == 30
 
 
 def test_a_rare_shape_joins_the_nearest():
@@ -66,15 +67,15 @@ def test_a_rare_shape_joins_the_nearest():
     square, tall, wide = 0, SHAPES.index((624, 416)), SHAPES.index((416, 624))
     rows = [[wide, wide]] * 20 + [[tall, tall]] * 20 + [[wide, square]] * 3
     made = source([0] * 43, [2] * 43, rows)
-    plan.groups_of(made, 8, 100)
+    plan.groups_of(made, BatchSizes(8), 100)
     assert made.references_of[40:].tolist() == [[wide, wide]] * 3
     sizes = [SIZES.index(size) for size in ((512, 512), (736, 368), (688, 384))]
     made = source([sizes[0]] * 20 + [sizes[1]] * 20 + [sizes[2]] * 3, [1] * 43, [[0]] * 43)
-    assert len(plan.groups_of(made, 8, 100)) == 2
+    assert len(plan.groups_of(made, BatchSizes(8), 100)) == 2
     assert set(made.size_of[40:].tolist()) == {sizes[1]}
 
 
 def test_one_size_of_references_makes_no_group_of_its_own():
     made = source([0] * 20 + [1] * 20, [1] * 40, np.zeros((40, 0)), ((512, 512),))
-    groups = plan.groups_of(made, 8, 100)
+    groups = plan.groups_of(made, BatchSizes(8), 100)
     assert [group.references for group in groups] == [(), ()]

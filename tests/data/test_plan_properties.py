@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qk_jax.data import plan
+from qk_jax.data.batch_sizes import BatchSizes
 from qk_jax.data.plan import Group
 
 SIZES = ((64, 64), (48, 80), (80, 48))
-PICTURES = {"text_to_image": 0, "editing": 1, "transformation": 1}
+PICTURES = {"text_to_image": 0, "editing": 1, "transformation": 1, "composition": 2}
 WEIGHTS = st.sampled_from((0.1, 0.25, 1 / 3, 1, 2, 7.5))
 STEPS = 200
 some = settings(max_examples=12, deadline=None, derandomize=True)
@@ -31,8 +32,10 @@ def plans(draw):
                 count = draw(st.integers(1, 40))
                 shown = (size,) * PICTURES[task]
                 groups.append(Group(task, size, len(shown), np.arange(count), shown, (), name, own))
-    batch, seed = draw(st.sampled_from((1, 2, 4, 8))), draw(st.integers(0, 2**20))
-    return dict(enumerate(groups)), weights, batch, seed, draw(st.booleans())
+    most = draw(st.sampled_from((1, 2, 4, 8)))
+    fewer = st.dictionaries(st.integers(0, 2), st.sampled_from((1, 2, 4)), max_size=3)
+    batch = BatchSizes(most, {n: min(size, most) for n, size in draw(fewer).items()})
+    return dict(enumerate(groups)), weights, batch, draw(st.integers(0, 2**20)), draw(st.booleans())
 
 
 def made(groups, weights, batch, seed, mixed):
@@ -40,7 +43,10 @@ def made(groups, weights, batch, seed, mixed):
     if mixed:
         return plan.mixed_batches(groups, weights, batch, seed)
     of_task = [plan.batches_of(name, groups, batch, seed) for name in weights]
-    return plan.interleaved(of_task, [plan.exactly(weight) for weight in weights.values()])
+    share = plan.shares(groups, weights, batch, mixed)
+    means = [plan.mean_batch(groups, share, batch, name) for name in weights]
+    steps = [plan.exactly(x) / mean for x, mean in zip(weights.values(), means, strict=True)]
+    return plan.interleaved(of_task, steps)
 
 
 @some
@@ -49,7 +55,7 @@ def test_a_batch_has_one_shape_and_members_of_its_groups(given):
     groups, made_plan = given[0], made(*given)
     for step in range(40):
         element = made_plan[step]
-        assert element.shape == (given[2], 2)
+        assert element.shape == (given[2](groups[int(element[0, 0])].pictures), 2)
         assert len({groups[index].shape for index in element[:, 0]}) == 1
         assert all(0 <= member < len(groups[index].numbers) for index, member in element)
 
@@ -66,21 +72,41 @@ def test_a_step_depends_on_nothing_but_its_number(given, step):
 @some
 @given(plans(), st.integers(0, 10**6), st.integers(1, STEPS))
 def test_weights_hold_in_every_window(given, first, length):
-    """Of tasks in batches; with mixed batches of shapes in batches."""
-    groups, weights, _, _, mixed = given
+    """Of tasks; with mixed batches of shapes. In steps, of which a task or shape has the more the
+    fewer examples its batches have."""
+    groups, weights, batch, _, mixed = given
     window = made(*given)[first : first + length]
     found, wanted = Counter(), Counter()
     key = (lambda group: group.shape) if mixed else (lambda group: group.task)
     for step in range(length):
         found[key(groups[int(window[step][0, 0])])] += 1
-    total = sum(map(plan.exactly, weights.values()))
-    if mixed:
-        for index, share in plan.mixed_shares(groups, weights).items():
-            wanted[key(groups[index])] += share / total
-    else:
-        wanted = {task: plan.exactly(weight) / total for task, weight in weights.items()}
+    for index, share in plan.shares(groups, weights, batch, mixed).items():
+        wanted[key(groups[index])] += share / batch(groups[index].pictures)
     for name, share in wanted.items():
-        assert abs(found[name] - length * share) <= len(wanted)
+        assert abs(found[name] - length * share / wanted.total()) <= len(wanted)
+
+
+@some
+@given(plans())
+def test_weights_are_shares_of_the_examples(given):
+    """Whatever the batches of each number of condition pictures are."""
+    groups, weights, batch, _, mixed = given
+    share, total = (
+        plan.shares(groups, weights, batch, mixed),
+        sum(map(plan.exactly, weights.values())),
+    )
+    for task, weight in weights.items():
+        own = sum(x for index, x in share.items() if groups[index].task == task)
+        assert own == plan.exactly(weight) / total
+    made_plan, steps = made(*given), 400
+    read = [made_plan[step][:, 0].tolist() for step in range(steps)]
+    counts = Counter(groups[index].task for step in read for index in step)
+    assert abs(counts.total() / steps - plan.mean_batch(groups, share, batch)) < 1
+    for task, weight in weights.items():
+        # Off by a constant, and by the epochs that the window cuts.
+        epochs = sum(len(x.numbers) + batch.most for x in groups.values() if x.task == task)
+        wanted = counts.total() * plan.exactly(weight) / total
+        assert abs(counts[task] - wanted) <= 2 * batch.most * len(groups) + epochs
 
 
 @some
@@ -88,14 +114,14 @@ def test_weights_hold_in_every_window(given, first, length):
 def test_shares_are_those_of_the_plan(given):
     groups, weights, batch, _, mixed = given
     found = plan.shares(groups, weights, batch, mixed)
-    assert sum(found.values()) == 1 or abs(sum(found.values()) - 1) < 1e-9
+    assert sum(found.values()) == 1
     made_plan, steps = made(*given), 150
     counts = Counter(index for step in range(steps) for index in made_plan[step][:, 0].tolist())
     for index, share in found.items():
         # An epoch of a task's batches may be cut, and a part is off by a constant.
-        group = groups[index]
-        epoch = max(len(group.numbers) // batch, 1) * batch
-        assert abs(counts[index] - steps * batch * share) <= epoch + 3 * batch * len(groups)
+        epoch = len(groups[index].numbers) + batch.most
+        off = epoch + 3 * batch.most * len(groups)
+        assert abs(counts[index] - counts.total() * share) <= off
 
 
 @some
@@ -108,13 +134,14 @@ def test_no_example_comes_twice_in_an_epoch(given, epoch):
         if mixed or any(group.source for group in own.values()):
             in_turn(plan.mixed_batches(groups, weights, batch, seed), groups, epoch)
             continue
-        whole = {i: len(group.numbers) // batch for i, group in own.items()}
+        size = {i: batch(group.pictures) for i, group in own.items()}
+        whole = {i: len(group.numbers) // size[i] for i, group in own.items()}
         length = sum(max(count, 1) for count in whole.values())
         batches = plan.batches_of(task, groups, batch, seed)
         seen = np.concatenate([batches[epoch * length + n] for n in range(length)])
         for index, count in whole.items():
             members = seen[seen[:, 0] == index, 1].tolist()
-            assert len(members) == max(count, 1) * batch
+            assert len(members) == max(count, 1) * size[index]
             often = Counter(members).values()
             assert max(often) == 1 if count else max(often) - min(often) <= 1 or min(often) >= 1
 

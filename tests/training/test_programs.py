@@ -45,7 +45,7 @@ def test_every_batch_of_the_data_has_a_shape_that_is_known_before(stage):
     assert all(kinds(data.batch(step)) in known for step in range(40))
     assert len(known) > 3
     anyhow = [
-        kinds(pipeline.abstract(config, plan.prompts, shape, pad))
+        kinds(pipeline.abstract(config, plan.prompts, shape, pad, plan.batch_sizes))
         for shape in settings.shapes(config)
     ]
     assert all(one in anyhow for one in known)  # what is compiled ahead is enough
@@ -80,7 +80,9 @@ def test_programs_are_compiled_at_once(at_once, monkeypatch):
     monkeypatch.setattr(programs, "_compiled", compiled)
     stage = programs.Programs(plan)
     monkeypatch.setattr(jax.stages.Traced, "lower", lambda self: None)
-    batches = [pipeline.abstract(config, plan.prompts, shape, pad) for shape in shapes]
+    batches = [
+        pipeline.abstract(config, plan.prompts, shape, pad, plan.batch_sizes) for shape in shapes
+    ]
     with jax.set_mesh(plan.mesh):
         assert all(map(stage.is_new, batches))
         names = [one.name for one in stage.compile(batches)]

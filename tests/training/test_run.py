@@ -237,7 +237,7 @@ def test_the_same_command_on_a_finished_run_changes_nothing(straight):
         ("stage1", {"stage": "stage3"}, "language_model.*matches no Linear"),
         ("stage2", {"init__checkpoint": "none"}, "none holds no checkpoint"),
         ("stage1", {"data__batch": 6}, "6 examples does not divide"),
-        ("stage1", {"optimizer__accumulation": 3}, "must divide data.batch 8"),
+        ("stage1", {"optimizer__accumulation": 3}, "must divide the batch, 8"),
     ],
 )
 def test_a_checkpoint_of_another_size_and_other_misfits(stage, changes, words, straight, tmp_path):

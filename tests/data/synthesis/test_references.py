@@ -7,6 +7,7 @@ import pytest
 
 from qk_jax.base.errors import InputError
 from qk_jax.data import buckets, plan
+from qk_jax.data.batch_sizes import BatchSizes
 from qk_jax.data.example import TaskSettings, reference_sizes
 from qk_jax.data.synthesis import tasks
 from qk_jax.data.synthesis.corpus import Corpus
@@ -49,7 +50,7 @@ def test_references_have_the_planned_shapes_of_their_cut_outs(task, corpus):
 
 def test_merged_references_are_shown_at_the_shape_of_their_group(corpus):
     source = tasks.Composition(corpus, SETTINGS)
-    groups = plan.groups_of(source, 16, 6)
+    groups = plan.groups_of(source, BatchSizes(16), 6)
     assert len(groups) == 6 and {group.size for group in groups} == set(SETTINGS.sizes)
     for group in groups:
         for number in group.numbers[:3].tolist():
@@ -90,7 +91,7 @@ def test_more_references_are_shown_smaller(corpus):
     settings = TaskSettings(reference_sizes=tables)
     for task, numbers in (("customization", {1}), ("composition", {2, 3})):
         source = tasks.SOURCES[task](corpus, settings)
-        groups = plan.groups_of(source, 8, 100)
+        groups = plan.groups_of(source, BatchSizes(8), 100)
         assert {group.pictures for group in groups} == numbers
         for group in groups:
             assert set(group.references) <= set(tables[min(group.pictures, 2) - 1])
@@ -103,8 +104,8 @@ def test_more_references_are_shown_smaller(corpus):
 
 def test_squares_by_number_need_no_more_groups(corpus):
     settings = TaskSettings(reference_sizes=(((64, 64),), ((48, 48),), ((32, 32),)))
-    alone = plan.groups_of(tasks.Composition(corpus, TaskSettings()), 8, 100)
-    groups = plan.groups_of(tasks.Composition(corpus, settings), 8, 100)
+    alone = plan.groups_of(tasks.Composition(corpus, TaskSettings()), BatchSizes(8), 100)
+    groups = plan.groups_of(tasks.Composition(corpus, settings), BatchSizes(8), 100)
     assert [x.numbers.tolist() for x in groups] == [x.numbers.tolist() for x in alone]
     sides = {group.pictures: group.conditions for group in groups}
     assert sides == {2: ((48, 48),) * 2, 3: ((32, 32),) * 3}
