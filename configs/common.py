@@ -142,6 +142,7 @@ def base(stage: str, size: str) -> ConfigDict:
         "corpus": "",
         "records": "",
         "sources": (),
+        "cache": "",
         "tfds_image": "image", "tfds_text": "text",
         "tokenizer": str(ASSETS / "tiny/tokenizer") if tiny else "",
         "batch": 32,

@@ -100,7 +100,8 @@ class Run:
                 raise SystemExit("error: in CI all but a full disk must be tried; pip install "
                                  "'qk_jax[test]'")  # fmt: skip
         for number, stage in enumerate(STAGES):
-            left = count * (number + 1) // len(STAGES) - count * number // len(STAGES)
+            # what an earlier stage ended too soon for, too
+            left = count * (number + 1) // len(STAGES) - self.happened.total()
             ended = False
             while not ended:
                 ended, happened = self.start(stage, left, kinds[stage], rng)
@@ -221,6 +222,8 @@ def main(argv: list[str]) -> None:
           "are the same bits")  # fmt: skip
     if differ:
         raise SystemExit(f"error: {', '.join(differ[:5])} differ")
+    if loud.happened.total() < args.disasters:
+        raise SystemExit(f"error: the stages ended before {args.disasters} disasters; give --steps")
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ class PaddedPrompt(TypedDict):
     position_ids: Any  # int32 [B, 3, S], M-RoPE
     text_mask: Any  # bool [B, T]
     pixel_values: Any  # float32 [B, P, 1176], the condition pictures, then padding
+    features: NotRequired[Any]  # [B, P / 4, D] of a cache; pixel_values is then [B, P, 0]
     windows: Any  # `qwen_vision.Windows` of them, of each slot; () without pictures
     grids: Any  # int32 [B, pictures, 2], packed tokens (rows, columns): target, then conditions
     condition_mask: Any  # bool [B]
@@ -66,7 +67,13 @@ class PaddedPrompt(TypedDict):
 
 
 class PaddedBatch(PaddedPrompt, Pictures):
-    """A batch whose tokens are padded, and the pixels that are still to be encoded."""
+    """A batch whose tokens are padded, and the pixels that are still to be encoded.
+
+    With a cache they are encoded: pictures are [B, H, W, 0], and what is `Encoded` is there.
+    """
+
+    posterior: NotRequired[Any]
+    latents: NotRequired[tuple[Any, ...]]
 
 
 class Encoded(TypedDict):

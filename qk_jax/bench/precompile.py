@@ -19,8 +19,7 @@ from qk_jax.bench.schedule import topologies
 from qk_jax.data import pipeline, settings
 from qk_jax.experiment import config as config_lib
 from qk_jax.experiment.plan import Plan
-from qk_jax.training import ahead
-from qk_jax.training.padding import Padding
+from qk_jax.training import ahead, cached
 from qk_jax.training.programs import Programs
 
 
@@ -51,9 +50,9 @@ def command(args: argparse.Namespace, overrides: Mapping[str, str]) -> None:
     plan = Plan.build(config, sharding.build_mesh(config.mesh, devices, config.slices))
     with tempfile.TemporaryDirectory(prefix="qk-programs-") as cache, jax.set_mesh(plan.mesh):
         runtime.keep_programs(cache, instead=True)
-        pad = Padding.from_config(config)
+        pad = cached.padding_of(config)
         batches = (
-            pipeline.abstract(config, plan.prompts, shape, pad, plan.batch_sizes)
+            pad.abstract(pipeline.abstract(config, plan.prompts, shape, plan.batch_sizes))
             for shape in settings.shapes(config)
         )
         old = ahead.kept(out, plan)

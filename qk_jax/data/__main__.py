@@ -11,6 +11,7 @@
     python -m qk_jax.data look DATA --n 48 --out page.html
     python -m qk_jax.data look stage3:tiny --step 100 --out page.html --png sheet.png
     python -m qk_jax.data plan --config stage3:7b --config.data.records=DATA --hosts 8 --step-s 4.2
+    python -m qk_jax.data encode --config stage3:7b --workdir W --out CACHE
     python -m qk_jax.data bench
     python -m qk_jax.data bench load
     python -m qk_jax.data bench plan --rows 50000000
@@ -23,7 +24,8 @@ makes shards from other records: a picture asked for again or changed as a whole
 transparency or a mask) set on backgrounds, as customization, composition or edits; its bytes do not
 depend on the number of workers. look writes a page of examples as training sees them: of a folder
 of records, or of a run by its config, any field of which can be given as --config.FIELD=VALUE. plan
-prints what a run will read, and how fast this host makes it. bench measures, on what it makes up,
+prints what a run will read, and how fast this host makes it. encode keeps what the frozen towers
+make of the pictures of a run, so that its steps run neither. bench measures, on what it makes up,
 the rate and the memory of imports from the main formats; with load, the rate of batches beside that
 of PyTorch's DataLoader; with plan, the start, the memory and the look-up of a large set.
 """
@@ -79,6 +81,7 @@ def parser() -> cli.Parser:
     rate.add_argument("--rows", type=int, default=1_000_000, metavar="N",
         help="of the plan; on disk they take 167 bytes each (default: %(default)s)")  # fmt: skip
     _add_plan(verbs.add_parser("plan", help="what a run will read, and whether a host keeps up"))
+    _add_encode(verbs.add_parser("encode", help="what frozen towers make of a run's pictures"))
     _add_look(verbs.add_parser("look", help="a page of examples as training sees them"))
     return out
 
@@ -156,6 +159,16 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     add("--step-s", type=float, default=0.0, metavar="S", help="seconds of a step of the run")
 
 
+def _add_encode(encode: argparse.ArgumentParser) -> None:
+    add = encode.add_argument
+    add("--config", required=True, metavar="CONFIG", help="of the run: NAME:SIZE, or FILE.py:SIZE")
+    add("--workdir", default=".", metavar="W",
+        help="of the run, where the stage before is found (default: %(default)s)")  # fmt: skip
+    add("--out", required=True, metavar="DIR", help="folder to write, or to add to")
+    add("--part", default="0/1", metavar="I/N",
+        help="of N commands that share the work (default: %(default)s)")  # fmt: skip
+
+
 def _add_look(look: argparse.ArgumentParser) -> None:
     add = look.add_argument
     add("what", metavar="DIR_OR_CONFIG", 
@@ -170,12 +183,12 @@ def _add_look(look: argparse.ArgumentParser) -> None:
 
 
 def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-    """The verb's options, and the overrides --config.FIELD=VALUE of look and plan.
+    """The verb's options, and the overrides --config.FIELD=VALUE of encode, look and plan.
 
     Raises: InputError.
     """
     args, overrides = cli.parse_with_overrides(parser(), argv)
-    if overrides and args.verb not in ("look", "plan"):
+    if overrides and args.verb not in ("encode", "look", "plan"):
         raise InputError(f"{args.verb} has no config; leave --config.{next(iter(overrides))} out")
     return args, overrides
 
@@ -280,6 +293,15 @@ def _plan(args: argparse.Namespace, overrides: dict[str, str]) -> str:
     return reading.told(pipeline, args.seconds, args.step_s)
 
 
+def _encode(args: argparse.Namespace, overrides: dict[str, str]) -> str:
+    """Writes the rows; returns what to print. Raises: InputError."""
+    from qk_jax.experiment import config as config_lib
+    from qk_jax.training import cached
+
+    config = config_lib.load(args.config, overrides)
+    return cached.encode(config, args.out, args.workdir, args.part)
+
+
 def _look(args: argparse.Namespace, overrides: dict[str, str]) -> str:
     """Writes the page and the sheet; returns what to print."""
     records = check_look(args)
@@ -330,6 +352,9 @@ def main(argv: Sequence[str]) -> None:
         return
     if args.verb == "plan":
         print(_plan(args, overrides))
+        return
+    if args.verb == "encode":
+        print(_encode(args, overrides))
         return
     if args.verb == "look":
         print(_look(args, overrides))

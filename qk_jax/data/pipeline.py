@@ -213,23 +213,21 @@ def abstract(
     config: Mapping[str, Any],
     prompts: PromptBuilder,
     shape: Sequence[Size],
-    finish: Callable[[Batch], Any],
     batch: BatchSizes,
-) -> Any:
-    """What `finish` makes of a global training batch of one shape, without arrays.
+) -> Batch:
+    """A global training batch of one shape, without arrays.
 
     Args:
       config: of the run.
       prompts: of the run.
       shape: (H, W) of the target and of each condition picture.
-      finish: as of `Pipeline`.
       batch: examples in a batch.
     """
     target, *pictures = (np.zeros((*size, 3), np.uint8) for size in shape)
     example = Example("", target, tuple(pictures), (SOURCE,) * len(pictures), TASKS[0], 0)
     own = dataclasses.replace(prompts, max_text=text_tokens(config, len(pictures)))
     targets = bool(config["alignment"]["weight"])
-    one, slots = finish(collate([example], [(False, False)], own, targets)), batch(len(pictures))
+    one, slots = collate([example], [(False, False)], own, targets), batch(len(pictures))
 
     def leaf(x: np.ndarray) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((slots, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype))
@@ -373,7 +371,7 @@ class Pipeline:
             finish=finish,
         )
         self._loaded = self.plan.map_with_index(self.loader)
-        self._prompts, self._finish = prompts, finish
+        self._prompts = prompts
         self._of_task = [plan.map_with_index(self.loader) for plan in planned.of_task]
         self.bad: Counter[tuple[str, str]] = Counter()
         self._tried = Counter[str]()
@@ -418,11 +416,10 @@ class Pipeline:
         chosen = [(self.groups[index], member) for index, member in self.plan[step].tolist()]
         return [f"{group.task} {group.numbers[member]}" for group, member in chosen]
 
-    def abstract(self) -> list[Any]:
-        """Each global training batch of another shape that occurs, without arrays."""
-        shapes = dict.fromkeys(group.shape for group in self.groups)
-        made = (self.config, self._prompts), (self._finish, self.batch_sizes)
-        return [abstract(*made[0], shape, *made[1]) for shape in shapes]
+    def abstract(self) -> list[Batch]:
+        """Each global batch of another shape that occurs, without arrays, before it is finished."""
+        shapes, sizes = dict.fromkeys(group.shape for group in self.groups), self.batch_sizes
+        return [abstract(self.config, self._prompts, shape, sizes) for shape in shapes]
 
     def digest(self) -> str:
         """Of every shape and its examples: equal where all steps read the same."""

@@ -126,6 +126,7 @@ MEANINGS = {
     # ---- data ----------------------------------------------------------------------------------
     "data.records": "DIR of records, tar:DIR or tfds:NAME; '' makes the tasks from data.corpus",
     "data.sources": "several sources: ({'path': P, 'tasks': T, 'weight': 1}, ..); see docs/data.md",
+    "data.cache": "folder of `data encode`, whose rows stand for the frozen towers; '' runs them",
     "data.corpus": "folder of cut-outs from which the tasks are made; '' is the embedded one",
     "data.tfds_image": "feature of tfds:NAME with the picture",
     "data.tfds_text": "feature of tfds:NAME with the caption",

@@ -155,6 +155,7 @@ class QueryKontext:
             batch["pixel_values"],
             pictures,
             queries=queries,
+            features=asked.get("features"),
         )
         end = hidden.shape[1] - cfg.num_queries - (0 if cfg.keep_tail else cfg.tail_tokens)
         return hidden[:, end - words : end], hidden[:, -cfg.num_queries :]
@@ -177,6 +178,12 @@ class QueryKontext:
     ) -> tuple[Float[Array, "B L J"], Bool[Array, "B L"]]:
         """The generator's context and its mask for a batch."""
         return self.connect(params, *self.states(params, batch), batch["text_mask"])
+
+    def vision_features(
+        self, params: Tree, pixel_values: Float[Array, "B P 1176"], grids: Grids
+    ) -> Float[Array, "B tokens D"]:
+        """The vision tower's features of pictures, those of every slot of these `grids`."""
+        return self._apply("vlm", params, pixel_values, grids, method="features")
 
     def posterior(
         self, params: Tree, pictures: UInt8[Array, "B H W 3"]

@@ -105,9 +105,10 @@ class QwenVL(nn.Module):
         input_ids: Int[Array, "B S"],
         position_ids: Int[Array, "B 3 S"],
         attention_mask: Bool[Array, "B S"],
-        pixel_values: Float[Array, "B P 1176"] | Float[Array, "P 1176"],
+        pixel_values: Float[Array, "B P 1176"] | Float[Array, "P 1176"] | Float[Array, "B P 0"],
         pictures: Grids | Windows,
         queries: Float[Array, "K D"] | Float[Array, "B K D"] | None = None,
+        features: Float[Array, "B P/4 D"] | None = None,
     ) -> Float[Array, "B S states"]:
         """Last hidden states after the final norm, and those of `read_layers` beside them.
 
@@ -123,19 +124,21 @@ class QwenVL(nn.Module):
             pictures with padding behind them.
           queries: replace the last K embeddings (sequences are left-padded), of all slots alike
             or of each.
+          features: what `features` made of each slot's pictures before; pixel_values then have no
+            values.
         """
         embeds = self.language_model.embed(input_ids)
         if pictures:
             pictured = input_ids == self.config.image_token_id
             last = pixel_values.shape[-2] // MERGE**2 - 1
             if isinstance(pictures, Windows) or pixel_values.ndim == 3:
-                features = self.visual(pixel_values, pictures).astype(embeds.dtype)
+                seen = self.visual(pixel_values, pictures) if features is None else features
                 nth = jnp.clip(jnp.cumsum(pictured, axis=1) - 1, 0, last)
-                features = jnp.take_along_axis(features, nth[..., None], axis=1)
+                seen = jnp.take_along_axis(seen.astype(embeds.dtype), nth[..., None], axis=1)
             else:
                 nth = jnp.clip(jnp.cumsum(pictured).reshape(pictured.shape) - 1, 0, last)
-                features = self._features(pixel_values, pictures).astype(embeds.dtype)[nth]
-            embeds = jnp.where(pictured[..., None], features, embeds)
+                seen = self._features(pixel_values, pictures).astype(embeds.dtype)[nth]
+            embeds = jnp.where(pictured[..., None], seen, embeds)
         elif self.is_initializing():  # so that a batch without pictures makes the whole tree
             self.visual(jnp.zeros((1, MERGE**2, PATCH_DIM), self.dtype), ((MERGE, MERGE),))
         if queries is not None:
@@ -167,6 +170,12 @@ class QwenVL(nn.Module):
         ids = jnp.zeros((1, 8), jnp.int32)
         positions, pixels = jnp.zeros((1, 3, 8), jnp.int32), jnp.zeros((1, MERGE**2, PATCH_DIM))
         return ids, positions, ids == 0, pixels, ((MERGE, MERGE),)
+
+    def features(
+        self, pixel_values: Float[Array, "B P 1176"], pictures: Grids | Windows
+    ) -> Float[Array, "B P/4 D"]:
+        """What the vision tower makes of each slot's pictures."""
+        return self.visual(pixel_values, pictures)
 
     def logits(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S vocab"]:
         """Next-token logits."""

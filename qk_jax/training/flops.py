@@ -76,7 +76,8 @@ def by_tower_of_step(plan: Plan, batch: Batch | PaddedBatch) -> Counter[str]:
     length, window = _lengths(plan, batch)
     reached = _context(count, config, batch, length, window)
     _generator(count, config, batch, window + config.num_queries, reached)
-    _encoder(count, config.vae.downscale, [x.shape[:3] for x in _encoded(config, batch)])
+    encoded = () if "posterior" in batch else _encoded(config, batch)
+    _encoder(count, config.vae.downscale, [x.shape[:3] for x in encoded])
     for unused in ("vlm/lm_head/", "vae/(decoder|post_quant_conv)/"):
         count.products(unused, 0)
     if rest:
@@ -163,7 +164,7 @@ def _context(
     """VLM, connector and alignment term; whether the context depends on anything trained."""
     text, examples = config.vlm.text, batch["input_ids"].shape[0]
     grids = config.vision_grids([picture.shape[1:3] for picture in batch["conditions"]])
-    seen = _vision(count, config.vlm.vision, examples, grids)
+    seen = _vision(count, config.vlm.vision, examples, () if "features" in batch else grids)
     # The queries, and the words and pictures before them, are two segments: the latter have no
     # backward pass where nothing in the language model is trained.
     queries, layers = config.num_queries, "vlm/language_model/layers/"

@@ -27,7 +27,8 @@ from qk_jax.data import pipeline
 from qk_jax.experiment import config as config_lib
 from qk_jax.experiment import train_state
 from qk_jax.experiment.plan import Plan
-from qk_jax.training import ahead, evals, flops, metrics, profiling, programs, spikes, start
+from qk_jax.training import ahead, cached, evals, flops, metrics, profiling, programs, spikes, start
+from qk_jax.training.cached import CachedPadding
 from qk_jax.training.padding import Padding
 from qk_jax.training.phases import Limits, Phases
 from qk_jax.training.saving import Saver
@@ -79,17 +80,19 @@ def train(config: ConfigDict, workdir: files.PathLike, *, imported_s: float | No
         with contextlib.closing(store), jax.set_mesh(plan.mesh):
             for line in plan.describe():
                 log.info("%s", line)
-            pad = Padding.from_config(config)
+            pad = cached.padding_of(config)
             with phases.doing("index"):
                 data = pipeline.Pipeline(config, "train", prompts=plan.prompts, finish=pad)
             distributed.agree("data", {"the digest of the data's plan": data.digest()})
             with phases.doing("restore" if store.steps() else "start"):
                 begun = start.restore_or_start(plan, folder, store)
+            cached.check(plan, pad, begun.frozen)
             files.write_text(folder / run_folder.CONFIG, config_lib.to_json(config))
             if int(begun.state.step) >= config.steps:
                 log.info("%s is done: %d of %d steps", folder, begun.state.step, config.steps)
                 return
-            with contextlib.closing(Trainer(plan, folder, store, data, begun, phases)) as trainer:
+            trainer = Trainer(plan, folder, store, data, pad, begun, phases)
+            with contextlib.closing(trainer):
                 trainer.run(imported_s)
 
 
@@ -117,6 +120,7 @@ class Trainer:
         folder: files.Path,
         store: Store,
         data: pipeline.Pipeline,
+        pad: Padding | CachedPadding,
         begun: start.Start,
         phases: Phases,
     ):
@@ -126,7 +130,7 @@ class Trainer:
         self.state, self.frozen, self.fingerprint = begun.state, begun.frozen, begun.fingerprint
         self.train_step = programs.Programs(plan)
         run_folder.keep_tokenizer(folder, plan.prompts)
-        self.data = data
+        self.data, self.pad = data, pad
         self.window, self.clock = metrics.Window(begun.window), metrics.Clock()
         self.phases = phases
         self.profiler = profiling.Profiler(folder / "profile", plan.config.profile.steps)
@@ -144,7 +148,7 @@ class Trainer:
         config, first = self.plan.config, int(self.state.step)
         with self.bar(first) as bar:
             with self.phases.doing("compile"):
-                self.train_step.compile(self.data.abstract())
+                self.train_step.compile(map(self.pad.abstract, self.data.abstract()))
             if first == 0:
                 self.evaluate(0)
             bar.unpause()  # its rate is that of the steps

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -118,7 +118,7 @@ class Padding:
             "attention_mask": _before(batch["attention_mask"], spare),
             "position_ids": _before(batch["position_ids"], spare),
             "text_mask": _before(batch["text_mask"], spare if self.keeps_pictures else 0),
-            "pixel_values": _behind(batch["pixel_values"], 1, patches),
+            "pixel_values": behind(batch["pixel_values"], 1, patches),
             "windows": self._windows(grids, rooms, batch) if grids else (),
             "grids": _each(packed, batch),
         }
@@ -126,16 +126,12 @@ class Padding:
             found |= self._padded_target(batch)
         if self.region_weight and shown:
             weights = region(batch, self.region_weight)
-            found["region"] = _behind(weights, 1, self.tokens(batch)[0])
+            found["region"] = behind(weights, 1, self.tokens(batch)[0])
         return cast(PaddedBatch, found)
 
     def abstract(self, batch: Batch) -> PaddedBatch:
         """The shapes of the padded batch, of those of a batch."""
-        one = jax.tree.map(lambda x: np.zeros((1, *x.shape[1:]), x.dtype), batch)
-        examples = batch["input_ids"].shape[0]
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((examples, *x.shape[1:]), x.dtype), self(one)
-        )
+        return abstractly(self, batch)
 
     def _vision(self, members: Iterable[Grids]) -> Vision:
         """What the largest of some pictures takes."""
@@ -160,9 +156,18 @@ class Padding:
         size = batch["target"].shape[1:3]
         room = self._vision(map(grids, self.family(size)))
         return {
-            "target_pixel_values": _behind(batch["target_pixel_values"], 1, room.patches),
+            "target_pixel_values": behind(batch["target_pixel_values"], 1, room.patches),
             "target_windows": self._windows(grids(size), [room], batch),
         }
+
+
+def abstractly(make: Callable[[Batch], PaddedBatch], batch: Batch) -> PaddedBatch:
+    """The shapes of what `make` makes of a batch, of those of the batch."""
+    one = jax.tree.map(lambda x: np.zeros((1, *x.shape[1:]), x.dtype), batch)
+    examples, canonical = batch["input_ids"].shape[0], jax.dtypes.canonicalize_dtype
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((examples, *x.shape[1:]), canonical(x.dtype)), make(one)
+    )
 
 
 def _tables(data: Mapping[str, Any]) -> tuple[Table, tuple[Table, ...]]:
@@ -197,7 +202,7 @@ def _before(x: np.ndarray, count: int) -> np.ndarray:
     return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(count, 0)]) if count else x
 
 
-def _behind(x: np.ndarray, axis: int, length: int) -> np.ndarray:
+def behind(x: np.ndarray, axis: int, length: int) -> np.ndarray:
     """Zeros behind an axis, up to a length."""
     if x.shape[axis] == length:
         return x

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -167,14 +167,20 @@ def _as_begun(found: Meta, plan: Plan) -> ConfigDict:
     return config
 
 
-def parameters(plan: Plan, workdir: files.PathLike) -> Tree:
+def parameters(plan: Plan, workdir: files.PathLike, only: Collection[str] | None = None) -> Tree:
     """All parameters at the start of the plan's stage, in their dtypes and shardings.
+
+    Args:
+      plan: of the stage.
+      workdir: where the folder of the stage before is.
+      only: these parts of them.
 
     Raises:
       InputError: a part has no origin; a folder or the stage before is missing or does not fit; a
         leaf would be missing.
     """
-    parts, places = plan.stage.parts, origins.places(plan.stage, plan.config)
+    parts = {k: x for k, x in plan.stage.parts.items() if only is None or k in only}
+    places = {k: x for k, x in origins.places(plan.stage, plan.config).items() if k in parts}
     before = None
     if any(origin in ("previous", "merged") for origin in parts.values()):
         before = _stage_before(plan, files.Path(workdir))
@@ -192,9 +198,10 @@ def parameters(plan: Plan, workdir: files.PathLike) -> Tree:
         elif before is not None and origin in ("previous", "merged"):
             _check_same_architecture(part, before.plan, plan)
             flat |= _under(part, _inherited(part, origin, before))
-    fresh = tuple(part for part, word in words.items() if word == origins.FRESH)
+    fresh = tuple(part for part in parts if words[part] == origins.FRESH)
     flat |= _fresh(plan, fresh)
-    return _in_shardings(flat, plan.everything, words)
+    target = plan.everything if only is None else {part: plan.everything[part] for part in parts}
+    return _in_shardings(flat, target, words)
 
 
 def describe(plan: Plan, words: Mapping[str, str]) -> Iterator[str]:
@@ -206,7 +213,7 @@ def describe(plan: Plan, words: Mapping[str, str]) -> Iterator[str]:
     """
     trained, frozen = trees.flatten(plan.params), trees.flatten(plan.frozen)
     width = max(map(len, words))
-    for part in plan.stage.parts:
+    for part in words:
         mine = [
             {name: leaf for name, leaf in tree.items() if name.startswith(f"{part}/")}
             for tree in (trained, frozen)

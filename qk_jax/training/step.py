@@ -92,7 +92,9 @@ class Encoder:
 
     def pictures(self, batch: PaddedBatch) -> list[tuple[Any, int]]:
         """What the program is called with: the target, then the condition pictures that reach the
-        generator, each with the tokens that it is padded to."""
+        generator, each with the tokens that it is padded to. Nothing where a cache has them."""
+        if "posterior" in batch:
+            return []
         conditions = batch["conditions"] if self._reads_conditions else ()
         tokens = self._padding.tokens(batch)
         return list(zip((batch["target"], *conditions), tokens, strict=False))
@@ -105,6 +107,8 @@ class Encoder:
 def step_batch(batch: PaddedBatch, encoded: Sequence[tuple[Any, Any]]) -> StepBatch:
     """What a step reads of a batch, with what `Encoder.program` made of each of its pictures."""
     rest: Any = {name: x for name, x in batch.items() if name not in Pictures.__annotations__}
+    if "posterior" in rest:
+        return rest
     posterior, *conditions = encoded
     return rest | {"posterior": posterior, "latents": tuple(mean for mean, _ in conditions)}
 

@@ -591,7 +591,7 @@ def test_every_field_has_its_test():
     elsewhere = """
         stage size model.vlm model.mmdit model.vae data.corpus data.records data.tfds_image
         data.tfds_text data.tokenizer slices compilation_cache compiler evals.loss.type evals.sheets
-        log wandb.project wandb.name prompt data.task_dropout data.mixed_batches data.tokens
+        log wandb prompt data.task_dropout data.mixed_batches data.tokens data.cache
         data.curriculum data.reference_sizes_by_number loss model.query_noise model.vlm_layers
         model.bidirectional_queries distributed watchdog profile programs spike data.sources
     """

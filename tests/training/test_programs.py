@@ -41,11 +41,11 @@ def test_every_batch_of_the_data_has_a_shape_that_is_known_before(stage):
     plan = Plan.build(config, sharding.build_mesh({}, jax.devices()[:1]))
     pad = Padding.from_config(config)
     data = pipeline.Pipeline(config, "train", prompts=plan.prompts, finish=pad)
-    known = [kinds(one) for one in data.abstract()]
+    known = [kinds(pad.abstract(one)) for one in data.abstract()]
     assert all(kinds(data.batch(step)) in known for step in range(40))
     assert len(known) > 3
     anyhow = [
-        kinds(pipeline.abstract(config, plan.prompts, shape, pad, plan.batch_sizes))
+        kinds(pad.abstract(pipeline.abstract(config, plan.prompts, shape, plan.batch_sizes)))
         for shape in settings.shapes(config)
     ]
     assert all(one in anyhow for one in known)  # what is compiled ahead is enough
@@ -80,8 +80,9 @@ def test_programs_are_compiled_at_once(at_once, monkeypatch):
     monkeypatch.setattr(programs, "_compiled", compiled)
     stage = programs.Programs(plan)
     monkeypatch.setattr(jax.stages.Traced, "lower", lambda self: None)
+    examples = plan.batch_sizes
     batches = [
-        pipeline.abstract(config, plan.prompts, shape, pad, plan.batch_sizes) for shape in shapes
+        pad.abstract(pipeline.abstract(config, plan.prompts, shape, examples)) for shape in shapes
     ]
     with jax.set_mesh(plan.mesh):
         assert all(map(stage.is_new, batches))
