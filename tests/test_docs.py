@@ -340,13 +340,16 @@ def run_bench(argv):
     from qk_jax.experiment import config as config_lib
 
     args, overrides = bench.arguments(argv)
-    if args.verb in ("checkpoints", "peer"):
+    if not getattr(args, "config", None):
         return
     config = config_lib.load(args.config, overrides)
     if args.verb == "cost":
         planned(args.config, tuple(overrides.items()))
     elif args.verb == "shardings":
         shardings.command(args, overrides)
+    elif args.verb == "checkpoints":
+        devices = Target.of(topologies.parse(args.slice)).slice_devices
+        assert math.prod(sharding.filled(config.mesh, devices).values()) == devices
     elif args.verb == "precompile":
         assert settings.shapes(config)
         if args.slice:

@@ -7,6 +7,7 @@
     python -m qk_jax.bench layouts --config stage3:20b --slice v5p-128 --search --out D
     python -m qk_jax.bench precompile --config stage3:20b@v5p-128 --slice v5p-128 --out D
     python -m qk_jax.bench checkpoints --gigabytes 4 --out gs://BUCKET/measured
+    python -m qk_jax.bench checkpoints --config stage2:20b@v5p-128 --slice v5p-128
 
 `cost` prints parameters, state bytes and model FLOPs for the config's target sizes with 0 to
 `--pictures` condition pictures, on any machine. With --measure N the real train step also runs N
@@ -19,8 +20,8 @@ for TPU slices that need not be here, and says of every layout whether it fits, 
 compiler thinks a step takes and where the time goes; with --measure it also runs on the devices at
 hand. `precompile` compiles all programs of a stage for a slice that need not be here, or for the
 devices at hand, and keeps them for runs. `checkpoints` times saves and restores on a disk or a
-bucket. A config is a shipped one's name, or the path of a file (mine.py:tiny); any field of it can
-be given as --config.FIELD=VALUE.
+bucket, or estimates the digests of a run's state on a slice. A config is a shipped one's name, or
+the path of a file (mine.py:tiny); any field of it can be given as --config.FIELD=VALUE.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def parser() -> cli.Parser:
 def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
     """The verb's options, and the overrides --config.FIELD=VALUE."""
     args, overrides = cli.parse_with_overrides(parser(), argv)
-    if args.verb in ("checkpoints", "peer") and overrides:
+    if overrides and not getattr(args, "config", None):
         parser().error(f"{args.verb} has no config")
     return args, overrides
 

@@ -1,17 +1,22 @@
 """Measures saving and restoring a state on the disk or bucket at hand.
 
     python -m qk_jax.bench checkpoints [--gigabytes 1] [--repeat 3] [--out DIR]
+    python -m qk_jax.bench checkpoints --config stage2:20b@v5p-128 --slice v5p-128
 
 saves a state of random float32 leaves, sharded over the devices at hand as a run's would be, with
 `checkpoints.store`, and restores it with its digests compared; then reads the same files as they
 are. Before each reading the files are dropped from the system's cache, where they are on a disk.
 Every figure is the median of the repetitions.
+
+With a slice, which need not be here, the compiler estimates instead how long the digests of the
+state of a run take there: an accelerator computes them in its own memory, a CPU beside the writing.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import tempfile
 import time
@@ -23,10 +28,14 @@ import numpy as np
 
 from qk_jax import sharding
 from qk_jax.base import buckets, files
+from qk_jax.base.errors import InputError
 from qk_jax.base.types import Tree
 from qk_jax.bench import measure
-from qk_jax.checkpoints.digest import describe
+from qk_jax.bench.schedule import topologies, walk
+from qk_jax.checkpoints.digest import describe, device_digests
 from qk_jax.checkpoints.store import Meta, Store, Trees
+from qk_jax.experiment import config as config_lib
+from qk_jax.experiment.plan import Plan
 
 LEAF_BYTES = 2**26
 META = {"stage": "none", "size": "none", "config": {}}
@@ -55,11 +64,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of the state (1)")
     parser.add_argument("--repeat", type=int, default=3, help="times everything is done (3)")
     parser.add_argument("--out", help="folder or bucket to measure (a temporary folder)")
+    parser.add_argument("--slice", metavar="NAME", help="v5p-128: estimate the digests there")
+    parser.add_argument("--config", help="NAME:SIZE, or FILE.py:SIZE; of the run, with --slice")
 
 
 def command(args: argparse.Namespace, overrides: Mapping[str, str]) -> None:
-    """Prints the table."""
-    del overrides
+    """Prints the table, or the estimate.
+
+    Raises:
+      InputError: one of --slice and --config is missing, or they do not fit.
+    """
+    if args.slice or args.config:
+        if not (args.slice and args.config):
+            raise InputError("--slice and --config go together; give both, or none")
+        print(estimated(args.config, overrides, args.slice))
+        return
     with contextlib.ExitStack() as stack:
         out = args.out or stack.enter_context(tempfile.TemporaryDirectory(prefix="qk-bench-"))
         tree = _state(max(1, round(args.gigabytes * files.GIGABYTE / LEAF_BYTES)))
@@ -71,6 +90,23 @@ def command(args: argparse.Namespace, overrides: Mapping[str, str]) -> None:
     )
     for line in report(total, Seconds(*map(float, np.median(runs, axis=0)))):
         print(line)
+
+
+def estimated(config_name: str, overrides: Mapping[str, str], name: str) -> str:
+    """How long the digests of a run's state take on a slice, in words."""
+    config, where = config_lib.load(config_name, dict(overrides)), topologies.parse(name)
+    devices = topologies.devices(where)
+    mesh = sharding.build_mesh(config.mesh, devices, config.slices)
+    plan = Plan.build(config, mesh, check=False)
+    state = jax.tree.leaves([plan.state.params, plan.state.opt_state, plan.state.ema])
+    with jax.set_mesh(plan.mesh):
+        program = device_digests.trace(state).lower().compile()
+    found = walk.estimate(program.as_text(), plan.mesh, where)
+    total = sum(math.prod(x.shape) * x.dtype.itemsize for x in state) / 1e9
+    return (
+        f"digests of the {total:,.1f} GB of {config_name} on {name}: {found.step_time_s:.4f} s, "
+        f"{total / len(devices) / found.step_time_s:,.0f} GB/s on each device (estimated)"
+    )
 
 
 def report(total: int, seconds: Seconds) -> Iterator[str]:

@@ -39,7 +39,7 @@ _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
 @jax.jit
-def _device_digests(leaves: list[jax.Array]) -> list[jax.Array]:
+def device_digests(leaves: list[jax.Array]) -> list[jax.Array]:
     """The sums of leaves on their devices, however they are sharded; one program for a tree."""
 
     def digest(x: jax.Array) -> jax.Array:
@@ -61,7 +61,7 @@ def describe(tree: Any) -> dict[str, dict[str, Any]]:
     """{name: {'shape', 'dtype', 'digest'}} of every leaf; the digest is 16 hex digits."""
     leaves = named(tree)
     small = {name: x.is_fully_addressable and x.size <= HOST_SIZE for name, x in leaves.items()}
-    large = _device_digests([x for name, x in leaves.items() if not small[name]])
+    large = device_digests([x for name, x in leaves.items() if not small[name]])
     placed = iter(jax.device_get(large))
     sums = [_host_digest(x) if small[name] else next(placed) for name, x in leaves.items()]
     return {
