@@ -281,8 +281,13 @@ def a_damaged_compiled_program(start: Start, rng: random.Random) -> set[int]:
 @disaster
 def full_disk(start: Start, rng: random.Random) -> set[int]:
     """Until a save has failed, of which three in a row may. The metrics stop, too."""
-    with filled(start.place.here):
-        start.wait(lambda: "was not saved" in start.logs[0].read_text(errors="replace"))
+    with filled(start.place.here) as fill:
+
+        def failed() -> bool:
+            fill()  # what a step that is no longer kept has left
+            return "was not saved" in start.logs[0].read_text(errors="replace")
+
+        start.wait(failed)
     return set()
 
 
@@ -352,15 +357,18 @@ def a_file_of_the_newest(start: Start, rng: random.Random) -> pathlib.Path | Non
 
 
 @contextlib.contextmanager
-def filled(folder: pathlib.Path) -> Iterator[None]:
-    """Within the block no byte is left on the disk of `folder`."""
+def filled(folder: pathlib.Path) -> Iterator[Callable[[], None]]:
+    """Within the block no byte is left on the disk of `folder` whenever what it gives is called."""
     filler = folder / "filler"
-    with contextlib.suppress(OSError), filler.open("wb") as file:
-        while True:
-            file.write(bytes(1 << 16))
-            file.flush()
+
+    def fill() -> None:
+        with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 16))
+
+    fill()
     try:
-        yield
+        yield fill
     finally:
         filler.unlink()
 

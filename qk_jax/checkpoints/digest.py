@@ -16,8 +16,8 @@ from qk_jax.base.trees import named
 HOST_SIZE = 2**22  # leaves with no more elements are digested on the host
 
 
-def _sums(x: Any, xp: Any) -> Any:
-    """Two uint32 sums over the bits of `x` (uint32, any shape), each weighted by position.
+def _terms(x: Any, xp: Any) -> tuple[Any, Any]:
+    """The terms of two uint32 sums over the bits of `x` (uint32, any shape), weighted by position.
 
     Integer sums do not depend on how `x` is sharded. The weights of the first sum are odd, so that
     one flipped bit always changes it; the second mixes bits and position (murmur3's finaliser).
@@ -31,8 +31,7 @@ def _sums(x: Any, xp: Any) -> Any:
     mixed = x ^ (position * xp.uint32(0x27D4EB2F))
     mixed = (mixed ^ (mixed >> 16)) * xp.uint32(0x85EBCA6B)
     mixed = (mixed ^ (mixed >> 13)) * xp.uint32(0xC2B2AE35)
-    mixed = mixed ^ (mixed >> 16)
-    return xp.stack([xp.sum(linear, dtype=xp.uint32), xp.sum(mixed, dtype=xp.uint32)])
+    return linear, mixed ^ (mixed >> 16)
 
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
@@ -45,16 +44,24 @@ def device_digests(leaves: list[jax.Array]) -> list[jax.Array]:
     def digest(x: jax.Array) -> jax.Array:
         x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
         bits = jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize])
-        return _sums(bits.astype(jnp.uint32), jnp)
+        terms = _terms(bits.astype(jnp.uint32), jnp)
+        # One reduction for both: two of them are 20 times slower on CPUs.
+        axes, zeros = tuple(range(x.ndim)), (np.uint32(0), np.uint32(0))
+        return jnp.stack(jax.lax.reduce(terms, zeros, _add, axes))
 
     return list(map(digest, leaves))
+
+
+def _add(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
+    return a[0] + b[0], a[1] + b[1]
 
 
 def _host_digest(x: jax.Array) -> np.ndarray:
     """The same sums with numpy: many small leaves would take long to compile for."""
     bits = np.ascontiguousarray(jax.device_get(x)).view(_UNSIGNED[x.dtype.itemsize])
     with np.errstate(over="ignore"):
-        return _sums(bits.astype(np.uint32).reshape(x.shape), np)
+        terms = _terms(bits.astype(np.uint32).reshape(x.shape), np)
+        return np.array([np.sum(term, dtype=np.uint32) for term in terms])
 
 
 def describe(tree: Any) -> dict[str, dict[str, Any]]:

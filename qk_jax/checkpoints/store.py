@@ -157,6 +157,9 @@ class Store:
         )
         try:
             registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+            # zstd finds 3 % in float32 weights, for half of the time of a save and a restore.
+            plain = ocp.PyTreeCheckpointHandler(use_compression=False)
+            registry.add(None, ocp.args.PyTreeSave, plain)
             self.manager = _Manager(self.root, options=options, handler_registry=registry)
         except OSError as error:
             raise InputError(f"{self.root} cannot be written: {error.strerror}") from error
@@ -190,7 +193,7 @@ class Store:
         leaves = {name: describe(tree) for name, tree in items.items()}
         meta = meta | {"format": FORMAT, "step": step, "leaves": leaves}
         meta["digest"] = of_metadata(meta)
-        args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        args = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
         try:
             self.manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)))
         except Exception as error:  # as in `restore`
