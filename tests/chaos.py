@@ -130,7 +130,8 @@ class Run:
                 moment = begun + rng.uniform(0, 20)
                 reached = start.wait(lambda moment=moment: time.monotonic() > moment)
             else:
-                goal = start.step() + rng.randrange(1, 4)
+                pace = (self.steps - start.step()) // (left - len(names))  # so that all happen
+                goal = start.step() + min(rng.randrange(1, 4), max(pace, 1))
                 reached = start.wait(lambda goal=goal: start.step() >= goal)
             if not reached:
                 break
