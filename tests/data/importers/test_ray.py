@@ -29,15 +29,28 @@ def cluster(monkeypatch):
     made.shutdown()
 
 
-def test_a_lost_node_changes_nothing(cluster, tmp_path):
-    second = cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
-    for n in range(24):
+def tars(folder, count, size):
+    """Arguments of a job that imports so many tars with 20 captioned pictures each."""
+    for n in range(count):
         members = []
         for k in range(20):
-            data = published.picture(20 * n + k, "PNG", (600, 600))
+            data = published.picture(20 * n + k, "PNG", size)
             members += [(f"{k:03d}.png", data), (f"{k:03d}.txt", f"{n} {k}".encode())]
-        published.tar(tmp_path / "in" / f"{n:03d}.tar", members)
-    given = {"format": "webdataset", "inputs": (str(tmp_path / "in"),), "task": "text_to_image"}
+        published.tar(folder / f"{n:03d}.tar", members)
+    return {"format": "webdataset", "inputs": (str(folder),), "task": "text_to_image"}
+
+
+def test_an_index_is_made_by_it_too(cluster, tmp_path):
+    given = tars(tmp_path / "in", 4, (40, 30))
+    importing.run(Job(**given, out=str(tmp_path / "alone"), in_place=True), pieces.Engine())
+    engine = pieces.Engine(ray=cluster.address)
+    importing.run(Job(**given, out=str(tmp_path / "out"), in_place=True), engine)
+    assert content(tmp_path / "out") == content(tmp_path / "alone")
+
+
+def test_a_lost_node_changes_nothing(cluster, tmp_path):
+    second = cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+    given = tars(tmp_path / "in", 24, (600, 600))
     importing.run(Job(**given, out=str(tmp_path / "alone")), pieces.Engine())
     out = tmp_path / "out"
 
