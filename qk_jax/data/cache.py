@@ -20,7 +20,7 @@ from qk_jax.base.errors import InputError
 
 MOMENTS, VISION = "moments", "vision"  # kinds
 MANIFEST, FORMAT = "manifest.json", 1
-SHARD_BYTES = 2**30
+SHARD_BYTES = 2**28  # of rows that wait in memory, for each kind and shape
 _INDEX = np.dtype([("digest", "u1", (16,)), ("crc", "<u4")])
 _STORED = np.dtype(np.uint16)  # what NumPy writes for bfloat16, which it does not know
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
@@ -103,7 +102,11 @@ def padding_of(config: Mapping[str, Any]) -> Padding | CachedPadding:
       InputError: sizes are none, or the cache is none.
     """
     padding, folder = Padding.from_config(config), config["data"].get("cache", "")
-    return CachedPadding(padding, Cache(folder)) if folder else padding
+    if not folder:
+        return padding
+    cache = Cache(folder)
+    log.info("%s has %d rows of %s", cache.folder, len(cache), " and ".join(cache.towers))
+    return CachedPadding(padding, cache)
 
 
 def check(plan: Plan, padding: Padding | CachedPadding, frozen: Tree) -> None:
@@ -121,13 +124,15 @@ def check(plan: Plan, padding: Padding | CachedPadding, frozen: Tree) -> None:
 
 
 def towers(plan: Plan, params: Tree) -> dict[str, str]:
-    """{kind: digest of the frozen tower that makes its rows}. The vision tower is none where it
-    trains, or is adapted."""
+    """{kind: digest of the frozen tower that makes its rows}. A tower that trains, or is adapted,
+    has none."""
     config, dtype = plan.model.config, plan.config.dtype.compute
-    found = {MOMENTS: _digest(params["vae"], config.vae, dtype)}
     trained = [name.removeprefix("lora/") for name in trees.flatten(plan.params)]
+    shown = config.vlm.vision, config.vlm_pixels, config.picture_multiple
+    found = {}
+    if not any(name.startswith("vae/") for name in trained):
+        found[MOMENTS] = _digest(params["vae"], config.vae, dtype)
     if not any(name.startswith("vlm/visual/") for name in trained):
-        shown = config.vlm.vision, config.vlm_pixels, config.picture_multiple
         found[VISION] = _digest(params["vlm"]["visual"], shown, dtype)
     return found
 
@@ -228,8 +233,8 @@ def encode(config: ConfigDict, out: files.PathLike, workdir: files.PathLike, par
         encoding, old = _Encoding(plan, params, writer, kinds), Cache(out)
         pipeline, bad = Pipeline(config, "train", 0, 1, plan.prompts), 0
         for shown in _shown(pipeline, index, count, VISION in kinds):
-            bad += shown is None
-            for one in shown or ():
+            bad += not shown
+            for one in shown:
                 encoding.add(one, old)
         encoding.close()
     made = ", ".join(f"{encoding.count[kind]:,} of {kind}" for kind in kinds)
@@ -247,26 +252,21 @@ def _part(text: str) -> tuple[int, int]:
     raise InputError(f"--part is {text!r}; give I/N, such as 0/4 for the first of four")
 
 
-def _shown(
-    pipeline: Pipeline, index: int, count: int, vision: bool
-) -> Iterator[list[_Shown] | None]:
-    """The pictures of every example of a plan, or of a part of them; None for a bad record."""
+def _shown(pipeline: Pipeline, index: int, count: int, vision: bool) -> Iterator[list[_Shown]]:
+    """The pictures of every example of a plan, or of a part of them; none of a bad record."""
     sources = pipeline.loader.sources
-    members = [
-        (group, int(number))
-        for group, one in enumerate(pipeline.groups)
-        for number in one.numbers[index::count]
-    ]
+    numbers = [group.numbers[index::count] for group in pipeline.groups]
+    ends = np.cumsum([len(own) for own in numbers])
     latents = pipeline.config["model"]["condition_latents"]
     of_conditions = (MOMENTS,) * latents + (VISION,) * vision
 
-    def read(place: int) -> list[_Shown] | None:
-        group, number = members[place]
+    def read(place: int) -> list[_Shown]:
+        group = int(np.searchsorted(ends, place, side="right"))
         try:
-            example = sources[group][number]
+            example = sources[group][int(numbers[group][place - ends[group]])]
         except BadRecord as error:
             log.warning("left out a bad record: %s", error)
-            return None
+            return []  # grain would leave None out
         found = [_Shown(digest_of(example.target), example.target, (MOMENTS,))]
         for picture in example.pictures:
             found.append(_Shown(digest_of(picture), picture, of_conditions))
@@ -274,6 +274,7 @@ def _shown(
 
     data = pipeline.config["data"]
     ahead = grain.ReadOptions(max(data["threads"], 1), 2 * AT_ONCE)
-    made = grain.MapDataset.range(len(members)).map(read).to_iter_dataset(ahead)
-    rate = functools.partial(tqdm.tqdm, unit="example", disable=not sys.stderr.isatty())
-    return iter(rate(made, total=len(members), desc="encode"))
+    total = int(ends[-1])
+    made = grain.MapDataset.range(total).map(read).to_iter_dataset(ahead)
+    quiet = not sys.stderr.isatty()
+    return iter(tqdm.tqdm(made, "encode", total, unit="example", disable=quiet))

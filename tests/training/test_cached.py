@@ -3,6 +3,7 @@
 import json
 import pathlib
 import pickle
+from types import SimpleNamespace
 
 import jax
 import ml_dtypes
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from qk_jax.base import trees
-from qk_jax.base.errors import InputError
+from qk_jax.base.errors import BadRecord, InputError
 from qk_jax.data import pipeline
 from qk_jax.data.__main__ import main
 from qk_jax.data.cache import MOMENTS, VISION, Cache, Writer, digest_of
@@ -150,6 +151,27 @@ def test_a_whole_run_is_the_same(records, tmp_path, monkeypatch):
         losses.append([json.loads(x)["loss"] for x in lines if "loss" in json.loads(x)])
     np.testing.assert_allclose(*losses, rtol=1e-4)
     assert len(losses[0]) == 4
+
+
+def test_parts_share_the_examples_and_bad_records_are_left_out():
+    def read(number):
+        if number == 3:
+            raise BadRecord("undecodable", "number 3")
+        return SimpleNamespace(target=picture(number), pictures=[picture(100 + number)])
+
+    source = type("Source", (), {"__getitem__": lambda self, number: read(number)})()
+    groups = [SimpleNamespace(numbers=np.arange(0, 4)), SimpleNamespace(numbers=np.arange(4, 9))]
+    pipe = SimpleNamespace(
+        loader=SimpleNamespace(sources=[source, source]), groups=groups,
+        config={"model": {"condition_latents": True}, "data": {"threads": 1}},
+    )  # fmt: skip
+    whole = list(cached._shown(pipe, 0, 1, True))
+    assert [len(x) for x in whole] == [2, 2, 2, 0, 2, 2, 2, 2, 2]
+    assert whole[8][0].digest == digest_of(picture(8)) and whole[8][0].kinds == (MOMENTS,)
+    assert whole[8][1].kinds == (MOMENTS, VISION)
+    parts = [x for part in range(2) for x in cached._shown(pipe, part, 2, False)]
+    digests = lambda found: sorted(x.digest for one in found for x in one)  # noqa: E731
+    assert digests(parts) == digests(whole) and parts[0][1].kinds == (MOMENTS,)
 
 
 def picture(seed, size=(32, 48)):
