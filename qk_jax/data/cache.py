@@ -190,8 +190,9 @@ class Writer:
         index = np.zeros(len(rows), _INDEX)
         index["digest"] = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)
         index["crc"] = [zlib.crc32(row.data) for row in together]
-        number = len(list(self.folder.glob(f"{stem}-{self.name}-*.index.npy")))
-        path = self.folder / f"{stem}-{self.name}-{number:05d}.npy"
+        own = f"{stem}-{self.name}-"
+        known = [x.name.removeprefix(own)[:5] for x in self.folder.glob(f"{own}*.index.npy")]
+        path = self.folder / f"{own}{1 + max(map(int, known), default=-1):05d}.npy"
         for where, array in ((path, together), (_index_path(path), index)):  # the index last
             with files.beside(where) as part, buckets.local_file(part) as here:
                 with open(here, "wb") as file:

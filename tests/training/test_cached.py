@@ -207,6 +207,18 @@ def test_several_writers_share_a_folder(tmp_path):
     np.testing.assert_array_equal(Cache(tmp_path).get(MOMENTS, pictures[4]), rows[4])
 
 
+def test_a_file_that_was_deleted_is_made_again_beside_the_others(tmp_path):
+    for _ in range(3):
+        rows_of(tmp_path)
+    first = sorted(tmp_path.glob("moments-*-00000*.npy"))
+    assert len(first) == 2
+    for path in first:
+        path.unlink()
+    rows_of(tmp_path)
+    numbers = {x.name.split("-")[-1][:5] for x in tmp_path.glob("moments-*.npy")}
+    assert numbers == {"00001", "00002", "00003"} and len(Cache(tmp_path)) == 15
+
+
 def test_a_damaged_row_is_never_used(tmp_path):
     pictures, _ = rows_of(tmp_path)
     (path,) = [x for x in tmp_path.glob("moments-*.npy") if "index" not in x.name]
