@@ -71,14 +71,14 @@ def saver_of(folder, every=1, minutes=0.0, max_failures=3):
 
 def fails(folder, which):
     """Saves 1, 2 and 3; the write of 2 fails on process `which` alone."""
-    write, now, said = ocp.StandardCheckpointHandler.async_save, [0], []
+    write, now, said = ocp.PyTreeCheckpointHandler.async_save, [0], []
 
     async def async_save(self, *args, **kwargs):
         if now[0] == 2 and jax.process_index() == which:
             return [*await write(self, *args, **kwargs), Full()]
         return await write(self, *args, **kwargs)
 
-    ocp.StandardCheckpointHandler.async_save = async_save
+    ocp.PyTreeCheckpointHandler.async_save = async_save
     saving.log.error = lambda text, *args: said.append(text % args)
     saver = saver_of(folder)
     begun = time.monotonic()

@@ -310,7 +310,7 @@ def test_a_disk_that_is_full_for_one_save_costs_that_save_alone(straight, tmp_pa
                 taken.append(step)
                 yield batch
 
-    save, write = Store.save, ocp.StandardCheckpointHandler.async_save
+    save, write = Store.save, ocp.PyTreeCheckpointHandler.async_save
     steps: list = []
 
     async def fails_at_2(self, *args, **kwargs):
@@ -318,7 +318,7 @@ def test_a_disk_that_is_full_for_one_save_costs_that_save_alone(straight, tmp_pa
 
     monkeypatch.setattr(pipeline, "Pipeline", Slow)
     monkeypatch.setattr(Store, "save", lambda *args: (steps.append(args[1]), save(*args)))
-    monkeypatch.setattr(ocp.StandardCheckpointHandler, "async_save", fails_at_2)
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "async_save", fails_at_2)
     monkeypatch.setattr(
         saving.log, "error", lambda text, *args: told.append((taken[-1], text % args))
     )

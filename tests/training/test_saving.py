@@ -72,12 +72,12 @@ class Full(ocp.future.Future):
 def disk(monkeypatch):
     """disk.full = True makes every write fail, in the thread that writes."""
     now = types.SimpleNamespace(full=False)
-    save = ocp.StandardCheckpointHandler.async_save
+    save = ocp.PyTreeCheckpointHandler.async_save
 
     async def async_save(self, *args, **kwargs):
         return [Full()] if now.full else await save(self, *args, **kwargs)
 
-    monkeypatch.setattr(ocp.StandardCheckpointHandler, "async_save", async_save)
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "async_save", async_save)
     return now
 
 
