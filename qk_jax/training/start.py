@@ -198,7 +198,7 @@ def parameters(plan: Plan, workdir: files.PathLike, only: Collection[str] | None
         elif before is not None and origin in ("previous", "merged"):
             _check_same_architecture(part, before.plan, plan)
             flat |= _under(part, _inherited(part, origin, before))
-    fresh = tuple(part for part in parts if words[part] == origins.FRESH)
+    fresh = tuple(part for part, word in words.items() if word == origins.FRESH)
     flat |= _fresh(plan, fresh)
     target = plan.everything if only is None else {part: plan.everything[part] for part in parts}
     return _in_shardings(flat, target, words)
