@@ -157,7 +157,7 @@ class Store:
         )
         try:
             registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-            # zstd finds 3 % in random float32, for half of the processor time of saves and restores.
+            # zstd finds 3 % in random float32, for half of the processor time.
             plain = ocp.PyTreeCheckpointHandler(use_compression=False)
             registry.add(None, ocp.args.PyTreeSave, plain)
             self.manager = _Manager(self.root, options=options, handler_registry=registry)
