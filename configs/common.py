@@ -213,9 +213,9 @@ def base(stage: str, size: str) -> ConfigDict:
     # with a few hundred examples a batch.
     config.spike = ConfigDict({"zscore": 0.0, "window": 100, "max_rollbacks": 10})
     config.evals = ConfigDict({
-        "loss": {"type": "loss", "every": pick(size, 125, 250, 6, 2000)},
+        "loss": {"type": "loss", "every": pick(size, 75, 250, 6, 2000)},
         "sheets": {
-            "type": "sheets", "every": pick(size, 125, 250, 6, 5000),
+            "type": "sheets", "every": pick(size, 75, 250, 6, 5000),
             "records": pick(size, 2, 4, 2, 4), "steps": pick(size, 10, 20, 4, 20),
             "guidance": 4.0, "image_guidance": 1.5, "seed": 0,
         },

@@ -19,7 +19,7 @@ def get_config(size: str = "tiny"):
     size, place = recipes.split(size)
     config = common.base("stage2", size)
     tiny = common.presets(size) == "tiny"
-    config.steps = common.pick(size, tiny=250, tiny_long=500, smoke=6, full=420_000)
+    config.steps = common.pick(size, tiny=150, tiny_long=500, smoke=6, full=420_000)
     config.data.batch = common.pick(size, tiny=16, tiny_long=16, smoke=8, full=1024)
     config.data.tasks.text_to_image = 0.7
     config.data.tasks.reconstruction = 0.3

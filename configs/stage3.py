@@ -16,10 +16,10 @@ def get_config(size: str = "tiny"):
     size, place = recipes.split(size)
     config = common.base("stage3", size)
     tiny = common.presets(size) == "tiny"
-    config.steps = common.pick(size, tiny=800, tiny_long=4000, smoke=6, full=30_000)
+    config.steps = common.pick(size, tiny=500, tiny_long=4000, smoke=6, full=30_000)
     config.data.batch = common.pick(size, tiny=16, tiny_long=16, smoke=8, full=512)
     for entry in config.evals.values():
-        entry.every = common.pick(size, tiny=400, tiny_long=1000, smoke=6, full=entry.every)
+        entry.every = common.pick(size, tiny=250, tiny_long=1000, smoke=6, full=entry.every)
     config.data.tasks.text_to_image = 0.1
     config.data.tasks.reconstruction = 0.05
     config.data.tasks.transformation = 0.2

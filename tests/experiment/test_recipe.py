@@ -119,9 +119,9 @@ def kind(name):
 
 # Learning rate, warm-up and steps; the rate falls to a tenth but for highres.
 RATES = {
-    ("stage1", "tiny"): (1e-3, 20, 250), ("stage1", "20b"): (1e-4, 2000, 72_000),
-    ("stage2", "tiny"): (3e-4, 20, 250), ("stage2", "20b"): (5e-5, 2000, 420_000),
-    ("stage3", "tiny"): (2e-3, 20, 800), ("stage3", "20b"): (1e-4, 500, 30_000),
+    ("stage1", "tiny"): (1e-3, 20, 150), ("stage1", "20b"): (1e-4, 2000, 72_000),
+    ("stage2", "tiny"): (3e-4, 20, 150), ("stage2", "20b"): (5e-5, 2000, 420_000),
+    ("stage3", "tiny"): (2e-3, 20, 500), ("stage3", "20b"): (1e-4, 500, 30_000),
     ("highres", "tiny"): (2e-4, 10, 100), ("highres", "20b"): (1e-5, 100, 3000),
 }  # fmt: skip
 
