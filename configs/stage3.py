@@ -16,7 +16,7 @@ def get_config(size: str = "tiny"):
     size, place = recipes.split(size)
     config = common.base("stage3", size)
     tiny = common.presets(size) == "tiny"
-    config.steps = common.pick(size, tiny=500, tiny_long=4000, smoke=6, full=30_000)
+    config.steps = common.pick(size, tiny=750, tiny_long=4000, smoke=6, full=30_000)
     config.data.batch = common.pick(size, tiny=16, tiny_long=16, smoke=8, full=512)
     for entry in config.evals.values():
         entry.every = common.pick(size, tiny=250, tiny_long=1000, smoke=6, full=entry.every)

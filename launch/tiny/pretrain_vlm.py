@@ -115,7 +115,7 @@ def two_subjects(rng: Random, subjects: Sequence[Cutout], size: tuple[int, int])
 
 
 @functools.cache
-def templates() -> tuple[str, ...]:
+def instructions() -> tuple[str, ...]:
     """Instructions in all wordings."""
     return tuple(tasks.template_texts())
 
@@ -131,7 +131,7 @@ def converse(rng: Random, kind: str, subjects: Sequence[Cutout]) -> Conversation
         text = rng.choice(subjects).caption
         if rng.random() < 0.5:
             samples = re.compile(r"\b(red apple|dog|car)\b")  # that fill the gaps of template_texts
-            text = samples.sub(lambda _: thing(rng, subjects)[1], rng.choice(templates()))
+            text = samples.sub(lambda _: thing(rng, subjects)[1], rng.choice(instructions()))
         return Conversation((), text, text, learn_text=True)
     if len(sizes) == 1:
         shown = [rng.choice((one_subject, one_subject, two_subjects))(rng, subjects, sizes[0])]

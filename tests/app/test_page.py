@@ -239,15 +239,24 @@ def test_cancel_by_key_and_by_button(open_page):
 def test_a_page_that_is_loaded_anew_finds_its_job(open_page):
     page = open_page()
     page.fill("#steps", "400")
+    page.fill("#num", "2")
+    add(page, "source", file())
+    add(page, "references", file(2, "b.png"))
     page.fill("#prompt", "a red kite")
     page.click("#paint")
-    expect(page.locator(".state")).to_contain_text("painting", timeout=SLOW)
+    expect(page.locator("#history img")).to_have_count(1, timeout=SLOW)
     page.reload()
     expect(page.locator("article h2")).to_have_text("a red kite")
-    expect(page.locator("#history img")).to_have_count(1, timeout=SLOW)
-    assert told(download(page)[0])["steps"] == 400
+    expect(page.locator(f"{PAINTED} figcaption")).to_have_count(2, timeout=SLOW)
+    expect(page.locator("#history img")).to_have_count(2)  # the first picture only once
+    seeds = {told(download(page, at)[0])["seed"] for at in (0, 1)}
+    assert len(seeds) == 2 and told(download(page)[0])["steps"] == 400
+    expect(page.locator(f"{PAINTED} .source")).to_have_count(2)  # the slider has its source
+    page.locator("#history button").first.click()
+    page.locator("#viewer").get_by_text("Settings", exact=True).click()
+    assert names(page) == ["the source: hat.png", "reference 1: b.png"]
     page.reload()
-    expect(page.locator("#history img")).to_have_count(1)
+    expect(page.locator("#history img")).to_have_count(2)
     expect(page.locator("article")).to_have_count(0)
 
 
@@ -280,6 +289,28 @@ def test_two_models_side_by_side(open_page):
     assert one["checkpoint"] != other["checkpoint"]
     same = one.keys() - {"checkpoint", "ema", "model"}
     assert {name: one[name] for name in same} == {name: other[name] for name in same}
+
+
+def test_models_of_different_sizes_are_compared_at_one_that_is_chosen(open_page):
+    page = open_page()
+
+    def answer(route):
+        told = route.fetch().json()
+        told["models"][1]["sizes"] = ["48x96"]
+        route.fulfill(json=told)
+
+    page.route("**/api/models", answer)
+    page.reload()
+    expect(page.locator("#status")).to_have_text("ready", timeout=SLOW)
+    fast(page)
+    page.check("#compare")
+    page.fill("#prompt", "a kite")
+    page.click("#paint")
+    words = "choose a size: the two models were trained with different ones"
+    expect(page.locator("#error")).to_have_text(words)
+    page.locator("#sizes label", has_text="64 × 64").click()
+    paint(page, count=2)
+    assert told(download(page, 0)[0])["size"] == told(download(page, 1)[0])["size"] == "64x64"
 
 
 def test_history_outlives_the_page_and_gives_its_pictures(open_page):
@@ -317,11 +348,16 @@ def test_a_phone_shows_everything(open_page, scheme):
     page = open_page(viewport={"width": 390, "height": 844}, color_scheme=scheme, has_touch=True)
     add(page, "source", file())
     add(page, "references", file(2, "b.png"), file(3, "c.png"))
-    page.locator("details summary").click()
+    page.get_by_label("Later: b.png").tap()  # as nothing can be dragged there
+    page.get_by_label("Make it the source: c.png").tap()
+    assert names(page) == ["the source: c.png", "reference 1: hat.png", "reference 2: b.png"]
+    page.locator("details summary").tap()
     expect(page.locator("#paint")).to_be_in_viewport()
-    paint(page)
+    page.fill("#prompt", "make it blue")
+    page.locator("#paint").tap()
+    expect(page.locator(f"{PAINTED} figcaption")).to_have_count(1, timeout=SLOW)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
-    page.locator(f"{PAINTED} button.stack").click()
+    page.locator(f"{PAINTED} button.stack").tap()
     box = page.locator("#viewer").bounding_box()
     assert box["x"] >= 0 and box["x"] + box["width"] <= 390
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")

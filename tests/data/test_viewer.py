@@ -276,7 +276,7 @@ def test_a_histogram_counts_every_value():
         ("look DATA --out p.html --step 1", "--step is of the training of a config"),
         ("look DATA --out p.html --split validation", "no record file"),
         ("look DATA --out p.html --config.data.nothing=1", "no field 'data.nothing'"),
-        ("look stage3:tiny --out p.html --step 500", "has steps 0 to 499"),
+        ("look stage3:tiny --out p.html --step 750", "has steps 0 to 749"),
         ("import --format folder --input a --task editing --out b --config.seed=1", "no config"),
     ],
 )

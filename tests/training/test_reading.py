@@ -78,7 +78,7 @@ def test_the_command_judges_the_rate(capsys):
     command.main([*given, "--step-s", "1000"])
     said = capsys.readouterr().out
     assert re.search(r"its 4 slots of a step in 1000 s need 0.0: enough", said)
-    assert "800 steps of 16 examples" in said and len(table(said, "target")) == 8
+    assert "750 steps of 16 examples" in said and len(table(said, "target")) == 8
     command.main([*given, "--step-s", "0.0001"])
     assert "too slow: add hosts" in capsys.readouterr().out
     with pytest.raises(InputError, match="--hosts 0; give"):

@@ -2,7 +2,7 @@
 
 import { base64, recipeOf, Store } from "./files.js";
 import { Form } from "./form.js";
-import { Roles } from "./pictures.js";
+import { picture, Roles } from "./pictures.js";
 import { action, Card, element, fit, stack, told, Viewer } from "./results.js";
 
 const at = (id) => document.getElementById(id);
@@ -80,6 +80,9 @@ async function send(task) {
     if (size > app.max_bytes) throw new Error(`the pictures have more than ${app.max_bytes >> 20} MiB together`);
     const view = await ask("/api/paint", "POST", body);
     if (task.state === "cancelled") return ask(`/api/jobs/${view.id}`, "DELETE");
+    if (source || references.length) {
+      store.hold(view.id, { source: kept(source), references: references.map(kept) });
+    }
     follow(task, view);
   } catch (error) {
     if (task.state === "cancelled") return;
@@ -99,8 +102,9 @@ async function send(task) {
 /** Listens to a job until it is over. */
 function follow(task, view) {
   task.id = view.id;
-  remember();
   task.taken ??= 0;
+  task.stored ??= 0;
+  remember();
   task.card.state(task.column, view);
   const events = new EventSource(`/api/jobs/${view.id}`);
   task.close = () => events.close();
@@ -113,7 +117,7 @@ function follow(task, view) {
     if (task.state !== now.state) say(told({ ...now, step: 0 }));
     task.state = now.state;
     task.card.state(task.column, now);
-    while (task.taken < now.pictures.length) take(task, now.pictures[task.taken++], size);
+    while (task.taken < now.pictures.length) take(task, now.pictures[task.taken], size, task.taken++ >= task.stored);
     if (ENDED.includes(now.state)) end(task);
     drawQueue();
   });
@@ -130,8 +134,8 @@ function follow(task, view) {
   });
 }
 
-/** Shows a painted picture and keeps it in the history. */
-async function take(task, path, size) {
+/** Shows a painted picture and, where it is new, keeps it in the history. */
+async function take(task, path, size, isNew) {
   const figure = element("figure");
   fit(figure, ...size);
   task.card.add(task.column, figure);
@@ -149,7 +153,10 @@ async function take(task, path, size) {
     stack(URL.createObjectURL(blob), task.pictures.source?.url, task.asked.prompt, () => show(item)),
     element("figcaption", {}, ...tools(item)),
   );
+  if (!isNew) return;
   await store.add(item);
+  task.stored += 1;
+  remember();
   drawHistory();
 }
 
@@ -157,6 +164,7 @@ const kept = (picture) => picture && { name: picture.name, blob: picture.blob };
 
 function end(task) {
   task.close?.();
+  if (task.id) store.release(task.id);
   tasks = tasks.filter((other) => other !== task);
   remember();
   if (!task.card.tasks.some((other) => tasks.includes(other))) task.card.end();
@@ -164,21 +172,30 @@ function end(task) {
   pump();
 }
 
-/** Keeps the names of the jobs at work, for when this page is loaded anew. */
+/** Keeps which jobs are at work, and how many of their pictures the history has, for when this page is loaded anew. */
 function remember() {
-  sessionStorage.setItem("jobs", JSON.stringify(tasks.flatMap(({ id }) => id ?? [])));
+  const known = tasks.filter(({ id }) => id).map(({ id, stored }) => ({ id, stored }));
+  sessionStorage.setItem("jobs", JSON.stringify(known));
 }
 
-/** Follows the jobs that this page had before it was loaded anew. */
+/** Follows the jobs that this page had before it was loaded anew, with what they were given. */
 async function resume() {
-  for (const id of JSON.parse(sessionStorage.getItem("jobs") ?? "[]")) {
+  const mine = JSON.parse(sessionStorage.getItem("jobs") ?? "[]");
+  for (const { id, stored } of mine) {
     const view = await ask(`/api/jobs/${id}`).catch(() => null);
     if (!view) continue;
-    const pictures = { source: null, references: [] };
+    const { source, references } = (await store.held(id)) ?? { references: [] };
+    const pictures = { source: source && shown(source), references: references.map(shown) };
     const [task] = addTasks([{ prompt: view.prompt, model: view.model, ema: view.ema }], pictures);
+    task.stored = stored;
     follow(task, view);
   }
+  const all = await ask("/api/jobs").catch(() => null);
+  const others = all?.filter(({ state }) => !ENDED.includes(state)); // of other pages
+  if (others) await store.releaseOthers([...mine, ...others].map(({ id }) => id));
 }
+
+const shown = ({ name, blob }) => picture(blob, name);
 
 function cancel(task) {
   if (!tasks.includes(task)) return;

@@ -51,7 +51,8 @@ export async function recipeOf(blob) {
   }
 }
 
-/** Pictures painted before, in this browser's own database; in memory where it has none. */
+/** Pictures painted before, and the condition pictures of the jobs at work, in this browser's own database; the
+    first are kept in memory where it has none. */
 export class Store {
   #items = [];
   #base = null;
@@ -59,15 +60,19 @@ export class Store {
   async open() {
     this.#base = await new Promise((resolve) => {
       try {
-        const asked = indexedDB.open("qk-app", 1);
-        asked.onupgradeneeded = () => asked.result.createObjectStore("pictures", { keyPath: "key" });
+        const asked = indexedDB.open("qk-app", 2);
+        asked.onupgradeneeded = () => {
+          const base = asked.result;
+          if (!base.objectStoreNames.contains("pictures")) base.createObjectStore("pictures", { keyPath: "key" });
+          base.createObjectStore("jobs", { keyPath: "id" });
+        };
         asked.onsuccess = () => resolve(asked.result);
         asked.onerror = asked.onblocked = () => resolve(null);
       } catch {
         resolve(null);
       }
     });
-    const read = this.#base && (await this.#do("readonly", (pictures) => pictures.getAll()));
+    const read = this.#base && (await this.#do("pictures", "readonly", (pictures) => pictures.getAll()));
     this.#items = (read ?? []).sort((one, other) => other.key - one.key);
   }
 
@@ -78,25 +83,45 @@ export class Store {
 
   async add(item) {
     this.#items.unshift(item);
-    await this.#do("readwrite", (pictures) => pictures.put(item));
+    await this.#do("pictures", "readwrite", (pictures) => pictures.put(item));
     for (const old of this.#items.splice(KEPT)) await this.remove(old);
   }
 
   async remove(item) {
     this.#items = this.#items.filter((other) => other !== item);
-    await this.#do("readwrite", (pictures) => pictures.delete(item.key));
+    await this.#do("pictures", "readwrite", (pictures) => pictures.delete(item.key));
   }
 
   async clear() {
     this.#items = [];
-    await this.#do("readwrite", (pictures) => pictures.clear());
+    await this.#do("pictures", "readwrite", (pictures) => pictures.clear());
   }
 
-  async #do(mode, action) {
+  /** Keeps what a job was given, {source, references} of {name, blob}. */
+  async hold(id, given) {
+    await this.#do("jobs", "readwrite", (jobs) => jobs.put({ id, ...given }));
+  }
+
+  /** What a job was given; null where that is not known. */
+  async held(id) {
+    return (await this.#do("jobs", "readonly", (jobs) => jobs.get(id))) ?? null;
+  }
+
+  async release(id) {
+    await this.#do("jobs", "readwrite", (jobs) => jobs.delete(id));
+  }
+
+  /** Forgets what was given to all jobs but these. */
+  async releaseOthers(ids) {
+    const known = (await this.#do("jobs", "readonly", (jobs) => jobs.getAllKeys())) ?? [];
+    for (const id of known) if (!ids.includes(id)) await this.release(id);
+  }
+
+  async #do(name, mode, action) {
     if (!this.#base) return null;
     return new Promise((resolve) => {
       try {
-        const asked = action(this.#base.transaction("pictures", mode).objectStore("pictures"));
+        const asked = action(this.#base.transaction(name, mode).objectStore(name));
         asked.onsuccess = () => resolve(asked.result);
         asked.onerror = () => resolve(null);
       } catch {

@@ -160,4 +160,6 @@ export class Roles {
 }
 
 const isPicture = (file) => file.type.startsWith("image/");
-const picture = (blob, name) => ({ blob, name, url: URL.createObjectURL(blob) });
+
+/** A condition picture as it is shown. */
+export const picture = (blob, name) => ({ blob, name, url: URL.createObjectURL(blob) });
