@@ -49,8 +49,8 @@ class Extent:
       times: where on the way from picture (0) to noise (1) the loss is taken.
       captions: training captions among which a painted picture is looked up.
       words: settings of pictures painted from words alone, which have many right answers.
-      pictures: settings of pictures painted from pictures, which have one: without guidance, since
-        the squared error is judged.
+      pictures: settings of pictures painted from pictures, which have one: with hardly any
+        guidance, since the squared error is judged.
       sheet: pictures of each task that are shown to people.
     """
 
@@ -59,7 +59,7 @@ class Extent:
     times: tuple[float, ...] = (0.15, 0.35, 0.55, 0.75, 0.95)
     captions: int = 100
     words: Settings = Settings(steps=12, guidance=3.0, image_guidance=1.0)
-    pictures: Settings = Settings(steps=12, guidance=1.0, image_guidance=1.0)
+    pictures: Settings = Settings(steps=12, guidance=1.5, image_guidance=1.0)
     sheet: int = 8
 
     def __post_init__(self) -> None:
@@ -75,7 +75,7 @@ SMOKE = Extent(
 LONG = Extent(
     records=96,
     words=Settings(steps=30, guidance=3.0, image_guidance=1.0),
-    pictures=Settings(steps=30, guidance=1.0, image_guidance=1.0),
+    pictures=Settings(steps=30, guidance=1.5, image_guidance=1.0),
 )
 
 
