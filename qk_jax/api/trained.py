@@ -77,10 +77,12 @@ class TrainedModel:
         Raises:
           InputError: no prompt, or something that this model cannot follow.
         """
-        if num < 1:
-            raise InputError(f"num is {num}; give at least 1")
+        if not isinstance(num, int | np.integer) or num < 1:
+            raise InputError(f"num is {num!r}; give a whole number of at least 1")
         if isinstance(references, str | os.PathLike | Image.Image):
             raise InputError("references is one picture; give a list: references=[picture]")
+        if not isinstance(references, Sequence | np.ndarray):
+            raise InputError(f"references is {references!r}; give a list: references=[picture]")
         known = [field.name for field in dataclasses.fields(painting.Settings)]
         if unknown := settings.keys() - set(known):
             raise InputError(f"there is no setting {sorted(unknown)[0]!r}; give one of {known}")
@@ -151,8 +153,8 @@ def load(
         None for the `num` of each call, at most 8.
       mesh: to shard the parameters over, by the tables of the training; None for one device.
     """
-    if batch is not None and batch < 1:
-        raise InputError(f"batch is {batch}; give at least 1")
+    if batch is not None and (not isinstance(batch, int) or batch < 1):
+        raise InputError(f"batch is {batch!r}; give a whole number of at least 1")
     runtime.quiet()
     runtime.skip_absent_tpu()
     runtime.keep_programs()

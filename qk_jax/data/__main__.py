@@ -286,10 +286,12 @@ def _plan(args: argparse.Namespace, overrides: dict[str, str]) -> str:
     """The report of plan. Raises: InputError."""
     from qk_jax.data.pipeline import Pipeline
     from qk_jax.experiment import config as config_lib
-    from qk_jax.training import reading
+    from qk_jax.training import evals, reading
 
     reading.check(args.seconds, args.step_s, args.hosts)
-    pipeline = Pipeline(config_lib.load(args.config, overrides), "train", 0, args.hosts)
+    config = config_lib.load(args.config, overrides)
+    evals.check_data(config)
+    pipeline = Pipeline(config, "train", 0, args.hosts)
     return reading.told(pipeline, args.seconds, args.step_s)
 
 

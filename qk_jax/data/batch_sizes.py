@@ -72,8 +72,8 @@ def fitting(data: Mapping[str, Any], pictures: int, tokens: int) -> int:
     if budget and found * tokens > budget:
         raise InputError(
             f"config.data.tokens is {budget:,}, and a batch of {found} with {pictures} condition "
-            f"pictures has {found * tokens:,} tokens of VLM and generator; raise it, or make "
-            "config.data.batch a power of two"
+            f"pictures has {found * tokens:,} tokens of VLM and generator; raise it"
+            + (", or make config.data.batch a power of two" if found > 1 else "")
         )
     return found
 

@@ -282,7 +282,11 @@ class RecordFile:
         self._reader: Any = None
         exists = self.path.is_file()
         if needed and not exists:
-            raise InputError(f"there is no record file {self.path}; name one that exists")
+            lacks = self.path.name.startswith("validation")
+            mend = "import with --validation SHARE, or name one that exists" if lacks else (
+                "name one that exists"
+            )  # fmt: skip
+            raise InputError(f"there is no record file {self.path}; {mend}")
         side = index_path(self.path)
         if not side.is_file():
             raise InputError(

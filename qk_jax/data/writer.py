@@ -14,7 +14,7 @@ from qk_jax.base import files
 from qk_jax.base.errors import InputError
 from qk_jax.data import records
 from qk_jax.data.example import TASKS
-from qk_jax.data.importers.drafts import Draft, Limits, encoded, entry_of
+from qk_jax.data.importers.drafts import Draft, Limits, encoded, entry_of, roles_of
 from qk_jax.pictures.decoding import standard
 
 _CHANNELS = (1, 3, 4)
@@ -66,7 +66,7 @@ class Writer:
           task: one of TASKS.
           instruction: what the user writes.
           target: the true picture.
-          source: the picture to edit, where there is one, or several in a list.
+          source: the picture to edit, for the tasks that have one.
           references: pictures of subjects that are to appear, in order.
           mask: a picture of the target's size, white where its subject is, for `synthesize`.
           name: of the set that it is from, for figures by source; at most 24 ASCII characters.
@@ -84,10 +84,12 @@ class Writer:
             raise InputError(f"{example} has the task {task!r}, not of {TASKS}")
         if not isinstance(references, list | tuple):
             raise InputError(f"{example}: references are a {_kind(references)}, expected a list")
-        if not (name.isascii() and len(name) <= records.NAME_LIMIT):
+        if not (isinstance(name, str) and name.isascii() and len(name) <= records.NAME_LIMIT):
             raise InputError(
-                f"{example}: the name {name!r} has more than 24 characters or no ASCII"
+                f"{example}: the name {name!r} is no text of at most 24 ASCII characters"
             )
+        if own := {"roles", "blobs"} & header.keys():
+            raise InputError(f"{example}: {own.pop()!r} is the record's own; name the field else")
         sources = [] if source is None else list(source) if isinstance(source, list) else [source]
         given = [("source", one) for one in sources] + [("reference", one) for one in references]
         pictures = tuple(
@@ -98,7 +100,7 @@ class Writer:
             example, instruction, bytes_of(target, f"{example}, target"), pictures, name,
             more=header, mask=b"" if mask is None else bytes_of(mask, f"{example}, mask"),
         )  # fmt: skip
-        self._write(entry_of(draft, task, tuple(role for role, _ in given), Limits(), example))
+        self._write(entry_of(draft, task, roles_of(task, draft), Limits(), example))
         self.count += 1
 
 

@@ -116,13 +116,20 @@ def override(config: ConfigDict, name: str, text: str) -> None:
         return
     known = dict(fields(config))
     if name not in known:
+        if inside := [field for field in known if field.startswith(f"{name}.")]:
+            raise InputError(
+                f"config.{name} is a section; set its fields, as --config.{inside[0]}=VALUE"
+            )
         raise InputError(
             f"config has no field {name!r}; did you mean {glossary.nearest(name, list(known))!r}?"
         )
     value = _parse(text, known[name])
     if value is _WRONG:
         kind = type(known[name]).__name__
-        raise InputError(f"config field {name!r} is a {kind} (now {known[name]!r}), not {text!r}")
+        hint = "; a tuple of one ends in a comma: (...,)" if kind == "tuple" else ""
+        raise InputError(
+            f"config field {name!r} is a {kind} (now {known[name]!r}), not {text!r}{hint}"
+        )
     *parents, last = name.split(".")
     node = config
     for parent in parents:

@@ -111,7 +111,7 @@ def read_orders(path: files.Path, out_dir: files.Path, seed: int) -> list[Order]
       InputError: the file cannot be read or is empty, or a line is wrong; names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise InputError(f"{path} cannot be read: {reason}; give a file of JSON lines") from None

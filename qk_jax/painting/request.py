@@ -42,8 +42,8 @@ class Request:
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise InputError("there is no prompt; say what to paint")
-        if not 0 <= self.seed < SEEDS:
-            raise InputError(f"seed is {self.seed}; give 0 to {SEEDS - 1}")
+        if not _is_whole(self.seed) or not 0 <= self.seed < SEEDS:
+            raise InputError(f"seed is {self.seed!r}; give a whole number from 0 to {SEEDS - 1}")
 
     @property
     def pictures(self) -> tuple[np.ndarray, ...]:
@@ -54,6 +54,14 @@ class Request:
     def roles(self) -> tuple[int, ...]:
         """SOURCE or REFERENCE for each of `pictures`."""
         return (() if self.source is None else (SOURCE,)) + (REFERENCE,) * len(self.references)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_whole(value) or isinstance(value, float | np.floating)
 
 
 def request_of(example: Example, seed: int = 0, number: int = 0) -> Request:
@@ -99,21 +107,25 @@ class Settings:
     symmetric_guidance: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.steps > MAX_STEPS:
-            raise InputError(f"steps is {self.steps}; give 1 to {MAX_STEPS}")
+        if not _is_whole(self.steps) or not 1 <= self.steps <= MAX_STEPS:
+            raise InputError(f"steps is {self.steps!r}; give 1 to {MAX_STEPS}")
         if self.solver not in sampler.SOLVERS:
             raise InputError(f"solver is {self.solver!r}; give one of {', '.join(sampler.SOLVERS)}")
         for name in ("guidance", "image_guidance", "guidance_end"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise InputError(f"{name} is {value}; give a number of at least 0")
-        if not 0 <= self.zero_init_steps < self.steps:
+            is_off = value is None and name == "guidance_end"
+            if not is_off and not (_is_number(value) and 0 <= value < float("inf")):
+                raise InputError(f"{name} is {value!r}; give a number of at least 0")
+        if self.renormalize not in (None, True, False):
+            raise InputError(f"renormalize is {self.renormalize!r}; give True, False or None")
+        if not _is_whole(self.zero_init_steps) or not 0 <= self.zero_init_steps < self.steps:
             raise InputError(
-                f"zero_init_steps is {self.zero_init_steps}; give 0 to {self.steps - 1}, less than "
-                "the steps"
+                f"zero_init_steps is {self.zero_init_steps!r}; give 0 to {self.steps - 1}, less "
+                "than the steps"
             )
-        first, last = self.guidance_interval
-        if not 0 <= first <= last <= 1:
+        ends = self.guidance_interval
+        are_two = isinstance(ends, tuple | list) and len(ends) == 2 and all(map(_is_number, ends))
+        if not are_two or not 0 <= ends[0] <= ends[1] <= 1:
             raise InputError(
                 f"guidance_interval is {self.guidance_interval}; give two t in rising order, of 0 "
                 "to 1"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,7 +88,8 @@ def _refused(name: str) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise BadRecord("too large", f"{name}: {error}") from None
     except Exception as error:  # of many classes, none of them shared by the readers of formats
-        raise BadRecord("undecodable", f"{name}: a picture cannot be decoded ({error})") from None
+        told = re.sub(r" ?<_io[^>]*>", "", str(error))  # Python's name of bytes in memory
+        raise BadRecord("undecodable", f"{name}: a picture cannot be decoded ({told})") from None
 
 
 def standard(image: Image.Image) -> Image.Image:

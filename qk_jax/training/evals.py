@@ -132,8 +132,7 @@ class Sheets(Evaluator):
         super().__init__(*args)
         config, section = self.plan.config, self.section
         self.settings = painting.Settings(section.steps, section.guidance, section.image_guidance)
-        names = [name for name in TASKS if config.data.tasks[name] > 0]
-        sources = registry.make_sources(config, "validation", config.validation.seed, names)
+        sources = validation_sources(config)
         sizes = np.concatenate([source.size_of for source in sources.values()])
         size = int(np.bincount(sizes).argmax())
         found = {name: alike(source, size, section.records) for name, source in sources.items()}
@@ -199,6 +198,18 @@ def check(plan: Plan) -> None:
             )
         if section.every and EVALUATORS[section.type] is ValidationLoss:
             plan.check_batch(plan.config.validation.batch)
+
+
+def check_data(config: ConfigDict) -> None:
+    """Raises InputError where there is no validation split for the evaluators that are on."""
+    if any(section.every for section in config.evals.values()):
+        validation_sources(config)
+
+
+def validation_sources(config: ConfigDict) -> dict[str, Source]:
+    """The validation split of every task of the run."""
+    names = [name for name in TASKS if config.data.tasks[name] > 0]
+    return registry.make_sources(config, "validation", config.validation.seed, names)
 
 
 def build(plan: Plan, folder: files.Path, writers: metrics.Writers) -> list[Evaluator]:

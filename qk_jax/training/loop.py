@@ -82,6 +82,7 @@ def train(config: ConfigDict, workdir: files.PathLike, *, imported_s: float | No
                 log.info("%s", line)
             pad = cached.padding_of(config)
             with phases.doing("index"):
+                evals.check_data(config)
                 data = pipeline.Pipeline(config, "train", prompts=plan.prompts, finish=pad)
             distributed.agree("data", {"the digest of the data's plan": data.digest()})
             with phases.doing("restore" if store.steps() else "start"):

@@ -103,7 +103,11 @@ def test_roles_sources_and_fields(tmp_path):
         ({"source": 5}, "example 1, source 1 is a builtins.int"),
         ({"references": jpeg()}, "references are a builtins.bytes, expected a list"),
         ({"source": jpeg(), "references": [5]}, "example 1, reference 2 is a builtins.int"),
-        ({"name": "a" * 25}, "more than 24 characters"),
+        ({"name": "a" * 25}, "is no text of at most 24 ASCII characters"),
+        ({"name": 3}, "the name 3 is no text"),
+        ({"source": None}, "example 1: 0 sources and 0 references are not for editing"),
+        ({"task": "composition"}, "example 1: 1 sources and 0 references are not for composition"),
+        ({"roles": ["reference"]}, "example 1: 'roles' is the record's own"),
         ({"when": {1}}, "example 1: Object of type set is not JSON"),
         ({"score": float("nan")}, "example 1: Out of range float"),
     ],
@@ -111,7 +115,8 @@ def test_roles_sources_and_fields(tmp_path):
 def test_an_error_names_the_example_and_leaves_nothing(tmp_path, change, words):
     with pytest.raises(InputError, match=words), Writer(tmp_path / "a.array_record") as writer:
         writer.add("text_to_image", "good", PIXELS)
-        writer.add(**{"task": "editing", "instruction": "x", "target": PIXELS, **change})
+        edit = {"task": "editing", "instruction": "x", "target": PIXELS, "source": jpeg()}
+        writer.add(**{**edit, **change})
     assert not list(tmp_path.iterdir())
 
 

@@ -195,7 +195,7 @@ def index_path(job: Job) -> files.Path:
 def image_archives(job: Job) -> list[tuple[str, ...]]:
     """The parts of each archive of `job.images`. Raises: InputError for a compressed one."""
     given = [path for path in job.images if not files.Path(path).is_dir()]
-    found = inputs.archives(given) if given else []
+    found = inputs.archives(given, "--images") if given else []
     for parts in found:
         if is_packed(parts):
             raise InputError(

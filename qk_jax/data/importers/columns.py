@@ -33,6 +33,10 @@ def by_columns(row: Row, job: Job, form: Format) -> Iterator[Draft]:
         for value in _several(get(column))
     ]
     if isinstance(text, list):
+        if text and not form.takes_last_text:
+            raise BadRecord(
+                "bad row", f"{row.key}: the text is a list of {len(text)}; name a column of one"
+            )
         text = text[-1] if text else None
     group, mask = get("group"), get("mask")
     yield Draft(
@@ -66,11 +70,15 @@ def getter(row: Row, job: Job, form: Format) -> Callable[[str], Any]:
     columns = columns_of(job, form)
 
     def get(role: str) -> Any:
+        found: Any = _ABSENT
         for name in columns.get(role, ()):
             values = [field(row, part) for part in name.split("+")]
-            if _ABSENT not in values:
-                return values[0] if len(values) == 1 else values
-        return _ABSENT
+            if _ABSENT in values:
+                continue
+            found = values[0] if len(values) == 1 else values
+            if found is not None:  # as a table has it where another column is meant
+                break
+        return found
 
     return get
 
@@ -150,6 +158,7 @@ class Format:
       drafts: the examples of a row; raises BadRecord.
       fields: names of fields that `drafts` reads besides.
       words: what an instruction becomes.
+      takes_last_text: of a list of texts the last, which is the fullest; else a list is no text.
       licence: of the publisher; '' where it is the user's to know.
       min_score: bound of the publisher's quality filter, if it has one.
       about: for the list of formats.
@@ -161,5 +170,6 @@ class Format:
     drafts: Callable[[Row, Job, Format], Iterable[Draft]] = by_columns
     fields: tuple[str, ...] = ()
     words: Callable[[str], str] = unchanged
+    takes_last_text: bool = False
     licence: str = ""
     min_score: float | None = None

@@ -92,7 +92,7 @@ def roles_of(task: str, draft: Draft) -> tuple[str, ...]:
 def text_of(value: object, limit: int, name: str) -> str:
     """The text of an instruction. Raises: BadRecord: 'no text', 'not unicode' or 'long text'."""
     try:
-        text = caption_of(value.decode() if isinstance(value, bytes) else value, name)
+        text = caption_of(value.decode("utf-8-sig") if isinstance(value, bytes) else value, name)
         text.encode()
     except (UnicodeEncodeError, UnicodeDecodeError) as error:
         raise BadRecord("not unicode", f"{name}: the text is not UTF-8 ({error.reason})") from None

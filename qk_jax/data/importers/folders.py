@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import pathlib
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from qk_jax.base import files
@@ -22,16 +22,21 @@ _FOUND = "pictures.jsonl"
 
 
 def _plan(job: Job) -> tuple[list[Piece], list[BadRecord]]:
-    """Metadata files where there are any, else pictures with captions in text files."""
+    """Metadata files, and pictures with captions in text files where no metadata lies above."""
     folders(job.inputs)
     named = [
         path
         for path in inputs.expand(job.inputs, ("",), "file")
         if posixpath.basename(path) in METADATA
     ]
-    if named:
-        return lists.plan_of(job, named), archives.index(job)
-    return _captioned(job, lambda picture: [])
+    covered = tuple(f"{posixpath.dirname(path)}/" for path in named)
+    pictures = inputs.expand(job.inputs, inputs.PICTURE_ENDINGS, "picture", needed=not named)
+    alone = [path for path in pictures if not path.startswith(covered)]
+    told, bad = (lists.plan_of(job, named), archives.index(job)) if named else ([], [])
+    if not alone:
+        return told, bad
+    captioned, lacking = _captioned(job, alone, lambda picture: [])
+    return told + captioned, bad + lacking
 
 
 def folders(given: tuple[str, ...], option: str = "--input") -> list[str]:
@@ -42,16 +47,14 @@ def folders(given: tuple[str, ...], option: str = "--input") -> list[str]:
     return list(given)
 
 
-def _captioned(job: Job, controls: Any) -> tuple[list[Piece], list[BadRecord]]:
+def _captioned(
+    job: Job, pictures: Iterable[str], controls: Callable[[str], list[str]]
+) -> tuple[list[Piece], list[BadRecord]]:
     """Pictures whose caption is in NAME.txt, with the pictures that `controls` gives for each."""
     bad: list[BadRecord] = []
-    inside = tuple(f"{files.Path(folder)}/" for folder in job.control)
 
     def rows() -> Iterator[dict[str, Any]]:
-        pictures = inputs.expand(job.inputs, inputs.PICTURE_ENDINGS, "picture")
         for path in pictures:
-            if path.startswith(inside):
-                continue
             caption = f"{posixpath.splitext(path)[0]}.txt"
             if not files.Path(caption).is_file():
                 bad.append(BadRecord("no text", f"{path} has no {posixpath.basename(caption)}"))
@@ -115,7 +118,9 @@ def _controlled(job: Job) -> tuple[list[Piece], list[BadRecord]]:
         numbered = [f"{stem}_{number}" for number in range(10)]
         return stems.get(stem) or [path for name in numbered for path in stems.get(name, [])]
 
-    return _captioned(job, controls)
+    inside = tuple(f"{files.Path(folder)}/" for folder in job.control)
+    pictures = inputs.expand(job.inputs, inputs.PICTURE_ENDINGS, "picture")
+    return _captioned(job, (path for path in pictures if not path.startswith(inside)), controls)
 
 
 FOLDER = Rows(_plan, _read)

@@ -90,6 +90,7 @@ FORMATS: dict[str, Format] = {
         TABLES, "OmniEdit-Filtered-1.2M",
         {"text": ("edited_prompt_list",), "target": ("edited_img",), "source": ("src_img",),
          "key": ("omni_edit_id",)},
+        takes_last_text=True,
         licence="MIT",
     ),
     "ultraedit": Format(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import re
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from qk_jax.data.importers.formats import FORMATS
 from qk_jax.data.importers.job import Job, Piece
 
 log = logging.getLogger(__name__)
+_WORDS = re.compile(r"(?<![a-z])[a-z]+(?![a-z])")
 
 
 def run(job: Job, engine: pieces.Engine) -> dict[str, Any]:
@@ -47,7 +49,13 @@ def run(job: Job, engine: pieces.Engine) -> dict[str, Any]:
         "name": job.name or job.format,
         "licence": job.licence or form.licence or "unknown",
     }
-    return pieces.finish(job, plan, numbered, about)
+    manifest = pieces.finish(job, plan, numbered, about)
+    if job.validation and not manifest["records"].get("validation"):
+        log.warning(
+            "--validation %g: no group of %d records went to that split, and training needs one; "
+            "give a larger share", job.validation, manifest["records"]["train"],
+        )  # fmt: skip
+    return manifest
 
 
 def check(job: Job) -> None:
@@ -73,7 +81,19 @@ def _look(job: Job) -> pieces.Found:
     """The pieces of the input."""
     log.info("looking through %s", some(job.inputs))
     found, bad = FORMATS[job.format].rows.plan(job)
+    if named := _published_splits(found):
+        log.warning(
+            "the input names the splits %s, which are not kept: all goes to train, or by "
+            "--validation; to keep one, import it alone", ", ".join(named),
+        )  # fmt: skip
     return pieces.Found(found, _named(job, found), bad)
+
+
+def _published_splits(found: list[Piece]) -> list[str]:
+    """Names of splits among those of the files and of their folders, where there are several."""
+    words = {word for piece in found for path in piece.paths for word in _WORDS.findall(path)}
+    named = sorted(words & {"train", "test", "validation", "val", "valid", "dev"})
+    return named if len(named) > 1 else []
 
 
 def _named(job: Job, found: list[Piece]) -> list[str]:

@@ -16,7 +16,8 @@ from qk_jax.base import buckets, files
 from qk_jax.base.errors import BadRecord, Failure, InputError, some
 
 PICTURE_ENDINGS = (
-    ".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff",
+    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jp2",
+    ".ppm", ".tga",
 )  # fmt: skip
 LARGEST = 256 << 20  # bytes of a picture or another member
 _WHOLE = 64 << 20  # bytes up to which an input is digested whole
@@ -126,12 +127,19 @@ def digest_of(path: str) -> str:
     return found.hexdigest()
 
 
-def expand(given: Iterable[str], endings: tuple[str, ...], what: str) -> list[str]:
+def expand(
+    given: Iterable[str],
+    endings: tuple[str, ...],
+    what: str,
+    option: str = "--input",
+    needed: bool = True,
+) -> list[str]:
     """The files that are given, and those below given folders with one of the endings, sorted.
 
-    Hidden files and folders, such as those that downloads leave, are not looked at.
+    Hidden files and folders, such as those that downloads leave, are not looked at, nor are links
+    to folders, which may lead in a circle.
 
-    Raises: InputError when a path does not exist, or there is no file.
+    Raises: InputError when a path does not exist, or there is no file and one is `needed`.
     """
     found: list[str] = []
     for text in given:
@@ -146,22 +154,22 @@ def expand(given: Iterable[str], endings: tuple[str, ...], what: str) -> list[st
         elif path.is_file():
             found.append(str(path))
         else:
-            raise InputError(f"--input {text} does not exist; name a file or a folder")
-    if not found:
-        raise InputError(f"--input {some(given)} has no {what} ({', '.join(endings)})")
+            raise InputError(f"{option} {text} does not exist; name a file or a folder")
+    if needed and not found:
+        raise InputError(f"{option} {some(given)} has no {what} ({', '.join(endings)})")
     return list(dict.fromkeys(found))
 
 
-def archives(given: Iterable[str]) -> list[tuple[str, ...]]:
+def archives(given: Iterable[str], option: str = "--input") -> list[tuple[str, ...]]:
     """The parts of each tar archive among the given files and those below given folders."""
     known: dict[str, list[str]] = {}
-    for path in expand(given, ("",), "tar"):
+    for path in expand(given, ("",), "tar", option):
         if match := _ARCHIVE.fullmatch(path):
             known.setdefault(match["whole"], []).append(path)
         elif path in given:
-            raise InputError(f"--input {path} is no .tar, .tgz or .tar.gz, nor a part of one")
+            raise InputError(f"{option} {path} is no .tar, .tgz or .tar.gz, nor a part of one")
     if not known:
-        raise InputError(f"--input {some(given)} has no tar archive (.tar, .tgz, .tar.gz)")
+        raise InputError(f"{option} {some(given)} has no tar archive (.tar, .tgz, .tar.gz)")
     return [tuple(sorted(parts)) for _, parts in sorted(known.items())]
 
 

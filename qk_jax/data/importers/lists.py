@@ -69,10 +69,16 @@ def rows_of(path: str, start: int, count: int) -> Iterator[Mapping[str, Any] | B
 
 def _texts(path: str, start: int) -> Iterator[tuple[int, bytes | BadRecord]]:
     """(first byte, text) of each row from byte `start` on."""
-    if path.lower().endswith(".json"):
+    if path.lower().endswith(".json") and _is_list(path):
         yield from _elements(path, start)
     else:
         yield from _lines(path, start)
+
+
+def _is_list(path: str) -> bool:
+    """Whether the text begins as a JSON list; JSON lines are often named .json too."""
+    with inputs.joined([path]) as file:
+        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def _lines(path: str, start: int) -> Iterator[tuple[int, bytes | BadRecord]]:
@@ -100,18 +106,19 @@ def _elements(path: str, start: int) -> Iterator[tuple[int, bytes | BadRecord]]:
         depth, begin, closed = (0 if start == 0 else 1), start, False
         for token in _TOKENS.finditer(text, start):
             mark = token[0][:1]
+            if closed:
+                where = f"{path}, byte {token.start()}"
+                yield token.start(), BadRecord("bad row", f"{where}: it is after the list's end")
+                break
             if mark in b"[{":
                 if depth == 1:
                     begin = token.start()
                 depth += 1
-                closed = False
             elif mark in b"]}":
                 depth -= 1
                 if depth == 1:
                     yield begin, text[begin : token.end()]
                 closed = depth <= 0
-                if closed:
-                    break
             elif depth == 1:  # no object
                 yield token.start(), token[0]
         if not closed:

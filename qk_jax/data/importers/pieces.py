@@ -101,7 +101,8 @@ def plan(work: Work, resume: bool, look: Callable[[], Found]) -> Plan:
         pieces = [Piece(tuple(paths), *rest) for paths, *rest in found.get("pieces", ())]
         bad = [BadRecord(*pair) for pair in found.get("bad", ())]
         return Plan(found["digest"], found["inputs"], pieces, bad)
-    if any(file.name != work.folder.name and work.owns(file.name) for file in _files(out)):
+    ours = (work.folder.name, "rejected.jsonl")  # the second of one that made no record
+    if any(file.name not in ours and work.owns(file.name) for file in _files(out)):
         raise InputError(f"--out {out} {work.occupied}")
     seen = look()
     digests = {name: inputs.digest_of(name) for name in seen.inputs}
@@ -302,14 +303,18 @@ def finish(
         "digest": plan.digest,
     }
     sweep(work)
-    files.write_json(out / "manifest.json", manifest)
-    files.remove_folder(work.folder)
-    if not sum(manifest["records"].values()):
+    if not sum(sums["records"].values()):
+        for name in written:  # so that the folder is free for a command that is mended
+            for file in (out / name, records.index_path(out / name)):
+                file.unlink(missing_ok=True)
+        files.remove_folder(work.folder)
         reasons = ", ".join(f"{n} {kind}" for kind, n in manifest["rejected"].items())
         raise Failure(
             f"no record came of it: {reasons or 'the input is empty'}; {out / 'rejected.jsonl'} "
             "has a line for each reject"
         )
+    files.write_json(out / "manifest.json", manifest)
+    files.remove_folder(work.folder)
     return manifest
 
 

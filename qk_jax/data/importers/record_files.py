@@ -62,7 +62,8 @@ class RecordSource:
         if not rows or not len(rows[0]):
             raise InputError(
                 f"{file.path} has no record of task {task} (it has "
-                f"{', '.join(sorted(file.tasks())) or 'none'}); set config.data.tasks.{task} to 0"
+                f"{', '.join(sorted(file.tasks())) or 'none'}); set config.data.tasks.{task} to 0, "
+                "or import it with a larger --validation"
             )
         self.numbers, self.size_of, self.pictures_of, self.references_of, self.name_of = rows
 
@@ -138,7 +139,10 @@ class RecordSource:
             try:
                 found.append((caption_of(header.get(field), name), weight))
             except BadRecord as error:
-                lacks = lacks or error
+                there = ", ".join(map(str, header))
+                text = f"{name} has no field {field!r} of captions, only {there:.200}"
+                absent = field not in header
+                lacks = lacks or (BadRecord("missing field", text) if absent else error)
         if lacks and not found:
             raise lacks
         return tuple(found)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from qk_jax.base.errors import BadRecord
+from qk_jax.base.errors import BadRecord, InputError
 from qk_jax.data.importers import archives, inputs
 from qk_jax.data.importers.job import Job, Piece, Row, Rows
 
@@ -20,18 +20,27 @@ def _plan(job: Job) -> tuple[list[Piece], list[BadRecord]]:
     bad = archives.index(job)
     for path in inputs.expand(job.inputs, ENDINGS, "table"):
         try:
-            pieces += _pieces(path, job.shard_records)
+            pieces += _pieces(path, job)
         except BadRecord as error:
             bad.append(error)
     return pieces, bad
 
 
-def _pieces(path: str, rows: int) -> list[Piece]:
-    """Row groups together until they have `rows` rows; an Arrow file is one piece."""
-    if not path.endswith(".parquet"):
-        return [Piece((path,))]
+def _pieces(path: str, job: Job) -> list[Piece]:
+    """Row groups together until they have job.shard_records rows; an Arrow file is one piece.
+
+    Raises: InputError when the table lacks a column of --columns.
+    """
+    import pyarrow as pa
+
+    rows = job.shard_records
     with inputs.joined([path]) as raw:
-        metadata = _parquet(raw, path).metadata
+        if not path.endswith(".parquet"):
+            _check_columns(job, path, pa.ipc.open_stream(raw).schema.names)
+            return [Piece((path,))]
+        file = _parquet(raw, path)
+        _check_columns(job, path, file.schema_arrow.names)
+        metadata = file.metadata
         sizes = [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)]
     pieces, start, found = [], 0, 0
     for number, size in enumerate(sizes):
@@ -40,6 +49,16 @@ def _pieces(path: str, rows: int) -> list[Piece]:
             start, found = number, 0
         found += size
     return [*pieces, Piece((path,), start, len(sizes) - start)] if sizes else []
+
+
+def _check_columns(job: Job, path: str, there: Sequence[str]) -> None:
+    for role, name in job.columns.items():
+        for part in name.split("+"):
+            if part not in there and part.partition(".")[0] not in there:
+                raise InputError(
+                    f"--columns {role}={name}: {path} has no column {part!r}, only "
+                    f"{', '.join(there)}"
+                )
 
 
 def _parquet(raw: Any, path: str) -> Any:

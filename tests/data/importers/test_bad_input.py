@@ -241,6 +241,17 @@ def test_a_damaged_page_of_a_table_is_counted(tmp_path):
         ("a.json", '[{"text": "good", "image": "good.jpg"}, 5, "x", null, []]', {"bad row": 4}),
         ("a.json", '[{"text": "good", "image": "good.jpg"}, {"text": "b", "ima', {"truncated": 1}),
         ("a.json", '[{"text": "good", "image": "good.jpg"}', {"truncated": 1}),
+        ("a.json", '[{"text": "good", "image": "good.jpg"}]\n[{"text": "lost"}]', {"bad row": 1}),
+        (
+            "a.json",
+            '{"text": "good", "image": "good.jpg", "x": {"text": "b"}}\n{}\n',
+            {"missing field": 1},
+        ),
+        (
+            "a.json",
+            '[{"text": "good", "image": "good.jpg"}, {"text": ["a", "b"], "image": "good.jpg"}]',
+            {"bad row": 1},
+        ),
         ("a.csv", "text,image\ngood,good.jpg\none\na,b,c\n", {"bad row": 2}),
         ("a.csv", 'text,image\ngood,good.jpg\n"x"y,good.jpg\n', {"bad row": 1}),
         ("a.csv", 'text,image\ngood,good.jpg\n"cut,good.jpg\n', {"bad row": 1}),
@@ -289,10 +300,40 @@ def test_a_picture_without_caption_is_counted(tmp_path):
     assert found == (["one"], {"no text": 1})
 
 
-def test_an_import_of_nothing_fails_and_says_why(tmp_path):
+def test_captions_beside_pictures_count_where_no_metadata_lies_above(tmp_path):
+    put(tmp_path, "in/a/good.jpg", picture(1))
+    put(tmp_path, "in/a/metadata.jsonl", lines([{"file_name": "good.jpg", "text": "good"}]))
+    put(tmp_path, "in/b/one.jfif", picture(2))
+    put(tmp_path, "in/b/one.txt", "\ufeffone")
+    put(tmp_path, "in/two.jpg", picture(3))
+    found = imported(tmp_path, format="folder", inputs=(str(tmp_path / "in"),))
+    assert found == (["good", "one"], {"no text": 1})
+
+
+def test_an_import_of_nothing_fails_and_says_why_and_can_be_mended(tmp_path):
     put(tmp_path, "in/1.jpg", picture(1))
-    with pytest.raises(Failure, match="no record came of it: 1 no text"):
-        imported(tmp_path, format="folder", inputs=(str(tmp_path / "in"),))
+    given = {"format": "folder", "inputs": (str(tmp_path / "in"),)}
+    for _ in range(2):
+        with pytest.raises(Failure, match="no record came of it: 1 no text"):
+            imported(tmp_path, **given)
+    put(tmp_path, "in/1.txt", "one")
+    assert imported(tmp_path, **given)[0] == ["one"]
+
+
+def test_a_column_that_no_table_has_is_an_error(tmp_path):
+    published.table(tmp_path / "in" / "a.parquet", rows_of(2))
+    given = {"format": "parquet", "inputs": (str(tmp_path / "in"),)}
+    with pytest.raises(InputError, match="group=typo: .*a.parquet has no column 'typo', only"):
+        imported(tmp_path, **given, columns={"group": "typo"})
+
+
+def test_a_warning_where_nothing_goes_to_validation_and_splits_are_joined(tmp_path, caplog):
+    for split in ("train", "test"):
+        published.table(tmp_path / "in" / f"{split}-0.parquet", rows_of(2))
+    given = {"format": "parquet", "inputs": (str(tmp_path / "in"),)}
+    imported(tmp_path, **given, validation=1e-9)
+    assert "the input names the splits test, train, which are not kept" in caplog.text
+    assert "no group of 4 records went to that split" in caplog.text
 
 
 def test_reasons_are_in_the_documentation():
