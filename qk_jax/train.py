@@ -30,6 +30,8 @@ def main(argv: Sequence[str]) -> None:
     runtime.start_logging()
     runtime.skip_absent_tpu()
     args, overrides = arguments(argv)
+    if not args.workdir:  # such as a variable of the shell that is not set
+        raise errors.InputError("--workdir is empty; give a folder")
     config = config_lib.load(args.config, overrides)
     with runtime.answered(distributed.interrupted):
         distributed.start(

@@ -263,6 +263,9 @@ def read(path: pathlib.Path) -> Settings:
         kind = kinds.get(str(known[name].type), dict)
         if type(value) is not kind:
             raise InputError(f"{path}: {name} must be of type {kind.__name__}, not {value!r}")
+        if isinstance(value, list) and not all(isinstance(one, str) for one in value):
+            raise InputError(f"{path}: {name} must be a list of texts, not {value!r}")
+    given["workdir"] = given["workdir"].rstrip("/")
     given.setdefault("data", "copy" if given["route"] == "tpu_vm" else "mount")
     for name, (form, what) in FORMS.items():
         if name in given and not re.fullmatch(form, given[name]):
@@ -280,7 +283,13 @@ def fit(settings: Settings) -> None:
     if settings.slices < 1 or settings.restarts < 0:
         raise InputError("slices must be at least 1, and restarts at least 0")
     config = config_lib.load(settings.config, settings.fields)
-    sharding.filled(config.mesh.to_dict(), where.total_devices // where.count)
+    mesh = sharding.filled(config.mesh.to_dict(), where.total_devices // where.count)
+    rows = mesh["data"] * mesh["fsdp"] * where.count * config.optimizer.accumulation
+    if config.data.batch % rows:
+        raise InputError(
+            f"data.batch = {config.data.batch} does not divide over data x fsdp of {where.count} "
+            f"slices in {config.optimizer.accumulation} micro-batches; give a multiple of {rows}"
+        )
     spans = config.slices.data * config.slices.fsdp
     if spans != where.count:
         raise InputError(

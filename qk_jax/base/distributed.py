@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -36,6 +37,8 @@ HEARTBEAT_S = 20  # a process that is silent for so long is lost
 POLL_S = 2.0
 LEAVE_S = 10.0  # that a failing process 0 waits at most for the others to hear of it
 SETTLE_S = 0.5  # that it then leaves them to end by themselves
+# How the text of an error of the runtime begins.
+_STATUS = re.compile("(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 # How errors begin that JAX raises for reasons of this process alone.
 OWN = (
     "RESOURCE_EXHAUSTED",
@@ -90,7 +93,7 @@ class Given(NamedTuple):
                 "where JAX finds the hosts itself (TPU VMs, GKE, SLURM, Open MPI)"
             )
         host, _, port = str(given.coordinator).rpartition(":")
-        if not host or not port.isdecimal():
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
             raise InputError(
                 f"--coordinator is {given.coordinator!r}; give HOST:PORT, such as 10.0.0.1:{PORT}"
             )
@@ -222,6 +225,8 @@ def start(given: Given, *, timeout_s: int = 1800, slices: int = 1) -> None:
         return  # called from a program that has used its devices: one process
     if given.process:
         _reach(str(given.coordinator), timeout_s)
+    elif given.coordinator:
+        _check_free(given.coordinator)
     jax.config.update("jax_enable_recoverability", True)
     try:
         jax.distributed.initialize(
@@ -243,6 +248,20 @@ def start(given: Given, *, timeout_s: int = 1800, slices: int = 1) -> None:
     _peers = Peers(_service.global_state.client, jax.process_index(), count)
     errors.on_exit(_end)
     log.info("%s of %d: %s", _peers.name(_peers.me), count, devices())
+
+
+def _check_free(coordinator: str) -> None:
+    """Raises InputError where another program has the port on which process 0 is to listen."""
+    port = int(coordinator.rpartition(":")[2])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise InputError(
+                f"port {port} cannot be listened on ({error.strerror}); end what has it, or give "
+                "another --coordinator"
+            ) from None
 
 
 def _reach(coordinator: str, timeout_s: int) -> None:
@@ -452,8 +471,13 @@ def _end(status: int, cause: str | None) -> None:
 
 
 def _may_be_of_others(error: BaseException | None) -> bool:
-    """Whether an error is what a collective gives when another process has died in it."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(OWN)
+    """Whether an error is what a collective gives when another process has died in it.
+
+    Of a program with one device for each process it is a ValueError that begins as the others do.
+    """
+    is_status = isinstance(error, ValueError) and _STATUS.match(str(error))
+    is_error = isinstance(error, jax.errors.JaxRuntimeError) or is_status
+    return bool(is_error) and not str(error).startswith(OWN)
 
 
 def _exit(status: int, line: str = "") -> NoReturn:

@@ -56,6 +56,8 @@ def by_rule(names: Iterable[str], rules: Sequence[tuple[str, Any]], what: str) -
       InputError: a name without a rule, a rule that decides nothing, or an invalid regex; the
         message begins with `what`.
     """
+    if odd := [rule for rule in rules if not isinstance(rule[0], str)]:
+        raise InputError(f"{what}: the rule {odd[0]!r} begins with no regular expression")
     try:
         hits = {name: first_match(name, rules) for name in names}
     except re.error as error:

@@ -79,6 +79,8 @@ def command(args: argparse.Namespace, overrides: Mapping[str, str]) -> None:
             raise InputError("--slice and --config go together; give both, or none")
         print(estimated(args.config, overrides, args.slice))
         return
+    if args.repeat < 1 or args.gigabytes <= 0:
+        raise InputError("--repeat and --gigabytes must be above 0")
     with contextlib.ExitStack() as stack:
         out = args.out or stack.enter_context(tempfile.TemporaryDirectory(prefix="qk-bench-"))
         tree = _state(max(1, round(args.gigabytes * files.GIGABYTE / LEAF_BYTES)))

@@ -136,6 +136,11 @@ def save_frozen(folder: files.Path, frozen: Tree, plan: Plan) -> str:
     store = Store(folder / FROZEN)
     store.save(0, {FROZEN: frozen}, metadata(plan))
     store.close()
+    return fingerprint_of(frozen)
+
+
+def fingerprint_of(frozen: Tree) -> str:
+    """The `fingerprint` of arrays."""
     return fingerprint(describe(frozen))
 
 
@@ -181,8 +186,14 @@ def check_fits(found: Meta, plan: Plan, folder: files.Path) -> None:
         changed = config_lib.differences(theirs[section], ours[section])
         changed = [line for line in changed if not line.startswith("remat:")]
         if changed:
+            sizes = found["config"]["size"], plan.config.size
+            of = f"size {sizes[0]!r}, the config is of size {sizes[1]!r}"
             raise InputError(
-                f"{folder} is a checkpoint of size {found['config']['size']!r}, the config is of "
-                f"size {plan.config.size!r}: {section}.{changed[0]}; use the matching config or "
-                "another --workdir"
+                f"{folder} is a checkpoint of {of if sizes[0] != sizes[1] else 'another config'}: "
+                f"{section}.{changed[0]}; use the matching config or another --workdir"
             )
+    if theirs["dtype"]["frozen"] != ours["dtype"]["frozen"]:
+        raise InputError(
+            f"{folder} is a checkpoint with dtype.frozen {theirs['dtype']['frozen']!r}, the config "
+            f"has {ours['dtype']['frozen']!r}; give the same, or another --workdir"
+        )

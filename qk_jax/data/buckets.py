@@ -25,8 +25,9 @@ def table(
 ) -> tuple[Size, ...]:
     """Sizes (H, W) with about side x side pixels for every ratio and its mirror, without repeats.
 
-    Of all sizes whose sides are multiples of `multiple`, the one with the least
-    2 |log ratio error| + |log area error|: shape counts twice what area counts.
+    Of all sizes whose sides are multiples of `multiple` and that have no more pixels, the one with
+    the least 2 |log ratio error| + |log area error|: shape counts twice what area counts. No more,
+    because a step is padded to the tokens of the largest: those of the square, a power of two.
 
     Raises: InputError when the multiple is larger than the side.
     """
@@ -52,7 +53,12 @@ def _nearest_sides(side: int, multiple: int, ratio: float) -> Size:
     ideal = side * math.sqrt(ratio)
     shorts = [short for short in steps if abs(short - ideal) < 2 * multiple]
     longs = [long for long in steps if abs(long - ideal / ratio) < 2 * multiple]
-    pairs = [(short, long) for short in shorts for long in longs if short <= long]
+    pairs = [
+        (short, long)
+        for short in shorts
+        for long in longs
+        if short <= long and short * long <= side**2
+    ]
 
     def error(pair: Size) -> tuple[float, int]:
         shape = abs(math.log(pair[0] / pair[1] / ratio))

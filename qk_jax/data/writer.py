@@ -14,7 +14,13 @@ from qk_jax.base import files
 from qk_jax.base.errors import InputError
 from qk_jax.data import records
 from qk_jax.data.example import TASKS
-from qk_jax.data.importers.drafts import Draft, Limits, encoded, entry_of, roles_of
+from qk_jax.data.importers.drafts import (
+    Draft,
+    Limits,
+    encoded,
+    entry_of,
+    numbers_of_pictures,
+)
 from qk_jax.pictures.decoding import standard
 
 _CHANNELS = (1, 3, 4)
@@ -66,7 +72,7 @@ class Writer:
           task: one of TASKS.
           instruction: what the user writes.
           target: the true picture.
-          source: the picture to edit, for the tasks that have one.
+          source: the picture to edit, where there is one, or several in a list.
           references: pictures of subjects that are to appear, in order.
           mask: a picture of the target's size, white where its subject is, for `synthesize`.
           name: of the set that it is from, for figures by source; at most 24 ASCII characters.
@@ -100,7 +106,12 @@ class Writer:
             example, instruction, bytes_of(target, f"{example}, target"), pictures, name,
             more=header, mask=b"" if mask is None else bytes_of(mask, f"{example}, mask"),
         )  # fmt: skip
-        self._write(entry_of(draft, task, roles_of(task, draft), Limits(), example))
+        if len(given) not in (able := numbers_of_pictures(task)):
+            raise InputError(
+                f"{example} has {len(given)} condition pictures; {task} takes "
+                f"{' or '.join(map(str, able))}"
+            )
+        self._write(entry_of(draft, task, tuple(role for role, _ in given), Limits(), example))
         self.count += 1
 
 

@@ -9,15 +9,16 @@ from typing import Any
 from qk_jax.base.errors import InputError
 
 POSITIVE = frozenset(
-    "data.batch data.max_groups data.max_pixels validation.batch "
+    "data.batch data.max_groups data.reference_size validation.batch "
     "validation.batches validation.max_groups log.every log.t_bins checkpoint.keep "
     "optimizer.accumulation optimizer.max_skipped optimizer.eps model.num_queries model.max_text "
     "model.vlm_pixels distributed.timeout_s programs.at_once watchdog.factor watchdog.first_s "
-    "checkpoint.max_failures spike.window".split()
+    "checkpoint.max_failures spike.window alignment.temperature".split()
 )
 NOT_NEGATIVE = frozenset(
-    "steps seed data.tokens data.workers checkpoint.every checkpoint.keep_every optimizer.lr "
-    "optimizer.warmup optimizer.clip optimizer.weight_decay optimizer.lr_end alignment.weight "
+    "steps seed data.max_pixels data.tokens data.workers checkpoint.every checkpoint.keep_every "
+    "optimizer.lr optimizer.warmup optimizer.clip optimizer.weight_decay optimizer.lr_end "
+    "alignment.weight "
     "loss.region_weight lora.rank model.query_noise model.query_std watchdog.floor_s "
     "validation.seed checkpoint.minutes checkpoint.grace_s spike.zscore spike.max_rollbacks".split()
 )
@@ -33,7 +34,9 @@ def check(fields: Iterable[tuple[str, Any]]) -> None:
         if name in POSITIVE and not 0 < value < math.inf:
             wanted = "above 0"
         elif (
-            name in NOT_NEGATIVE or name.startswith("evals.") and name.endswith(".every")
+            name in NOT_NEGATIVE
+            or name.startswith("data.tasks.")
+            or (name.startswith("evals.") and name.endswith(".every"))
         ) and not 0 <= value < math.inf:
             wanted = "0 or more"
         elif name in SHARES and not 0 <= value <= 1:

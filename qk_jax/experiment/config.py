@@ -38,7 +38,11 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
       InputError: no such config or size, no get_config, an unknown field, a value of another type
         or a number out of its bounds.
     """
-    path, _, size = spec.partition(":")
+    is_file = ".py" in spec  # whose folders may have colons
+    path, _, size = (
+        (spec, "", "") if spec.endswith(".py")
+        else spec.rpartition(":") if is_file else spec.partition(":")
+    )  # fmt: skip
     config = config_files.run(config_files.find(path), size)
     for name, text in (overrides or {}).items():
         override(config, name, text)
@@ -116,12 +120,10 @@ def override(config: ConfigDict, name: str, text: str) -> None:
         return
     known = dict(fields(config))
     if name not in known:
-        if inside := [field for field in known if field.startswith(f"{name}.")]:
-            raise InputError(
-                f"config.{name} is a section; set its fields, as --config.{inside[0]}=VALUE"
-            )
+        inside = [field for field in known if field.startswith(f"{name}.")]
         raise InputError(
-            f"config has no field {name!r}; did you mean {glossary.nearest(name, list(known))!r}?"
+            f"config has no field {name!r}{', which is a section' if inside else ''}; did you mean "
+            f"{glossary.nearest(name, inside or list(known))!r}?"
         )
     value = _parse(text, known[name])
     if value is _WRONG:
@@ -242,12 +244,19 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
         ),
         mmdit=_build(mmdit.MMDiTConfig, section["mmdit"]),
         vae=_build(vae.KINDS[kind], section["vae"]),
-        law=_build(rotary.PositionLaw, section["law"]),
+        law=_law(section["law"]),
         keep_tail=config["prompt"]["keep_tail"],
         picture_multiple=config["prompt"]["picture_multiple"],
         lora_scale=config["lora"]["alpha"] / rank if rank else 1.0,
         remat=section["remat"] or None,
     )
+
+
+def _law(section: Mapping[str, Any]) -> rotary.PositionLaw:
+    try:
+        return _build(rotary.PositionLaw, section)
+    except ValueError as error:
+        raise InputError(f"config.model.law: {error}") from None
 
 
 def time_law(config: Mapping[str, Any]) -> flow.TimeLaw:

@@ -64,7 +64,13 @@ def run(file: pathlib.Path, size: str) -> ConfigDict:
         if get_config is None:
             raise InputError(f"config file {str(file)!r} has no function get_config(size)")
         takes_size = bool(inspect.signature(get_config).parameters)
-        return get_config(size) if size and takes_size else get_config()
+        config = get_config(size) if size and takes_size else get_config()
+        if not isinstance(config, ConfigDict):
+            raise InputError(
+                f"get_config of {str(file)!r} returns a {type(config).__name__}; return a "
+                "ConfigDict"
+            )
+        return config
 
 
 @contextlib.contextmanager

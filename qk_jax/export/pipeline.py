@@ -452,6 +452,7 @@ class QueryKontextPipeline(DiffusionPipeline, QwenImageLoraLoaderMixin):
           symmetric_guidance: weigh the pictures against the words alone as well.
         """
         prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+        _check_pictures(source, references)
         source = None if source is None else self.kontext.picture(source)
         height, width = self._size(source, height, width)
         self._check(prompts, references, height, width, num_inference_steps, solver)
@@ -566,6 +567,15 @@ class QueryKontextPipeline(DiffusionPipeline, QwenImageLoraLoaderMixin):
         if len(references) > self.config.max_references:
             most = self.config.max_references
             raise ValueError(f"{len(references)} references are given, the model knows {most}")
+
+
+def _check_pictures(source, references) -> None:
+    """Raises ValueError for what is no picture of PIL, or no list of them."""
+    if not isinstance(references, list | tuple):
+        raise ValueError("references is no list; give a list of pictures: [picture]")
+    for one in (*references, *(() if source is None else (source,))):
+        if not isinstance(one, Image.Image):
+            raise ValueError(f"a picture is a {type(one).__name__}; open it with PIL.Image.open")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ AFTER_SIGNAL = 3  # steps
 
 def check(steps: Sequence[int]) -> None:
     """Raises InputError unless `steps` are the first and the last of a trace, or ()."""
-    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+    are_two = len(steps) == 2 and all(type(step) is int for step in steps)
+    if steps and not (are_two and 1 <= steps[0] <= steps[1]):
         raise InputError(
             f"profile.steps is {tuple(steps)}; give the first and the last step, such as 10,12"
         )

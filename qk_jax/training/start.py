@@ -64,18 +64,19 @@ def check(config: ConfigDict, workdir: files.PathLike) -> None:
 
 
 def inherit(config: ConfigDict, workdir: files.PathLike) -> None:
-    """What a config does not name and the stage before knows: the tokenizer, and the published
-    autoencoder, whose layers for videos an export takes from there."""
-    previous = stages.get(config.stage).previous
-    if not previous:
-        return
-    before = files.Path(config.init.checkpoint or files.Path(workdir) / previous)
-    tokenizer = before / run_folder.TOKENIZER
-    named = config.data.tokenizer or config.init.vlm not in ("", origins.FRESH)
-    if not named and tokenizer.is_dir():
-        config.data.tokenizer = str(tokenizer)
-    if not config.init.vae and (before / run_folder.CONFIG).is_file():
-        config.init.vae = files.read_json(before / run_folder.CONFIG)["init"]["vae"]
+    """What a config does not name and this stage, where it is begun, or the stage before knows: the
+    tokenizer, and the published autoencoder, whose layers for videos an export takes from there."""
+    own, previous = files.Path(workdir) / config.stage, stages.get(config.stage).previous
+    known = [own] if run_folder.is_begun(own) else []  # needs the stage before no more
+    if previous:
+        known.append(files.Path(config.init.checkpoint or files.Path(workdir) / previous))
+    for folder in known:
+        tokenizer = folder / run_folder.TOKENIZER
+        named = config.data.tokenizer or config.init.vlm not in ("", origins.FRESH)
+        if not named and tokenizer.is_dir():
+            config.data.tokenizer = str(tokenizer)
+        if previous and not config.init.vae and (folder / run_folder.CONFIG).is_file():
+            config.init.vae = files.read_json(folder / run_folder.CONFIG)["init"]["vae"]
 
 
 def restore_or_start(plan: Plan, folder: files.Path, store: Store) -> Start:
@@ -142,14 +143,15 @@ def _frozen_again(found: Meta, plan: Plan, folder: files.Path) -> Tree:
         return run_folder.read_frozen(folder, found, plan)
     except InputError as error:
         log.warning("%s; making it again", error)
-    run_folder.drop_frozen(folder)
     again = dataclasses.replace(plan, config=_as_begun(found, plan))
     frozen = trees.split(parameters(again, folder.parent), plan.stage.rules)[1]
-    if run_folder.save_frozen(folder, frozen, plan) != found["frozen"]:
+    if run_folder.fingerprint_of(frozen) != found["frozen"]:
         raise InputError(
-            f"{folder / run_folder.FROZEN} is lost, and config.init no longer gives the same "
-            "parameters; restore the folder from a copy"
+            f"{folder / run_folder.FROZEN} cannot be used, and config.init no longer gives the "
+            "same parameters; restore the folder from a copy"
         )
+    run_folder.drop_frozen(folder)  # only now that it can be written anew
+    run_folder.save_frozen(folder, frozen, plan)
     return frozen
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from qk_jax.base import distributed
@@ -146,6 +147,27 @@ def test_variables_of_other_slices_are_refused(monkeypatch):
     monkeypatch.setenv("MEGASCALE_NUM_SLICES", "2")
     with pytest.raises(InputError, match="MEGASCALE_NUM_SLICES is set"):
         distributed.start(Given())
+
+
+@pytest.mark.parametrize(
+    ("error", "may_be"),
+    [
+        (ValueError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer"), True),
+        (ValueError("Gloo is a word of ours"), False),
+        (jax.errors.JaxRuntimeError("INTERNAL: Gloo AllGather failed"), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), False),
+        (None, False),
+    ],
+)
+def test_which_errors_another_process_may_have_caused(error, may_be):
+    assert distributed._may_be_of_others(error) is may_be
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.create_server(("", 0)) as taken:
+        where = f"localhost:{taken.getsockname()[1]}"
+        with pytest.raises(InputError, match=f"port {where.partition(':')[2]} cannot be listened"):
+            distributed._check_free(where)
 
 
 def test_the_first_difference_is_named():

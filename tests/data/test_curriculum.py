@@ -155,7 +155,7 @@ def test_a_phase_may_have_other_tasks(builder):
         (((5, {"editing": 0}),), r"has \(5, \{'editing': 0\}\)"),
         (((5, {}),), r"has \(5, \{\}\); give .* or \(step, weights of the tasks\)"),
         (((5, {"reconstruction": 1}),), "has the task reconstruction before step 5, which valid"),
-        (((900, SMALL),), "ends at step 900 of 800: config.data.sizes, which validation and paint"),
+        (((900, SMALL),), "ends at step 900 of 750: config.data.sizes, which validation and paint"),
     ],
 )
 def test_what_is_no_curriculum_is_named(curriculum, words):

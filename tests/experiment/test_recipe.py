@@ -544,7 +544,7 @@ def test_two_checkpoints_are_kept(tmp_path, monkeypatch):
     store.close()
 
 
-@pytest.mark.parametrize(("size", "every", "due"), [("tiny", 50, 400), ("20b", 1000, (2000, 5000))])
+@pytest.mark.parametrize(("size", "every", "due"), [("tiny", 50, 250), ("20b", 1000, (2000, 5000))])
 def test_when_it_saves_and_evaluates(size, every, due):
     config, steps = config_of("stage3", size, steps=2023), range(2024)
     saver, plan = saving.Saver(None, config), types.SimpleNamespace(config=config)

@@ -433,6 +433,37 @@ def test_a_resumed_run_needs_no_origins_and_tells_its_step(lost, straight, tmp_p
     assert_same(tmp_path / "stage1", straight / "stage1")
 
 
+def content(folder):
+    return {x.name: x.read_bytes() for x in folder.rglob("*") if x.is_file()}
+
+
+def test_a_frozen_tree_stays_where_it_cannot_be_made_again(straight, tmp_path, monkeypatch):
+    stopped(straight, tmp_path / "stage1")
+    before = content(tmp_path / "stage1/frozen")
+    with pytest.raises(InputError, match="dtype.frozen 'float32', the config has 'bfloat16'"):
+        loop.train(config_of("stage1", dtype__frozen="bfloat16"), tmp_path)
+
+    def damaged(*args):
+        raise InputError("it is damaged")
+
+    monkeypatch.setattr(run_folder, "read_frozen", damaged)
+    with pytest.raises(InputError, match="config.init no longer gives the same parameters"):
+        loop.train(config_of("stage1", seed=5), tmp_path)
+    assert content(tmp_path / "stage1/frozen") == before
+
+
+def test_a_begun_stage_needs_the_one_before_no_more(straight, tmp_path):
+    shutil.copytree(straight / "stage2", tmp_path / "stage2")
+    config = config_of("stage2", data__tokenizer="", init__vae="")
+    start.inherit(config, tmp_path)
+    assert config.data.tokenizer == str(tmp_path / "stage2/tokenizer")
+    assert (
+        config.init.vae
+        == json.loads((tmp_path / "stage2/config.json").read_text())["init"]["vae"]
+        != ""
+    )
+
+
 def test_a_run_from_before_the_word_fresh_is_made_again_as_it_was_begun():
     plan = Plan.build(config_of("stage1", init__vlm="moved/vlm", init__vae="moved/vae"))
     begun = {"vlm": "", "vae": "old/vae", "mmdit": "", "ema": True}

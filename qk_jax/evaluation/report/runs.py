@@ -97,7 +97,7 @@ def _names(folders: Sequence[str]) -> list[str]:
     """The shortest ends of the paths that differ; equal paths get numbers."""
     paths = [files.absolute(folder).parts for folder in folders]
     for length in range(1, max(map(len, paths)) + 1):
-        names = ["/".join(parts[-length:]) for parts in paths]
+        names = ["/".join(parts[-length:]).replace("//", "/") for parts in paths]
         if len(set(names)) == len(names):
             return names
     return [f"{number}: {name}" for number, name in enumerate(names, start=1)]
