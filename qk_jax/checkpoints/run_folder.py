@@ -186,11 +186,13 @@ def check_fits(found: Meta, plan: Plan, folder: files.Path) -> None:
         changed = config_lib.differences(theirs[section], ours[section])
         changed = [line for line in changed if not line.startswith("remat:")]
         if changed:
-            sizes = found["config"]["size"], plan.config.size
-            of = f"size {sizes[0]!r}, the config is of size {sizes[1]!r}"
+            size, own = found["config"]["size"], plan.config.size
+            what = "is a checkpoint of another config"
+            if size != own:
+                what = f"is a checkpoint of size {size!r}, the config is of size {own!r}"
             raise InputError(
-                f"{folder} is a checkpoint of {of if sizes[0] != sizes[1] else 'another config'}: "
-                f"{section}.{changed[0]}; use the matching config or another --workdir"
+                f"{folder} {what}: {section}.{changed[0]}; use the matching config or another "
+                "--workdir"
             )
     if theirs["dtype"]["frozen"] != ours["dtype"]["frozen"]:
         raise InputError(

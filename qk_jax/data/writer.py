@@ -14,13 +14,7 @@ from qk_jax.base import files
 from qk_jax.base.errors import InputError
 from qk_jax.data import records
 from qk_jax.data.example import TASKS
-from qk_jax.data.importers.drafts import (
-    Draft,
-    Limits,
-    encoded,
-    entry_of,
-    numbers_of_pictures,
-)
+from qk_jax.data.importers.drafts import Draft, Limits, encoded, entry_of
 from qk_jax.pictures.decoding import standard
 
 _CHANNELS = (1, 3, 4)
@@ -106,10 +100,10 @@ class Writer:
             example, instruction, bytes_of(target, f"{example}, target"), pictures, name,
             more=header, mask=b"" if mask is None else bytes_of(mask, f"{example}, mask"),
         )  # fmt: skip
-        if len(given) not in (able := numbers_of_pictures(task)):
+        if bool(given) == (task == "text_to_image"):  # how many and of which role is the plan's
             raise InputError(
                 f"{example} has {len(given)} condition pictures; {task} takes "
-                f"{' or '.join(map(str, able))}"
+                f"{'none' if given else 'at least one'}"
             )
         self._write(entry_of(draft, task, tuple(role for role, _ in given), Limits(), example))
         self.count += 1

@@ -285,6 +285,9 @@ runpy.run_path({str(folder / "pipeline.py")!r}, run_name="__main__")
         assert painted.size == (80, 48)
 
 
+SMALL = Image.new("RGB", (32, 32))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -294,7 +297,10 @@ runpy.run_path({str(folder / "pipeline.py")!r}, run_name="__main__")
         ({"height": 40, "width": 64}, "the size 64x40 is no multiple of 16"),
         ({"solver": "dpm"}, "solver is 'dpm'"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
-        ({"references": [None] * 4}, "4 references are given, the model knows 3"),
+        ({"references": [SMALL] * 4}, "4 references are given, the model knows 3"),
+        ({"references": SMALL}, "references is no list; give a list of pictures"),
+        ({"references": ["a.png"]}, "a picture is a str; open it with PIL.Image.open"),
+        ({"source": "a.png"}, "a picture is a str; open it with PIL.Image.open"),
         ({"latents": torch.zeros(1, 4, 2, 2)}, "latents have the shape"),
     ],
 )

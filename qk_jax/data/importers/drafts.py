@@ -67,12 +67,6 @@ class Limits(NamedTuple):
     encode: tuple[str, int] | None = None
 
 
-def numbers_of_pictures(task: str) -> list[int]:
-    """How many condition pictures an example of a task may have, of whichever roles."""
-    sources, references = _PICTURES[task]
-    return sorted({first + second for first in sources for second in references})
-
-
 def roles_of(task: str, draft: Draft) -> tuple[str, ...]:
     """'source' or 'reference' for each condition picture.
 
