@@ -39,12 +39,14 @@ class Loaded:
       params: all parameters in one tree; the moving average where it was asked for.
       step: finished updates.
       revision: git revision of the program that trained it.
+      average: of which steps the trained parameters are one, in words; '' for the last alone.
     """
 
     plan: Plan
     params: Tree
     step: int
     revision: str
+    average: str = ""
 
     @property
     def name(self) -> str:
@@ -102,7 +104,11 @@ def load(
         got = store.restore(targets, step)
     (plan,), (trained,) = plans, got.items.values()
     frozen = read_frozen(folder, got.meta, plan)
-    return Loaded(plan, trees.join(trained, frozen), got.step, got.meta["revision"])
+    average = "moving average" if "ema" in got.items else ""
+    if steps := got.meta.get("averaged"):  # by `checkpoints average`
+        average = f"mean of steps {', '.join(map(str, steps))}"
+    params = trees.join(trained, frozen)
+    return Loaded(plan, params, got.step, got.meta["revision"], average)
 
 
 def _plan(found: Meta, folder: files.Path, mesh: Mesh | None) -> Plan:

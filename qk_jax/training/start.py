@@ -189,7 +189,7 @@ def parameters(plan: Plan, workdir: files.PathLike, only: Collection[str] | None
     words = dict.fromkeys(parts, origins.FRESH) | places
     for part, origin in parts.items():
         if before is not None and origin in ("previous", "merged"):
-            words[part] = _words(part, origin, before, average=plan.config.init.ema)
+            words[part] = _words(part, origin, before)
     for line in describe(plan, words):
         log.info("%s", line)
     flat: Tree = {}
@@ -229,14 +229,13 @@ def describe(plan: Plan, words: Mapping[str, str]) -> Iterator[str]:
         )
 
 
-def _words(part: str, origin: str, before: Loaded, *, average: bool) -> str:
+def _words(part: str, origin: str, before: Loaded) -> str:
     """Where a part of the stage before comes from: 'stage1 step 250 (moving average)'."""
     names = (f"{part}/", f"lora/{part}/") if origin == "merged" else (f"{part}/",)
     moved = any(name.startswith(names) for name in trees.flatten(before.plan.params))
-    averaged = average and moved and before.plan.config.optimizer.ema
     return (
         f"{before.plan.stage.name} step {before.step}"
-        + (" (moving average)" if averaged else "")
+        + (f" ({before.average})" if moved and before.average else "")
         + (", its adapter merged in" if origin == "merged" else "")
     )
 
