@@ -117,9 +117,7 @@ def leaves(step: Step, meta: Meta, item: str) -> Iterator[tuple[str, jax.Array]]
     with contextlib.closing(ocp.PyTreeCheckpointer()) as reader, _damage(f"{item} cannot be read"):
         told_by_orbax = reader.metadata(step.path / item).item_metadata
         if told_by_orbax is None:
-            raise Damage(
-                f"{step.path / item} cannot be read: its _METADATA or _sharding is damaged"
-            )
+            raise Damage(f"{item} cannot be read (its _METADATA or _sharding is damaged)")
         tree = told_by_orbax.tree
         known = named(tree)
         _check_same(item, known, told)
