@@ -121,7 +121,7 @@ RECIPES = {
     ),
     ("stage2", "20b", "paper"): PAPER,
     ("stage3", "20b", "v5p-128"): _fsdp(
-        "v5p-128", 64, 4, OVERLAP, figures=Figures(mfu=0.575, step_time_s=5.020, hbm_gib=71.74)
+        "v5p-128", 64, 4, OVERLAP, figures=Figures(mfu=0.569, step_time_s=5.071, hbm_gib=71.75)
     ),
     ("stage3", "20b", "v6e-64"): _fsdp(
         "v6e-64", 64, 4, RING, remat="attention+lora",

@@ -91,7 +91,8 @@ def _look(job: Job) -> pieces.Found:
 
 def _published_splits(found: list[Piece]) -> list[str]:
     """Names of splits among those of the files and of their folders, where there are several."""
-    words = {word for piece in found for path in piece.paths for word in _WORDS.findall(path)}
+    ends = {"/".join(path.split("/")[-2:]) for piece in found for path in piece.paths}
+    words = {word for end in ends for word in _WORDS.findall(end)}
     named = sorted(words & {"train", "test", "validation", "val", "valid", "dev"})
     return named if len(named) > 1 else []
 

@@ -320,6 +320,14 @@ def test_an_import_of_nothing_fails_and_says_why_and_can_be_mended(tmp_path):
     assert imported(tmp_path, **given)[0] == ["one"]
 
 
+def test_an_arrow_file_that_is_none_is_counted(tmp_path):
+    published.table(tmp_path / "in" / "a.parquet", rows_of(1))
+    put(tmp_path, "in/b.arrow", b"no table")
+    put(tmp_path, "in/c.arrow", b"")
+    given = {"format": "parquet", "inputs": (str(tmp_path / "in"),), "columns": {"text": "text"}}
+    assert imported(tmp_path, **given) == (["n 0"], {"truncated": 2})
+
+
 def test_a_column_that_no_table_has_is_an_error(tmp_path):
     published.table(tmp_path / "in" / "a.parquet", rows_of(2))
     given = {"format": "parquet", "inputs": (str(tmp_path / "in"),)}
