@@ -49,6 +49,12 @@ def first_match(name: str, rules: Sequence[tuple[str, Any]]) -> int | None:
     return None
 
 
+def check_rules(rules: Sequence[tuple[str, Any]], what: str) -> None:
+    """Raises InputError for a rule that begins with no text; the message begins with `what`."""
+    if odd := [rule for rule in rules if not isinstance(rule[0], str)]:
+        raise InputError(f"{what}: the rule {odd[0]!r} begins with no regular expression")
+
+
 def by_rule(names: Iterable[str], rules: Sequence[tuple[str, Any]], what: str) -> dict[str, Any]:
     """{name: value of the first rule that matches it}.
 
@@ -56,8 +62,7 @@ def by_rule(names: Iterable[str], rules: Sequence[tuple[str, Any]], what: str) -
       InputError: a name without a rule, a rule that decides nothing, or an invalid regex; the
         message begins with `what`.
     """
-    if odd := [rule for rule in rules if not isinstance(rule[0], str)]:
-        raise InputError(f"{what}: the rule {odd[0]!r} begins with no regular expression")
+    check_rules(rules, what)
     try:
         hits = {name: first_match(name, rules) for name in names}
     except re.error as error:

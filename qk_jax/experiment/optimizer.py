@@ -45,8 +45,9 @@ def multipliers(params: Tree, rules: Sequence[tuple[str, float]], what: str) -> 
     Unlike the rules of a stage, some may match nothing: one table serves several stages.
 
     Raises:
-      InputError: a leaf without a rule.
+      InputError: a leaf without a rule, or a rule that is none.
     """
+    trees.check_rules(rules, what)
     factors = {}
     for name in trees.flatten(params):
         index = trees.first_match(name, rules)
