@@ -14,6 +14,7 @@ from qk_jax import sharding
 from qk_jax.base.errors import InputError
 from qk_jax.bench.schedule import topologies
 from qk_jax.experiment import config as config_lib
+from qk_jax.experiment.plan import check_step
 
 # Exit statuses after which the same command goes on where it stopped: 42 is SIGTERM with everything
 # saved; 128 + signal is a process that lost its peers (6), its memory or its machine (9, 11, 15).
@@ -283,19 +284,15 @@ def fit(settings: Settings) -> None:
     if settings.slices < 1 or settings.restarts < 0:
         raise InputError("slices must be at least 1, and restarts at least 0")
     config = config_lib.load(settings.config, settings.fields)
-    mesh = sharding.filled(config.mesh.to_dict(), where.total_devices // where.count)
-    rows = mesh["data"] * mesh["fsdp"] * where.count * config.optimizer.accumulation
-    if config.data.batch % rows:
-        raise InputError(
-            f"data.batch = {config.data.batch} does not divide over data x fsdp of {where.count} "
-            f"slices in {config.optimizer.accumulation} micro-batches; give a multiple of {rows}"
-        )
+    sizes = sharding.filled(config.mesh.to_dict(), where.total_devices // where.count)
     spans = config.slices.data * config.slices.fsdp
     if spans != where.count:
         raise InputError(
             f"the config spans {spans} slices and slices is {where.count}; give "
             f'"slices.data" = {where.count} in [overrides]'
         )
+    whole = sharding.abstract_mesh({x: n * config.slices.get(x, 1) for x, n in sizes.items()})
+    check_step(config.data.batch, config, whole)
     owners = {facts.runtime: name for name, facts in FACTS.items()}
     if owners.get(settings.image, where.generation) != where.generation:
         raise InputError(

@@ -15,6 +15,7 @@ from qk_jax import painting
 from qk_jax.api.summary import summary
 from qk_jax.base import files, runtime
 from qk_jax.base.errors import InputError
+from qk_jax.painting.request import is_whole
 from qk_jax.pictures.decoding import picture_of
 
 Picture = files.PathLike | Image.Image | np.ndarray
@@ -77,7 +78,7 @@ class TrainedModel:
         Raises:
           InputError: no prompt, or something that this model cannot follow.
         """
-        if not isinstance(num, int | np.integer) or num < 1:
+        if not is_whole(num) or num < 1:
             raise InputError(f"num is {num!r}; give a whole number of at least 1")
         if isinstance(references, str | os.PathLike | Image.Image):
             raise InputError("references is one picture; give a list: references=[picture]")
@@ -128,7 +129,7 @@ def _size(height: Any, width: Any) -> tuple[int, int] | None:
     if height is None and width is None:
         return None
     for name, side in (("height", height), ("width", width)):
-        if not isinstance(side, int | np.integer):
+        if not is_whole(side):
             raise InputError(f"{name} is {side!r}; give height and width in pixels, or neither")
     return int(height), int(width)
 
@@ -153,7 +154,7 @@ def load(
         None for the `num` of each call, at most 8.
       mesh: to shard the parameters over, by the tables of the training; None for one device.
     """
-    if batch is not None and (not isinstance(batch, int) or batch < 1):
+    if batch is not None and not (is_whole(batch) and batch >= 1):
         raise InputError(f"batch is {batch!r}; give a whole number of at least 1")
     runtime.quiet()
     runtime.skip_absent_tpu()

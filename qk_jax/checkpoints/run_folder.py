@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from qk_jax import sharding
@@ -154,6 +155,7 @@ def drop_frozen(folder: files.Path) -> None:
     """Removes a frozen tree that was left by a run without a checkpoint, or is damaged."""
     if jax.process_index() == 0:
         files.remove_folder(folder / FROZEN)
+    multihost_utils.sync_global_devices("frozen/ is removed")  # before another writes it anew
 
 
 def fingerprint(leaves: Meta) -> str:

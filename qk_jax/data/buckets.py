@@ -27,7 +27,8 @@ def table(
 
     Of all sizes whose sides are multiples of `multiple` and that have no more pixels, the one with
     the least 2 |log ratio error| + |log area error|: shape counts twice what area counts. No more,
-    because a step is padded to the tokens of the largest: those of the square, a power of two.
+    because a step is padded to the tokens of the largest: those of the square, at 512 and 1,024
+    a power of two, with which attention's sequence is whole blocks.
 
     Raises: InputError when the multiple is larger than the side.
     """

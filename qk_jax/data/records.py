@@ -282,10 +282,9 @@ class RecordFile:
         self._reader: Any = None
         exists = self.path.is_file()
         if needed and not exists:
-            lacks = self.path.name.startswith("validation")
-            mend = "import with --validation SHARE, or name one that exists" if lacks else (
-                "name one that exists"
-            )  # fmt: skip
+            mend = "name one that exists"
+            if self.path.name.startswith("validation"):
+                mend = f"import with --validation SHARE, or {mend}"
             raise InputError(f"there is no record file {self.path}; {mend}")
         side = index_path(self.path)
         if not side.is_file():

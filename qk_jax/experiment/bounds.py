@@ -18,8 +18,8 @@ POSITIVE = frozenset(
 NOT_NEGATIVE = frozenset(
     "steps seed data.max_pixels data.tokens data.workers checkpoint.every checkpoint.keep_every "
     "optimizer.lr optimizer.warmup optimizer.clip optimizer.weight_decay optimizer.lr_end "
-    "alignment.weight "
-    "loss.region_weight lora.rank model.query_noise model.query_std watchdog.floor_s "
+    "alignment.weight loss.region_weight lora.rank model.query_noise model.query_std "
+    "watchdog.floor_s "
     "validation.seed checkpoint.minutes checkpoint.grace_s spike.zscore spike.max_rollbacks".split()
 )
 SHARES = frozenset(  # 0 to 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ from qk_jax.models import mmdit, qwen_text, qwen_vision, qwen_vl, rotary, vae
 from qk_jax.models.query_kontext import ModelConfig
 from qk_jax.pictures.sizes import format_size
 
+_SPEC = re.compile(r"(.*\.py|[^:]*)(?::(.*))?", re.DOTALL)  # folders of a file may have colons
+
 
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
     """The config that `spec` names, with overrides, locked.
@@ -38,11 +41,7 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
       InputError: no such config or size, no get_config, an unknown field, a value of another type
         or a number out of its bounds.
     """
-    is_file = ".py" in spec  # whose folders may have colons
-    path, _, size = (
-        (spec, "", "") if spec.endswith(".py")
-        else spec.rpartition(":") if is_file else spec.partition(":")
-    )  # fmt: skip
+    path, size = _SPEC.fullmatch(spec).groups("")  # type: ignore[union-attr]  # matches any text
     config = config_files.run(config_files.find(path), size)
     for name, text in (overrides or {}).items():
         override(config, name, text)

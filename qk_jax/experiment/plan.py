@@ -105,11 +105,8 @@ class Plan:
         """Raises InputError when the data section cannot be used, or when batch, optimizer or
         shardings do not fit the mesh."""
         settings.check(self.config)
-        count = self.config.optimizer.accumulation
         for batch in self.batch_sizes.all():
-            if count < 1 or batch % count:
-                raise InputError(f"optimizer.accumulation {count} must divide the batch, {batch}")
-            self.check_batch(batch // count)
+            check_step(batch, self.config, self.mesh)
         _ = self.replicated_share, self.state  # both check what they are made of
 
     def check_batch(self, examples: int) -> None:
@@ -244,6 +241,15 @@ def _fresh_alignment(rng: jax.Array, config: ConfigDict) -> Tree:
     shape = (text.hidden_size, vision.out_hidden_size)
     kernel = jax.random.normal(rng, shape, jnp.float32) * shape[0] ** -0.5
     return {"proj": {"kernel": kernel}}
+
+
+def check_step(batch: int, config: ConfigDict, mesh: sharding.AnyMesh) -> None:
+    """Raises InputError when a step of so many examples does not divide into its micro-batches, or
+    one of those over the mesh."""
+    count = config.optimizer.accumulation
+    if count < 1 or batch % count:
+        raise InputError(f"optimizer.accumulation {count} must divide the batch, {batch}")
+    sharding.check_batch(batch // count, mesh, sharding.tables(config.sharding))
 
 
 def _abstract_params(model: QueryKontext, config: ConfigDict, stage: stages.Stage) -> Tree:

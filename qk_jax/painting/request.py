@@ -42,7 +42,7 @@ class Request:
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise InputError("there is no prompt; say what to paint")
-        if not _is_whole(self.seed) or not 0 <= self.seed < SEEDS:
+        if not is_whole(self.seed) or not 0 <= self.seed < SEEDS:
             raise InputError(f"seed is {self.seed!r}; give a whole number from 0 to {SEEDS - 1}")
 
     @property
@@ -56,12 +56,13 @@ class Request:
         return (() if self.source is None else (SOURCE,)) + (REFERENCE,) * len(self.references)
 
 
-def _is_whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number; a truth value is none."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:
-    return _is_whole(value) or isinstance(value, float | np.floating)
+    return is_whole(value) or isinstance(value, float | np.floating)
 
 
 def request_of(example: Example, seed: int = 0, number: int = 0) -> Request:
@@ -107,7 +108,7 @@ class Settings:
     symmetric_guidance: bool = False
 
     def __post_init__(self) -> None:
-        if not _is_whole(self.steps) or not 1 <= self.steps <= MAX_STEPS:
+        if not is_whole(self.steps) or not 1 <= self.steps <= MAX_STEPS:
             raise InputError(f"steps is {self.steps!r}; give 1 to {MAX_STEPS}")
         if self.solver not in sampler.SOLVERS:
             raise InputError(f"solver is {self.solver!r}; give one of {', '.join(sampler.SOLVERS)}")
@@ -118,7 +119,7 @@ class Settings:
                 raise InputError(f"{name} is {value!r}; give a number of at least 0")
         if self.renormalize not in (None, True, False):
             raise InputError(f"renormalize is {self.renormalize!r}; give True, False or None")
-        if not _is_whole(self.zero_init_steps) or not 0 <= self.zero_init_steps < self.steps:
+        if not is_whole(self.zero_init_steps) or not 0 <= self.zero_init_steps < self.steps:
             raise InputError(
                 f"zero_init_steps is {self.zero_init_steps!r}; give 0 to {self.steps - 1}, less "
                 "than the steps"

@@ -146,3 +146,33 @@ def test_a_checkpoint_from_before_a_field_of_the_model_is_of_its_default():
     assert (
         config_lib.to_dict(config_lib.from_dict(old))["model"] == config_lib.to_dict(now)["model"]
     )
+
+
+def test_a_file_may_lie_in_a_folder_with_a_colon_and_gives_a_config(tmp_path):
+    file = tmp_path / "a:b" / "mine.py"
+    file.parent.mkdir()
+    text = "from ml_collections import ConfigDict\n\ndef get_config(size='plain'):\n    return {}\n"
+    file.write_text(text.format("ConfigDict({'size': size})"))
+    assert config_lib.load(f"{file}:nano").size == "nano"
+    assert config_lib.load(str(file)).size == "plain"
+    file.write_text(text.format("5"))
+    with pytest.raises(InputError, match="returns a int; return a ConfigDict"):
+        config_lib.load(str(file))
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "words"),
+    [
+        ("data.tasks", "{'editing': 1}", "which is a section; did you mean 'data.tasks.editing'"),
+        ("data.tasks.editing", "-1", "expected a number 0 or more"),
+        ("data.sources", "({})", r"a tuple of one ends in a comma: \(...,\)"),
+    ],
+)
+def test_what_a_stranger_wrote_is_answered(field, text, words):
+    with pytest.raises(InputError, match=words):
+        config_lib.load("stage1:tiny", {field: text})
+
+
+def test_a_position_law_that_is_none_is_named():
+    with pytest.raises(InputError, match="config.model.law: index_base 2 is not 0 or 1"):
+        config_lib.model_config(config_lib.load("stage1:tiny", {"model.law.index_base": "2"}))

@@ -87,6 +87,10 @@ def test_a_config_file_is_named_as_it_lies_beside_the_wheel(cloud):
         ({"cluster": "ours"}, 'cluster is for route = "gke"'),
         ({"restarts": -1}, "restarts at least 0"),
         ({"env": "A=1"}, "env must be of type dict"),
+        (
+            {"text": '"data.batch" = 500'},
+            "a batch of 500 examples does not divide over data x fsdp",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(cloud, changes, words):

@@ -60,10 +60,12 @@ class RecordSource:
         columns = [self._columns(*piece) for piece in file.indices()]
         rows = [np.concatenate(column) for column in zip(*columns, strict=True)]
         if not rows or not len(rows[0]):
+            mend = f"set config.data.tasks.{task} to 0"
+            if file.path.name.startswith("validation"):
+                mend = f"import it with a larger --validation, or {mend}"
             raise InputError(
                 f"{file.path} has no record of task {task} (it has "
-                f"{', '.join(sorted(file.tasks())) or 'none'}); set config.data.tasks.{task} to 0, "
-                "or import it with a larger --validation"
+                f"{', '.join(sorted(file.tasks())) or 'none'}); {mend}"
             )
         self.numbers, self.size_of, self.pictures_of, self.references_of, self.name_of = rows
 

@@ -6,6 +6,7 @@ or damaged in it becomes a note on the page, and only a folder that is none is a
 
 from __future__ import annotations
 
+import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -97,7 +98,7 @@ def _names(folders: Sequence[str]) -> list[str]:
     """The shortest ends of the paths that differ; equal paths get numbers."""
     paths = [files.absolute(folder).parts for folder in folders]
     for length in range(1, max(map(len, paths)) + 1):
-        names = ["/".join(parts[-length:]).replace("//", "/") for parts in paths]
+        names = [str(pathlib.PurePosixPath(*parts[-length:])) for parts in paths]
         if len(set(names)) == len(names):
             return names
     return [f"{number}: {name}" for number, name in enumerate(names, start=1)]
