@@ -332,7 +332,7 @@ def test_loading_keeps_programs_and_paints_what_is_asked_for_at_once(checkpoint,
     )
     assert len(free.generate("a kite", height=32, width=32, steps=1, num=3)) == 3
     assert kept == [True] and slots == [3]
-    with pytest.raises(InputError, match="batch is 0; give at least 1"):
+    with pytest.raises(InputError, match="batch is 0; give a whole number of at least 1"):
         qk_jax.load(checkpoint, batch=0)
 
 
