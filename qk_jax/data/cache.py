@@ -2,7 +2,8 @@
 
 A folder has arrays [N, ...] of one kind and shape, KIND-SHAPE-NAME.npy, from which rows are read as
 they are asked for, and beside each NAME.npy its NAME.index.npy: for every row the digest of its
-picture and a checksum. manifest.json names the towers; a folder never holds rows of others.
+picture and a checksum. manifest.json names the towers; a folder never holds rows of others. A part of
+an encoding that came to its end leaves IofN.done.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from qk_jax.base.errors import InputError
 
 MOMENTS, VISION = "moments", "vision"  # kinds
 MANIFEST, FORMAT = "manifest.json", 1
+DONE = ".done"  # of the mark of a part that came to its end
 SHARD_BYTES = 2**28  # of rows that wait in memory, for each kind and shape
 _INDEX = np.dtype([("digest", "u1", (16,)), ("crc", "<u4")])
 _STORED = np.dtype(np.uint16)  # what NumPy writes for bfloat16, which it does not know
@@ -119,6 +121,17 @@ class Cache:
     def __len__(self) -> int:
         return sum(len(kind.keys) for kind in self._kinds.values())
 
+    def check_whole(self) -> None:
+        """Raises InputError unless every part of the last encoding came to its end."""
+        done = {path.name.removesuffix(DONE) for path in self.folder.glob(f"*{DONE}")}
+        count = max((int(name.partition("of")[2]) for name in done), default=1)
+        lacking = [f"{i}/{count}" for i in range(count) if _stem(i, count) not in done]
+        if lacking:
+            raise InputError(
+                f"{self.folder} is half made: of its parts {', '.join(lacking)} did not come to the "
+                "end; run the same encode again, which adds what is missing"
+            )
+
     def has(self, kind: str, digest: bytes) -> bool:
         """Whether there is a row of a kind for a picture."""
         return self._kinds[kind].find(digest) is not None
@@ -140,14 +153,14 @@ class Cache:
 
 
 class Writer:
-    """Adds rows to a folder, which may be read between; of several writers each has a name."""
+    """Adds rows to a folder, which may be read between; several may share the work by parts."""
 
     def __init__(
         self,
         folder: files.PathLike,
         towers: Mapping[str, str],
         dtypes: Mapping[str, Any],
-        name: str = "0",
+        part: tuple[int, int] = (0, 1),
     ):
         """Makes the folder, or goes on with it.
 
@@ -155,12 +168,12 @@ class Writer:
           folder: to write.
           towers: {kind: digest of the tower that makes its rows}.
           dtypes: of the rows of each kind.
-          name: of this writer's files.
+          part: (i, n), of n parts of the work the i-th, counted from 0.
 
         Raises:
           InputError: the folder holds rows of other towers, or cannot be written.
         """
-        self.folder, self.name = files.writable_folder(folder, "--out"), name
+        self.folder, self.name = files.writable_folder(folder, "--out"), _stem(*part)
         manifest = {
             "format": FORMAT, "towers": dict(towers),
             "dtypes": {kind: np.dtype(dtype).name for kind, dtype in dtypes.items()},
@@ -172,6 +185,9 @@ class Writer:
                 "another folder"
             )
         files.write_json(path, manifest)
+        for mark in self.folder.glob(f"*{DONE}"):  # this part's, and those of other divisions
+            if mark.name == self.name + DONE or not mark.name.endswith(f"of{part[1]}{DONE}"):
+                mark.unlink(missing_ok=True)
         self._waiting: dict[str, list[tuple[bytes, np.ndarray]]] = {}
 
     def add(self, kind: str, digests: Sequence[bytes], rows: np.ndarray) -> None:
@@ -199,9 +215,14 @@ class Writer:
                     np.save(file, array)
 
     def close(self) -> None:
-        """Writes what waits. Raises: InputError."""
+        """Writes what waits, and that this part is whole. Raises: InputError."""
         for stem in list(self._waiting):
             self._write(stem)
+        files.write_text(self.folder / f"{self.name}{DONE}", "")
+
+
+def _stem(index: int, count: int) -> str:
+    return f"{index}of{count}"
 
 
 def _index_path(path: files.Path) -> files.Path:

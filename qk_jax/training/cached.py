@@ -99,12 +99,13 @@ def padding_of(config: Mapping[str, Any]) -> Padding | CachedPadding:
     """What makes the batches of a run: with config.data.cache from rows in place of pixels.
 
     Raises:
-      InputError: sizes are none, or the cache is none.
+      InputError: sizes are none, or the cache is none or half made.
     """
     padding, folder = Padding.from_config(config), config["data"].get("cache", "")
     if not folder:
         return padding
     cache = Cache(folder)
+    cache.check_whole()
     log.info("%s has %d rows of %s", cache.folder, len(cache), " and ".join(cache.towers))
     return CachedPadding(padding, cache)
 
@@ -229,7 +230,7 @@ def encode(config: ConfigDict, out: files.PathLike, workdir: files.PathLike, par
         params = start.parameters(plan, workdir, only=("vae", "vlm"))
         kinds = towers(plan, params)
         dtypes = {MOMENTS: np.float32, VISION: plan.model.dtype}
-        writer = Writer(out, kinds, {kind: dtypes[kind] for kind in kinds}, f"{index}of{count}")
+        writer = Writer(out, kinds, {kind: dtypes[kind] for kind in kinds}, (index, count))
         encoding, old = _Encoding(plan, params, writer, kinds), Cache(out)
         pipeline, bad = Pipeline(config, "train", 0, 1, plan.prompts), 0
         for shown in _shown(pipeline, index, count, VISION in kinds):

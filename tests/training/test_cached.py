@@ -178,8 +178,8 @@ def picture(seed, size=(32, 48)):
     return np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
 
 
-def rows_of(folder, count=5, name="0"):
-    writer = Writer(folder, {MOMENTS: "a"}, {MOMENTS: np.float32}, name)
+def rows_of(folder, count=5, part=(0, 1)):
+    writer = Writer(folder, {MOMENTS: "a"}, {MOMENTS: np.float32}, part)
     pictures = [picture(seed) for seed in range(count)]
     rows = np.random.default_rng(9).standard_normal((count, 2, 3)).astype(np.float32)
     writer.add(MOMENTS, [digest_of(x) for x in pictures], rows)
@@ -201,10 +201,23 @@ def test_rows_come_back_by_the_pixels(tmp_path):
 
 
 def test_several_writers_share_a_folder(tmp_path):
-    rows_of(tmp_path, 3, "0of2")
-    pictures, rows = rows_of(tmp_path, 5, "1of2")
+    rows_of(tmp_path, 3, (0, 2))
+    pictures, rows = rows_of(tmp_path, 5, (1, 2))
     assert len(Cache(tmp_path)) == 8
+    Cache(tmp_path).check_whole()
     np.testing.assert_array_equal(Cache(tmp_path).get(MOMENTS, pictures[4]), rows[4])
+
+
+def test_what_is_half_made_is_refused(tmp_path, records):
+    """A run says so before its weights are read, not at the first picture that is missing."""
+    Writer(tmp_path, {MOMENTS: "a"}, {MOMENTS: np.float32})
+    with pytest.raises(InputError, match="is half made: of its parts 0/1 did not come to the end"):
+        cached.padding_of(config_of("stage1", records, data__cache=tmp_path))
+    rows_of(tmp_path)
+    Cache(tmp_path).check_whole()
+    rows_of(tmp_path, 5, (1, 3))
+    with pytest.raises(InputError, match="of its parts 0/3, 2/3 did not"):
+        Cache(tmp_path).check_whole()
 
 
 def test_a_file_that_was_deleted_is_made_again_beside_the_others(tmp_path):
