@@ -7,7 +7,8 @@ asks for, and every value is finite.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from qk_jax.base import files, hub, trees
@@ -64,6 +65,17 @@ def _check_whole(folder: files.Path) -> None:
             raise InputError(f"{folder} lacks {name}/, which its {hub.INDEX} names; download it")
 
 
+def _check_ignored(ignore: Iterable[str], parts: Mapping[str, files.Path]) -> None:
+    """Raises InputError for a regex that leaves out nothing: it is misspelt."""
+    names = {name for folder in parts.values() for name in TensorFolder(folder).shapes}
+    for pattern in ignore:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise InputError(
+                f"--ignore {pattern!r} is the whole name of no tensor, such as {min(names)}; "
+                "correct it or drop it"
+            )
+
+
 def is_lora(path: files.Path) -> bool:
     """Whether a path is a file of adapters, or a folder with nothing but one."""
     if path.is_file():
@@ -79,7 +91,7 @@ def convert(
     out: str,
     *,
     dtype: Any = None,
-    ignore: Iterable[str] = (),
+    ignore: Collection[str] = (),
     base: str | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
@@ -102,9 +114,14 @@ def convert(
     if files.absolute(out) == files.absolute(folder):
         raise InputError(f"{out} is the model itself; choose another folder to write")
     if is_lora(folder):
+        if ignore:
+            raise InputError(f"--ignore leaves nothing out of a LoRA, which {folder} is; drop it")
         _convert_lora(folder, out, dtype, base, say)
         return
+    if base is not None:
+        raise InputError(f"--base is for a LoRA, and {folder} is none; drop it")
     is_pipeline, parts = hub.is_pipeline(folder), parts_of(folder)
+    _check_ignored(ignore, parts)
     with files.fresh_folder(out, hub.INDEX if is_pipeline else "config.json") as fresh:
         for part, source in parts.items():
             found = read.open_part(part, source, dtype, ignore)

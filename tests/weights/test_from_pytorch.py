@@ -291,7 +291,7 @@ def test_an_extra_tensor_must_be_allowed(tmp_path, capsys):
     assert "left out: extra.bias" in capsys.readouterr().out
 
 
-def test_a_lora_file_gets_the_names_of_diffusers(tmp_path):
+def test_a_lora_file_gets_the_names_of_diffusers(tmp_path, capsys):
     write("mmdit", tmp_path / "base")
     rank, path = 3, "transformer_blocks/attn/to_q"
     stack, inner, outer = nano.KINDS["mmdit"].shapes[f"{path}/kernel"]
@@ -308,7 +308,9 @@ def test_a_lora_file_gets_the_names_of_diffusers(tmp_path):
         kohya[f"{module}.alpha"] = np.array(rank, np.float32)
     (tmp_path / "a").mkdir()
     save_file(kohya, tmp_path / "a/style.safetensors")
-    out = convert(tmp_path, "--base", str(tmp_path / "base"))
+    base = "--base", str(tmp_path / "base")
+    assert "drop it" in refused(tmp_path, capsys, *base, "--ignore", "lora.*")
+    out = convert(tmp_path, *base)
     assert (out / file).read_bytes() == (tmp_path / "wanted" / file).read_bytes()
 
 
@@ -329,10 +331,19 @@ def test_another_config_is_refused_by_name(tmp_path, capsys, change, message):
     assert message in refused(tmp_path, capsys)
 
 
-@pytest.mark.parametrize("words", [["--mesh", "fsdp=8"], ["--ignore", "("], ["--dtype", "int8"]])
-def test_bad_arguments_are_one_line(tmp_path, capsys, words):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mesh", "fsdp=8"], "--mesh"),
+        (["--ignore", "("], "no regular expression"),
+        (["--ignore", "extra"], "is the whole name of no tensor, such as "),
+        (["--base", "."], "is for a LoRA"),
+        (["--dtype", "int8"], "int8"),
+    ],
+)
+def test_bad_arguments_are_one_line(tmp_path, capsys, words, message):
     write("vae", tmp_path / "a")
-    refused(tmp_path, capsys, *words)
+    assert message in refused(tmp_path, capsys, *words)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path):
