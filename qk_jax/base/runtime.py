@@ -239,7 +239,7 @@ def compiler_options(
     `compiler_options` from here.
 
     Options of the platform at hand that its compiler does not know, such as those of an older
-    XLA, are left out with a warning.
+    XLA, are left out with a warning, of CPU_OPTIONS with a line of the log.
 
     Args:
       table: config.compiler, {platform: ('name=value', ...)}; PLATFORM_step is for the train step.
@@ -263,6 +263,8 @@ def _is_known(name: str, value: Any) -> bool:
         jax.jit(lambda: 0).lower().compile(compiler_options={name: value})
     except jax.errors.JaxRuntimeError as error:
         reason = (str(error).splitlines() or ["unknown"])[0]
-        log.warning("compiler option %s=%s is left out: %s", name, value, reason)
+        ours = (name, value) in map(parse_option, CPU_OPTIONS)  # the user cannot mend those
+        level = logging.INFO if ours else logging.WARNING
+        log.log(level, "compiler option %s=%s is left out: %s", name, value, reason)
         return False
     return True

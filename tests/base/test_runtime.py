@@ -1,9 +1,13 @@
-"""The process: what is kept of its programs, and where."""
+"""The process: what is kept of its programs, and where; what its compiler takes."""
 
 import os
 import pathlib
 import subprocess
 import sys
+
+import pytest
+
+from qk_jax.base import runtime
 
 CODE = """
 import sys, jax
@@ -51,3 +55,16 @@ def test_a_folder_that_jax_was_given_stays(tmp_path):
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path):
     (tmp_path / "file").write_text("")
     assert run(HOME=tmp_path / "file") == ("None", 0)
+
+
+@pytest.mark.parametrize(("ours", "level"), [((), "WARNING"), (("no_such=true",), "INFO")])
+def test_an_option_that_is_not_known_is_left_out(monkeypatch, caplog, ours, level):
+    """Our own, of which a user can mend nothing, without a warning."""
+    monkeypatch.setattr(runtime, "CPU_OPTIONS", ours)
+    runtime._is_known.cache_clear()
+    table = {"cpu": ("no_such=true", "xla_backend_optimization_level=1")}
+    with caplog.at_level("INFO", "qk_jax"):
+        found = runtime.compiler_options(table, "cpu")
+    assert found == {"xla_backend_optimization_level": 1}
+    (line,) = [x for x in caplog.records if "no_such" in x.message]
+    assert line.levelname == level and "is left out: " in line.message
