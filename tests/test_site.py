@@ -163,6 +163,7 @@ def test_a_search_finds_a_field(address, browser):
     page = browser.new_page()
     page.set_default_timeout(PATIENCE_MS)
     page.goto(f"{address}/index.html")
-    page.locator("input.md-search__input").press_sequentially("query_noise")  # searches as keys go up
+    words = page.locator("input.md-search__input")
+    words.press_sequentially("query_noise")  # it searches as keys go up
     page.locator(".md-search-result__link[href*='config.html']").first.wait_for()
     page.close()

@@ -2,8 +2,8 @@
 
 A folder has arrays [N, ...] of one kind and shape, KIND-SHAPE-NAME.npy, from which rows are read as
 they are asked for, and beside each NAME.npy its NAME.index.npy: for every row the digest of its
-picture and a checksum. manifest.json names the towers; a folder never holds rows of others. A part of
-an encoding that came to its end leaves IofN.done.
+picture and a checksum. manifest.json names the towers; a folder never holds rows of others. A part
+of an encoding that came to its end leaves IofN.done.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ class Cache:
         lacking = [f"{i}/{count}" for i in range(count) if _stem(i, count) not in done]
         if lacking:
             raise InputError(
-                f"{self.folder} is half made: of its parts {', '.join(lacking)} did not come to the "
-                "end; run the same encode again, which adds what is missing"
+                f"{self.folder} is half made: of its parts {', '.join(lacking)} did not come to "
+                "the end; run the same encode again, which adds what is missing"
             )
 
     def has(self, kind: str, digest: bytes) -> bool:
