@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -81,6 +82,17 @@ def getter(row: Row, job: Job, form: Format) -> Callable[[str], Any]:
         return found
 
     return get
+
+
+def unseen(rows: Iterable[Row | BadRecord], job: Job, form: Format) -> list[str]:
+    """Roles of the job whose columns none of the rows has, of rows that could be read."""
+    lacking, read = set(job.columns), 0
+    for row in rows:
+        with contextlib.suppress(BadRecord):
+            if isinstance(row, Row):
+                lacking = {x for x in lacking if getter(row, job, form)(x) is _ABSENT}
+                read += 1
+    return sorted(lacking) if read else []
 
 
 def field(row: Row, name: str) -> Any:

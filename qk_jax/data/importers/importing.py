@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import logging
 import re
 from typing import Any
@@ -14,11 +15,12 @@ from qk_jax.base import buckets, files
 from qk_jax.base.errors import InputError, some
 from qk_jax.data.example import TASKS
 from qk_jax.data.importers import pieces, shards
-from qk_jax.data.importers.columns import ROLES
+from qk_jax.data.importers.columns import ROLES, by_columns, unseen, wanted
 from qk_jax.data.importers.formats import FORMATS
 from qk_jax.data.importers.job import Job, Piece
 
 log = logging.getLogger(__name__)
+LOOKED_AT = 100  # rows, for what none of them has
 _WORDS = re.compile(r"(?<![a-z])[a-z]+(?![a-z])")
 
 
@@ -86,7 +88,20 @@ def _look(job: Job) -> pieces.Found:
             "the input names the splits %s, which are not kept: all goes to train, or by "
             "--validation; to keep one, import it alone", ", ".join(named),
         )  # fmt: skip
+    if found and FORMATS[job.format].drafts is by_columns:
+        _warn_of_unseen(job, found[0])
     return pieces.Found(found, _named(job, found), bad)
+
+
+def _warn_of_unseen(job: Job, piece: Piece) -> None:
+    """Warns of columns that the first rows lack: they may be misspelt, and are not always needed."""
+    form = FORMATS[job.format]
+    rows = itertools.islice(form.rows.read(job, piece, wanted(job, form)), LOOKED_AT)
+    for role in unseen(rows, job, form):
+        log.warning(
+            "--columns %s=%s: none of the first %d rows has that field; correct it if it is "
+            "misspelt", role, job.columns[role], LOOKED_AT,
+        )  # fmt: skip
 
 
 def _published_splits(found: list[Piece]) -> list[str]:

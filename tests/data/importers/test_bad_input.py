@@ -335,6 +335,29 @@ def test_a_column_that_no_table_has_is_an_error(tmp_path):
         imported(tmp_path, **given, columns={"group": "typo"})
 
 
+@pytest.mark.parametrize("form", ["list", "webdataset"])
+def test_a_column_that_no_row_has_is_told(tmp_path, caplog, form):
+    """Not all rows need it, so that it is no error where rows are read one by one."""
+    if form == "list":
+        rows = [{"text": f"n {n}", "image": f"{n}.jpg"} for n in range(3)]
+        path = put(tmp_path, "in/a.json", json.dumps(rows))
+        for n in range(3):
+            put(tmp_path, f"in/{n}.jpg", picture(n))
+        named = {"text": "text", "target": "image"}
+    else:
+        path = tar(tmp_path / "in" / "a.tar", [x for n in range(3) for x in sample(n)])
+        named = {"target": "jpg"}
+    found, rejected = imported(
+        tmp_path, format=form, inputs=(path,), columns={**named, "group": "typo"}
+    )
+    assert len(found) == 3 and not rejected
+    lines = [x for x in caplog.messages if x.startswith("--columns")]
+    assert lines == [
+        "--columns group=typo: none of the first 100 rows has that field; correct it if it is "
+        "misspelt"
+    ]
+
+
 def test_a_warning_where_nothing_goes_to_validation_and_splits_are_joined(tmp_path, caplog):
     for split in ("train", "test"):
         published.table(tmp_path / "in" / f"{split}-0.parquet", rows_of(2))
