@@ -110,14 +110,14 @@ RECIPES = {
         "v5e-256", 256, 2, RING, figures=Figures(mfu=0.397, step_time_s=0.731, hbm_gib=7.80)
     ),
     ("stage1", "20b", "v6e-64"): _fsdp(
-        "v6e-64", 64, 8, RING, figures=Figures(mfu=0.321, step_time_s=0.772, hbm_gib=28.21)
+        "v6e-64", 64, 8, RING, figures=Figures(mfu=0.317, step_time_s=0.785, hbm_gib=27.45)
     ),
     ("stage2", "20b", "v5p-128"): _fsdp(
         "v5p-128", 64, 8, OVERLAP, figures=Figures(mfu=0.688, step_time_s=4.184, hbm_gib=71.60)
     ),
     ("stage2", "20b", "v6e-256"): _fsdp(
         "v6e-256", 256, 4, RING, remat="attention+out+mlp",
-        figures=Figures(mfu=0.337, step_time_s=1.067, hbm_gib=23.79),
+        figures=Figures(mfu=0.334, step_time_s=1.078, hbm_gib=23.79),
     ),
     ("stage2", "20b", "paper"): PAPER,
     ("stage3", "20b", "v5p-128"): _fsdp(
@@ -125,7 +125,7 @@ RECIPES = {
     ),
     ("stage3", "20b", "v6e-64"): _fsdp(
         "v6e-64", 64, 4, RING, remat="attention+lora",
-        figures=Figures(mfu=0.265, step_time_s=5.443, hbm_gib=22.40),
+        figures=Figures(mfu=0.260, step_time_s=5.554, hbm_gib=22.40),
     ),
     ("highres", "20b", "v5p-256"): _fsdp(
         "v5p-256", 128, 1, OVERLAP, figures=Figures(mfu=0.482, step_time_s=7.272, hbm_gib=62.46)
