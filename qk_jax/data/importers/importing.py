@@ -94,7 +94,7 @@ def _look(job: Job) -> pieces.Found:
 
 
 def _warn_of_unseen(job: Job, piece: Piece) -> None:
-    """Warns of columns that the first rows lack: they may be misspelt, and are not always needed."""
+    """Warns of columns that the first rows lack: not always needed, they may be misspelt."""
     form = FORMATS[job.format]
     rows = itertools.islice(form.rows.read(job, piece, wanted(job, form)), LOOKED_AT)
     for role in unseen(rows, job, form):
