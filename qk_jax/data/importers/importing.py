@@ -88,7 +88,7 @@ def _look(job: Job) -> pieces.Found:
             "the input names the splits %s, which are not kept: all goes to train, or by "
             "--validation; to keep one, import it alone", ", ".join(named),
         )  # fmt: skip
-    if found and FORMATS[job.format].drafts is by_columns:
+    if found and job.columns and FORMATS[job.format].drafts is by_columns:
         _warn_of_unseen(job, found[0])
     return pieces.Found(found, _named(job, found), bad)
 
