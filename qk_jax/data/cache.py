@@ -124,7 +124,8 @@ class Cache:
     def check_whole(self) -> None:
         """Raises InputError unless every part of the last encoding came to its end."""
         done = {path.name.removesuffix(DONE) for path in self.folder.glob(f"*{DONE}")}
-        count = max((int(name.partition("of")[2]) for name in done), default=1)
+        counts = [name.partition("of")[2] for name in done]
+        count = max(map(int, filter(str.isdecimal, counts)), default=1)
         lacking = [f"{i}/{count}" for i in range(count) if _stem(i, count) not in done]
         if lacking:
             raise InputError(

@@ -66,7 +66,7 @@ def _check_whole(folder: files.Path) -> None:
 
 
 def _check_ignored(ignore: Iterable[str], parts: Mapping[str, files.Path]) -> None:
-    """Raises InputError for a regex that leaves out nothing: it is misspelt."""
+    """Raises InputError for a regex that matches no tensor: it is misspelt."""
     names = {name for folder in parts.values() for name in TensorFolder(folder).shapes}
     for pattern in ignore:
         if not any(re.fullmatch(pattern, name) for name in names):
@@ -121,7 +121,8 @@ def convert(
     if base is not None:
         raise InputError(f"--base is for a LoRA, and {folder} is none; drop it")
     is_pipeline, parts = hub.is_pipeline(folder), parts_of(folder)
-    _check_ignored(ignore, parts)
+    if ignore:
+        _check_ignored(ignore, parts)
     with files.fresh_folder(out, hub.INDEX if is_pipeline else "config.json") as fresh:
         for part, source in parts.items():
             found = read.open_part(part, source, dtype, ignore)
