@@ -28,6 +28,9 @@ from qk_jax.weights.safetensors import TensorFolder
 
 INDEX, ADAPTER = "model_index.json", "pytorch_lora_weights.safetensors"
 TOWERS = {"vlm": "text_encoder", "mmdit": "transformer", "vae": "vae"}
+# Adapters beside weights. That of the text encoder has only the model that the package carries,
+# which shares what it adapts with the quickstart.
+ADAPTERS = {"mmdit": ADAPTER, "vlm": f"text_encoder/{ADAPTER}"}
 
 
 def is_exported(folder: files.Path) -> bool:
@@ -49,7 +52,7 @@ def load(
       folder: of `export.folder.export_pipeline`.
       batch: slots of every program, see `Painter`.
       mesh: to shard the three towers over, by the default tables; None for one device.
-      shared: {'vae': folder, 'tokenizer': folder} of parts that lie elsewhere.
+      shared: {'vae': folder, ...} of parts that lie elsewhere.
 
     Raises:
       InputError: it is another pipeline, or a part is missing or damaged.
@@ -57,10 +60,11 @@ def load(
     index = _index(folder)
     where = {part: folder / part for part in (*TOWERS.values(), "tokenizer")} | dict(shared or {})
     configs, params, dtype = _towers(where, mesh)
-    if (folder / ADAPTER).is_file():
-        shapes = read.shapes_of(params["mmdit"])
-        adapter, _ = lora_files.import_lora(folder / ADAPTER, shapes, np.float32)
-        params["mmdit"] = jax.jit(lora.merge)(params["mmdit"], adapter, 1.0)
+    for tower, name in ADAPTERS.items():
+        if (folder / name).is_file():
+            shapes = read.shapes_of(params[tower])
+            adapter, _ = lora_files.import_lora(folder / name, shapes, np.float32, tower)
+            params[tower] = jax.jit(lora.merge)(params[tower], adapter, 1.0)
     with _told(folder):
         kontext = files.read_json(folder / "kontext" / "config.json")
         tokenizer = prompts.load_tokenizer(where["tokenizer"])

@@ -1,4 +1,5 @@
-"""LoRA files for QwenImageTransformer2DModel -> an adapter of `models.lora`, alpha folded in.
+"""LoRA files of the transformer or the text encoder -> an adapter of `models.lora`, alpha folded
+in.
 
 Read are the keys of diffusers and peft (`transformer.` or `base_model.model.` or nothing, the
 module, `lora_A.weight`, `lora_A.default.weight`, and `lora_B` likewise), of ComfyUI
@@ -27,7 +28,7 @@ from qk_jax.weights.safetensors import TensorFolder
 
 METADATA = "lora_adapter_metadata"  # of diffusers, in the header: a LoraConfig as JSON
 CONFIG = "adapter_config.json"  # of peft, in the same folder
-PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "lora_unet_")
+PREFIXES = ("transformer.", "text_encoder.", "diffusion_model.", "base_model.model.", "lora_unet_")
 PARTS = {
     "lora_A.weight": "a",
     "lora_A.default.weight": "a",
@@ -49,7 +50,9 @@ class _Linear(NamedTuple):
     kernel: tuple[int, ...]  # [in, out] or, of all layers, [L, in, out]
 
 
-def import_lora(path: PathLike, shapes: Shapes, dtype: Any = None) -> tuple[Tree, int]:
+def import_lora(
+    path: PathLike, shapes: Shapes, dtype: Any = None, tower: str = "mmdit"
+) -> tuple[Tree, int]:
     """Reads a LoRA file.
 
     Layers and modules of a stack that the file does not adapt get zeros, and so do the ranks that
@@ -59,6 +62,7 @@ def import_lora(path: PathLike, shapes: Shapes, dtype: Any = None) -> tuple[Tree
       path: the .safetensors file, or a folder with it (and with peft's adapter_config.json).
       shapes: of all leaves of the adapted model.
       dtype: of the adapter; None keeps the file's, or float32 where it has several.
+      tower: which it adapts, 'mmdit' or 'vlm'.
 
     Returns:
       (tree, rank): leaves `.../lora_a` [L, in, rank] and `lora_b` [L, rank, out], without L where
@@ -69,7 +73,7 @@ def import_lora(path: PathLike, shapes: Shapes, dtype: Any = None) -> tuple[Tree
         beyond plain LoRA, by the name of its key.
     """
     source = TensorFolder(path)
-    linears = _linears(shapes)
+    linears = _linears(shapes, tower)
     pairs = _pairs(source, linears)
     config = _config(source, files.Path(path))
     ranks = {module: _rank(source, names, linears[module]) for module, names in pairs.items()}
@@ -89,9 +93,9 @@ def import_lora(path: PathLike, shapes: Shapes, dtype: Any = None) -> tuple[Tree
     return trees.unflatten(flat), rank
 
 
-def _linears(shapes: Shapes) -> dict[str, _Linear]:
-    """{torch module: Linear} of the whole model."""
-    table, found = tables.mmdit(), {}
+def _linears(shapes: Shapes, tower: str = "mmdit") -> dict[str, _Linear]:
+    """{torch module: Linear} of the whole tower."""
+    table, found = tables.ADAPTED[tower][1](), {}
     for path, shape in shapes.items():
         for name, layer, row in table.names(path, shape):
             if row.transform is tables.LINEAR:

@@ -349,13 +349,21 @@ def glue() -> Table:
     return Table(tuple(rows))
 
 
-def lora() -> Table:
-    """Adapters of the Linear layers of `QwenImageTransformer2DModel`, with diffusers' names."""
-    rows = []
-    for row in mmdit().rows:
+ADAPTED = {"mmdit": ("transformer.", mmdit), "vlm": ("text_encoder.", vlm)}
+
+
+def lora(tower: str = "mmdit") -> Table:
+    """Adapters of the Linear layers of a tower, with the names that diffusers gives the keys of
+    LoRA files: `transformer.` or `text_encoder.`, the module, `lora_A.weight` or `lora_B.weight`.
+
+    Args:
+      tower: 'mmdit' or 'vlm'.
+    """
+    rows, (prefix, table) = [], ADAPTED[tower]
+    for row in table().rows:
         if row.transform is LINEAR:
             torch, path = row.torch.removesuffix(".weight"), row.path.removesuffix("/kernel")
             for half in "AB":
-                name = f"transformer.{torch}.lora_{half}.weight"
+                name = f"{prefix}{torch}.lora_{half}.weight"
                 rows.append(Row(name, f"{path}/lora_{half.lower()}", LINEAR))
     return Table(tuple(rows))

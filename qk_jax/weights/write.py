@@ -151,35 +151,40 @@ def _with_time(
     return out
 
 
-def lora_tensors(adapter: Tree, scale: float, dtype: Any = None) -> dict[str, Tensor]:
-    """{torch name: tensor} of an adapter of the transformer, alpha / rank folded into lora_B.
+def lora_tensors(
+    adapter: Tree, scale: float, dtype: Any = None, tower: str = "mmdit"
+) -> dict[str, Tensor]:
+    """{torch name: tensor} of an adapter, alpha / rank folded into lora_B.
 
     Args:
       adapter: of `lora.init`.
       scale: alpha / rank.
       dtype: of the tensors; None keeps the leaves'.
+      tower: which it adapts, 'mmdit' or 'vlm'.
 
     Raises:
       InputError: the adapter is of another model.
     """
     adapter = lora.scaled(adapter, scale)
     try:
-        return torch_tensors(tables.lora(), adapter, read.shapes_of(adapter), dtype)
+        return torch_tensors(tables.lora(tower), adapter, read.shapes_of(adapter), dtype)
     except KeyError as error:
         raise InputError(f"the adapter of {error.args[0]} fits no Linear of this model") from None
 
 
-def export_lora(adapter: Tree, scale: float, folder: PathLike, dtype: Any = None) -> None:
+def export_lora(
+    adapter: Tree, scale: float, folder: PathLike, dtype: Any = None, tower: str = "mmdit"
+) -> None:
     """Writes `pytorch_lora_weights.safetensors` as `load_lora_weights` of diffusers reads it.
 
     alpha is folded in and no metadata is written: then every reader agrees, while a file with
     alpha in its metadata means something else to those that ignore it.
 
     Args:
-      adapter, scale, dtype: as `lora_tensors`.
+      adapter, scale, dtype, tower: as `lora_tensors`.
       folder: gets the file.
 
     Raises:
       InputError: the adapter is of another model, or the folder cannot be written.
     """
-    write_tensors(folder, LORA, lora_tensors(adapter, scale, dtype))
+    write_tensors(folder, LORA, lora_tensors(adapter, scale, dtype, tower))

@@ -11,6 +11,9 @@ from qk_jax import painting
 from qk_jax.base import files, runtime
 from qk_jax.base.errors import InputError
 from qk_jax.export.folder import export_pipeline
+from qk_jax.models import lora
+from qk_jax.painting import exported
+from qk_jax.weights.write import export_lora
 from tests.export import models
 from tests.painting import painters
 
@@ -85,6 +88,22 @@ def test_a_separate_adapter_is_merged(tmp_path):
     jax.tree.map(
         lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6),
         weights(back), weights(painting.of_loaded(found, batch=1)),
+    )  # fmt: skip
+
+
+def test_an_adapter_in_place_of_the_text_encoder_is_merged(folder, tmp_path):
+    """As in the shipped model, whose text encoder adapts the VLM that lies beside it."""
+    base = models.loaded().params["vlm"]
+    adapter = lora.init(jax.random.key(0), base, lora.VLM_TARGETS, 2)
+    adapter = jax.tree.map(lambda leaf: leaf + 0.01, adapter)  # a fresh one changes nothing
+    shutil.copytree(folder, tmp_path / "model")
+    shutil.move(tmp_path / "model/text_encoder", tmp_path / "vlm")
+    export_lora(adapter, 0.5, tmp_path / "model/text_encoder", tower="vlm")
+    shared = {"text_encoder": files.Path(tmp_path / "vlm")}
+    back = exported.load(files.Path(tmp_path / "model"), batch=1, shared=shared)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6),
+        back.params["vlm"], lora.merge(base, adapter, 0.5),
     )  # fmt: skip
 
 
