@@ -3,7 +3,8 @@
     python launch/tiny/ship.py --checkpoint runs/long/stage3
 
 It is the export of `convert to-pytorch` in float16 without what the other shipped parts have as
-well. Its figures on held-out subjects are measured as it is shipped, and go into its card.
+well: the text encoder is the adapter of stage 1, beside which stage 3 must lie. Its figures on
+held-out subjects are measured as it is shipped, and go into its card.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 from common import card  # beside this file
 
 from qk_jax import evaluation
 from qk_jax.base import cli, files, runtime
-from qk_jax.base.errors import exits
+from qk_jax.base.errors import InputError, exits
+from qk_jax.base.trees import flatten
 from qk_jax.checkpoints import run_folder
 from qk_jax.experiment import config as config_lib
 from qk_jax.export.folder import export_pipeline
 from qk_jax.painting import loading, sheets
+from qk_jax.weights.write import export_lora
 
 KEPT = ("text_encoder", "transformer", "kontext", "scheduler", "model_index.json")
 CODE = "kontext/kontext.py"  # of PyTorch
@@ -51,6 +55,7 @@ def main(argv: Sequence[str]) -> None:
         whole = files.Path(temporary) / "stage3"
         export_pipeline(loaded, whole, "float16")
         (whole / CODE).unlink()
+        write_adapter(files.Path(args.checkpoint).parent / "stage1", loaded, whole)
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         for name in KEPT:
@@ -59,6 +64,25 @@ def main(argv: Sequence[str]) -> None:
     figures = measure(out, loaded.plan.config, extent, args.sheets)
     files.write_json(out / "metrics.json", figures)
     files.write_text(out / "README.md", told(loaded, files.Path(args.checkpoint), figures))
+
+
+def write_adapter(stage: files.Path, loaded: run_folder.Loaded, out: files.Path) -> None:
+    """Writes what stage 1 taught the text encoder in place of the text encoder.
+
+    Raises:
+      InputError: with it the shipped VLM is not the text encoder of `loaded`.
+    """
+    first = run_folder.load(stage)
+    shutil.rmtree(out / "text_encoder")
+    scale = first.plan.model.config.lora_scale
+    export_lora(first.params["lora"]["vlm"], scale, out / "text_encoder", jnp.float16, "vlm")
+    shipped = loading.load_shipped(out).params["vlm"]
+    for name, leaf in flatten(loaded.params["vlm"]).items():
+        if not jnp.allclose(flatten(shipped)[name], leaf, rtol=1e-3, atol=1e-3):
+            raise InputError(
+                f"{stage} is not what {loaded.name} comes from, {name} differs; give a stage 3 "
+                "that lies beside its stage 1"
+            )
 
 
 def measure(out: files.Path, config, extent: evaluation.Extent, folder: str | None) -> dict:

@@ -70,10 +70,10 @@ def load_shipped(
     batch: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Painter:
-    """The painter of the tiny model that the package carries: an export without autoencoder and
-    tokenizer, which lie beside it. Arguments as in `load`."""
+    """The painter of the tiny model that the package carries: an export without autoencoder,
+    tokenizer and what its text encoder adapts, which lie beside it. Arguments as in `load`."""
     tiny = files.Path(origins.EMBEDDED)
-    shared = {part: tiny / part for part in ("vae", "tokenizer")}
+    shared = {"vae": tiny / "vae", "tokenizer": tiny / "tokenizer", "text_encoder": tiny / "vlm"}
     return exported.load(folder, batch=batch, mesh=mesh, shared=shared)
 
 
