@@ -105,10 +105,13 @@ class QueryKontext:
             "vae": (self.vae, self.vae.example()),
         }
 
-    def abstract(self) -> Tree:
-        """Shapes of all towers, boxed with logical axes; computes nothing."""
-        modules = self._modules().items()
-        return {name: layers.abstract_params(module, *args) for name, (module, args) in modules}
+    def abstract(self, parts: tuple[str, ...] = ()) -> Tree:
+        """Shapes of the named towers or of all, boxed with logical axes; computes nothing."""
+        return {
+            name: layers.abstract_params(module, *args)
+            for name, (module, args) in self._modules().items()
+            if name in parts or not parts
+        }
 
     def init(
         self, rng: Key[Array, ""], parts: tuple[str, ...] = ("queries", "connector", "mmdit")

@@ -99,7 +99,7 @@ def _index(folder: files.Path) -> dict[str, Any]:
 
 def _towers(where: Mapping[str, files.Path], mesh: jax.sharding.Mesh | None) -> Any:
     """({tower: config}, {tower: parameters}, compute dtype)."""
-    stored = {leaf.dtype for leaf in read.open_part("mmdit", where["transformer"]).flat.values()}
+    stored = set(TensorFolder(where["transformer"]).dtypes.values())
     dtype = jnp.bfloat16 if stored == {jnp.dtype(jnp.bfloat16)} else jnp.float32
     configs, params = {}, {}
     for tower, part in TOWERS.items():
@@ -171,7 +171,6 @@ def _schedule(values: Mapping[str, Any]) -> sampler.ScheduleConfig:
 
 def _kontext(folder: files.Path, model: QueryKontext) -> Tree:
     """Queries and connector, float32."""
-    whole = model.abstract()
-    shapes = read.shapes_of({part: whole[part] for part in ("queries", "connector")})
+    shapes = read.shapes_of(model.abstract(("queries", "connector")))
     flat = leaves.plan(tables.glue(), TensorFolder(folder), shapes, jnp.float32)
     return trees.unflatten({path: np.asarray(leaf) for path, leaf in flat.items()})
