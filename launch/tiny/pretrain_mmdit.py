@@ -4,13 +4,14 @@
     python launch/tiny/pretrain_mmdit.py --preset small --out DIR ...
     python launch/tiny/pretrain_mmdit.py --start DIR ...
 
-This is the "large pretrained generator" that stage 2 starts from: flow matching on latents of the
-tiny VAE, conditioned on the frozen tiny VLM's last states at the words of a prompt. A part of the
-examples is text-to-image; the others give a picture as a source and ask for it again, for a
-transformation or for an edit, as Qwen-Image's multi-task training mixes text-to-image, instructed
-editing and reconstruction (arXiv 2508.02324). References, kontext and queries are left to the three
-stages. Writes a diffusers folder with float16 weights (the moving average), every minute and at the
-end; then metrics.json, a model card and a sheet.
+This is the "large pretrained generator" that stage 2 starts from, of preset `small` that of
+stages.sh: flow matching on latents of the tiny VAE, conditioned on the frozen tiny VLM's last
+states at the words of a prompt. A part of the examples is text-to-image; the others give a
+picture as a source and ask for it again, for a transformation or for an edit, as Qwen-Image's
+multi-task training mixes text-to-image, instructed editing and reconstruction (arXiv 2508.02324).
+References, kontext and queries are left to the three stages. Writes a diffusers folder with
+float16 weights (the moving average), every minute and at the end; then metrics.json, a model card
+and a sheet.
 
 The third form goes on from earlier weights; with --minutes 0 it measures them. The shipped weights
 come from on_gpu.sh.

@@ -5,7 +5,7 @@
 #   bash launch/tiny/stages.sh W [--config.FIELD=VALUE ...]
 #   python launch/tiny/ship.py --checkpoint W/stage3
 #
-# About two hours on two quiet cores; the same command resumes. Options are for all three stages.
+# An hour and a half on two quiet cores; the same command resumes. Options are for all three stages.
 # $PYTHON is the interpreter (python3).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -1,8 +1,7 @@
-"""LoRA files of the transformer or the text encoder -> an adapter of `models.lora`, alpha folded
-in.
+"""LoRA files of transformer or text encoder -> an adapter of `models.lora`, alpha folded in.
 
-Read are the keys of diffusers and peft (`transformer.` or `base_model.model.` or nothing, the
-module, `lora_A.weight`, `lora_A.default.weight`, and `lora_B` likewise), of ComfyUI
+Read are the keys of diffusers and peft (`transformer.`, `text_encoder.`, `base_model.model.` or
+nothing, the module, `lora_A.weight`, `lora_A.default.weight`, and `lora_B` likewise), of ComfyUI
 (`diffusion_model.`, `lora_down.weight`, `lora_up.weight`, `alpha`) and of kohya (`lora_unet_` and
 the module with underscores), in any combination (diffusers: `lora_conversion_utils`).
 """

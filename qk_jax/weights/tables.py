@@ -349,6 +349,7 @@ def glue() -> Table:
     return Table(tuple(rows))
 
 
+# What LoRA files may adapt: {tower: (what their keys begin with, its table)}.
 ADAPTED = {"mmdit": ("transformer.", mmdit), "vlm": ("text_encoder.", vlm)}
 
 
