@@ -76,9 +76,9 @@ def write_adapter(stage: files.Path, loaded: run_folder.Loaded, out: files.Path)
     shutil.rmtree(out / "text_encoder")
     scale = first.plan.model.config.lora_scale
     export_lora(first.params["lora"]["vlm"], scale, out / "text_encoder", jnp.float16, "vlm")
-    shipped = loading.load_shipped(out).params["vlm"]
+    shipped = flatten(loading.load_shipped(out).params["vlm"])
     for name, leaf in flatten(loaded.params["vlm"]).items():
-        if not jnp.allclose(flatten(shipped)[name], leaf, rtol=1e-3, atol=1e-3):
+        if not jnp.allclose(shipped[name], leaf, rtol=1e-3, atol=1e-3):
             raise InputError(
                 f"{stage} is not what {loaded.name} comes from, {name} differs; give a stage 3 "
                 "that lies beside its stage 1"

@@ -76,7 +76,7 @@ def test_stages_that_do_not_belong_together_are_not_shipped(trained, tmp_path):
         ship.main.__wrapped__(["--checkpoint", str(trained), "--out", str(tmp_path / "shipped")])
 
 
-def test_the_three_stages_are_configs_that_fit(tmp_path, monkeypatch):
+def test_the_three_stages_are_configs_that_fit(tmp_path):
     """stages.sh with an interpreter that only keeps what it is called with."""
     log, fake = tmp_path / "log", tmp_path / "python"
     fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {log}\n')
