@@ -27,6 +27,7 @@ from qk_jax.pictures.decoding import MAX_PIXELS
 ASSETS = files.Path(qk_jax.__file__).parent / "assets"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 STILL_HERE = 15.0  # seconds between two signs of life of a stream of events
+QUICK = 0.05  # seconds: what changes sooner after what was told waits, as no eye is faster
 REFUSALS: dict[int | str, dict[str, Any]] = {
     422: {"model": forms.ErrorView, "description": "something that was given is wrong"}
 }
@@ -155,7 +156,7 @@ def _add_jobs(app: FastAPI, queue: jobs.Queue) -> None:
 
 
 async def _events(job: jobs.Job, queue: jobs.Queue) -> AsyncIterator[str]:
-    """The changes of a job until it is over; of changes in quick succession the last."""
+    """The changes of a job until it is over; of changes in QUICK succession the last."""
     loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
     def wake() -> None:
@@ -177,6 +178,7 @@ async def _events(job: jobs.Job, queue: jobs.Queue) -> AsyncIterator[str]:
             yield _event("state", jsonable_encoder(view))
             if view.state in jobs.ENDED:
                 return
+            await asyncio.sleep(QUICK)
             try:
                 await asyncio.wait_for(changed.wait(), STILL_HERE)
             except TimeoutError:

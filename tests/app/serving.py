@@ -16,7 +16,7 @@ from PIL import Image
 from tests import needs
 
 FAST = {"steps": 2}
-LONG = {"steps": 1000}  # what nobody waits for
+LONG = {"settings": {"steps": 1000}, "num": 16}  # minutes: it is cancelled
 WAITING = 8
 
 

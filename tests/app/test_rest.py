@@ -132,7 +132,7 @@ def events_of(client, job):
 
 
 def test_events_tell_states_steps_and_previews(client):
-    job = ask(client, settings={"steps": 200}, preview=20, size="32x32")
+    job = ask(client, settings={"steps": 1000}, preview=20, size="32x32")
     events = events_of(client, job)
     states = [data for name, data in events if name == "state"]
     order = ["queued", "loading", "compiling", "painting", "done"]
@@ -150,7 +150,7 @@ def test_events_tell_states_steps_and_previews(client):
 
 
 def test_the_queue_is_bounded_and_goes_on(client):
-    jobs = [ask(client, settings=LONG)]
+    jobs = [ask(client, **LONG)]
     wait(client, jobs[0], "painting")
     jobs += [ask(client, seed=number) for number in range(serving.WAITING)]
     assert [job["ahead"] for job in jobs[1:]] == list(range(1, serving.WAITING + 1))
@@ -166,7 +166,7 @@ def test_the_queue_is_bounded_and_goes_on(client):
 
 
 def test_a_job_is_cancelled_between_two_steps(client):
-    job = ask(client, settings=LONG, num=16)  # minutes
+    job = ask(client, **LONG)
     wait(client, job, "painting")
     cancelled = client.delete(f"/api/jobs/{job['id']}").json()
     assert cancelled["state"] == "cancelled" and cancelled["pictures"] == []
@@ -317,7 +317,7 @@ def test_pages_of_other_sites_change_and_read_nothing(client, address):
     ]:
         answer = client.post("/api/paint", content=json.dumps(form()), headers=headers)
         assert answer.status_code == status and answer.json()["error"], headers
-    job = ask(client, settings=LONG)
+    job = ask(client, **LONG)
     path = f"/api/jobs/{job['id']}"
     assert client.delete(path, headers={"Origin": "http://evil.example"}).status_code == 403
     assert client.get("/api/models", headers={"Host": "evil.example"}).status_code == 403
@@ -359,7 +359,7 @@ def test_what_fails_ends_one_job_alone(client, monkeypatch):
     def broken(self, model, average):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    job = ask(client, settings=LONG)
+    job = ask(client, **LONG)
     wait(client, job, "painting")
     victim, after = ask(client), ask(client)
     original = models.Models.painter

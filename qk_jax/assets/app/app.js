@@ -344,9 +344,9 @@ async function start() {
   window.addEventListener("beforeunload", (event) => {
     if (tasks.some(({ id }) => !id)) event.preventDefault(); // only the server keeps its jobs
   });
-  say("ready");
   await store.open();
   drawHistory();
+  say("ready");
   await resume();
 }
 

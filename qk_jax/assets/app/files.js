@@ -121,11 +121,12 @@ export class Store {
     if (!this.#base) return null;
     return new Promise((resolve) => {
       try {
-        const asked = action(this.#base.transaction(name, mode).objectStore(name));
-        asked.onsuccess = () => resolve(asked.result);
-        asked.onerror = () => resolve(null);
+        const transaction = this.#base.transaction(name, mode);
+        const asked = action(transaction.objectStore(name));
+        transaction.oncomplete = () => resolve(asked.result); // only now it outlives the page
+        transaction.onabort = () => resolve(null); // such as a full disk: the history then ends with the page
       } catch {
-        resolve(null); // such as a full disk: the history then ends with the page
+        resolve(null); // the base is closed
       }
     });
   }
