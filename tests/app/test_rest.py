@@ -172,7 +172,7 @@ def test_a_job_is_cancelled_between_two_steps(client):
     assert cancelled["state"] == "cancelled" and cancelled["pictures"] == []
     begun = time.monotonic()
     assert wait(client, ask(client))["state"] == "done"
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 30
     assert client.get(f"/api/jobs/{job['id']}").json()["step"] < 1000
     assert client.delete("/api/jobs/unknown").status_code == 404
 
