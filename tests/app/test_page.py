@@ -316,6 +316,19 @@ def test_models_of_different_sizes_are_compared_at_one_that_is_chosen(open_page)
     assert told(download(page, 0)[0])["size"] == told(download(page, 1)[0])["size"] == "64x64"
 
 
+def test_a_picture_that_came_too_late_for_its_page_is_in_the_history(open_page):
+    page = open_page()
+    page.route("**/pictures/0.png", lambda route: None)  # no answer
+    page.fill("#prompt", "a red kite")
+    page.click("#paint")
+    expect(page.locator("#status")).to_have_text("done")
+    assert page.locator("#history img").count() == 0
+    page.unroute("**/pictures/0.png")
+    page.reload()
+    expect(page.locator("#history img")).to_have_count(1)
+    expect(page.locator(f"{PAINTED} figcaption")).to_have_count(1)
+
+
 def test_history_outlives_the_page_and_gives_its_pictures(open_page):
     page = open_page()
     add(page, "source", file())

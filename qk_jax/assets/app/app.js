@@ -104,6 +104,7 @@ function follow(task, view) {
   task.id = view.id;
   task.taken ??= 0;
   task.stored ??= 0;
+  const takes = [];
   remember();
   task.card.state(task.column, view);
   const events = new EventSource(`/api/jobs/${view.id}`);
@@ -117,8 +118,13 @@ function follow(task, view) {
     if (task.state !== now.state) say(told({ ...now, step: 0 }));
     task.state = now.state;
     task.card.state(task.column, now);
-    while (task.taken < now.pictures.length) take(task, now.pictures[task.taken], size, task.taken++ >= task.stored);
-    if (ENDED.includes(now.state)) end(task);
+    while (task.taken < now.pictures.length) {
+      takes.push(take(task, now.pictures[task.taken], size, task.taken++ >= task.stored));
+    }
+    if (ENDED.includes(now.state)) {
+      events.close();
+      Promise.allSettled(takes).then(() => end(task)); // remembered until its pictures are in the history
+    }
     drawQueue();
   });
   events.addEventListener("error", async () => {
