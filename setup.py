@@ -45,6 +45,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="The qk_jax authors",
+    project_urls={"Paper": "https://arxiv.org/abs/2509.26641"},
     license="Apache-2.0",
     keywords="jax flax tpu diffusion text-to-image image-editing qwen query-kontext",
     classifiers=[

@@ -49,6 +49,7 @@ def test_it_says_what_it_is(wheel):
     told = email.message_from_string(info(wheel, "METADATA"))
     assert told["Name"] == "qk_jax" and told["Version"] == qk_jax.__version__
     assert told["Author"] == "The qk_jax authors"
+    assert told["Project-URL"] == "Paper, https://arxiv.org/abs/2509.26641"
     assert told["Description-Content-Type"] == "text/markdown"
     assert told.get_payload().strip() == (ROOT / "README.md").read_text().strip()
     assert "Typing :: Typed" in told.get_all("Classifier")
