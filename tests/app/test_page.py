@@ -14,7 +14,7 @@ from tests.app import serving
 
 sync_api = needs.module("playwright.sync_api")
 expect = sync_api.expect
-SLOW = 60_000  # milliseconds: a program may have to be compiled
+SLOW = 240_000  # milliseconds: programs are compiled, others use the machine
 expect.set_options(timeout=SLOW)
 PAINTED = "figure:not(.preview)"
 
