@@ -27,7 +27,7 @@ from qk_jax.pictures.decoding import MAX_PIXELS
 ASSETS = files.Path(qk_jax.__file__).parent / "assets"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 STILL_HERE = 15.0  # seconds between two signs of life of a stream of events
-QUICK = 0.05  # seconds: what changes sooner after what was told waits, as no eye is faster
+QUICK = 0.05  # seconds in which only the last of several changes is told
 REFUSALS: dict[int | str, dict[str, Any]] = {
     422: {"model": forms.ErrorView, "description": "something that was given is wrong"}
 }

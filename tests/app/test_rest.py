@@ -132,9 +132,11 @@ def events_of(client, job):
 
 
 def test_events_tell_states_steps_and_previews(client):
+    begun = time.monotonic()
     job = ask(client, settings={"steps": 1000}, preview=20, size="32x32")
     events = events_of(client, job)
     states = [data for name, data in events if name == "state"]
+    assert len(states) < 20 * (time.monotonic() - begun) + 5
     order = ["queued", "loading", "compiling", "painting", "done"]
     seen = [order.index(one["state"]) for one in states]
     assert seen == sorted(seen) and seen[-1] == 4 and len(states[-1]["pictures"]) == 1
