@@ -37,9 +37,9 @@ FULL: dict[int | str, dict[str, Any]] = {
 UNKNOWN: dict[int | str, dict[str, Any]] = {
     404: {"model": forms.ErrorView, "description": "there is no such job, or not any more"}
 }
-EVENTS = "\n\nWith `Accept: text/event-stream` a stream of events, at most 20 of a kind a second: \
-`state`, whose data is what is told here, and `preview`, whose data has the number of the \
-picture, its step, and the picture."
+EVENTS = f"\n\nWith `Accept: text/event-stream` a stream of events, at most {1 / QUICK:.0f} of a \
+kind a second: `state`, whose data is what is told here, and `preview`, whose data has the number \
+of the picture, its step, and the picture."
 
 
 def _job_of(job_id: str, request: Request) -> jobs.Job:

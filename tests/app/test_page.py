@@ -326,10 +326,9 @@ def test_a_picture_that_came_too_late_for_its_page_is_in_the_history(open_page):
 
     page.route("**/pictures/0.png", answer)
     page.fill("#prompt", "a red kite")
-    page.click("#paint")
+    with page.expect_request("**/pictures/0.png"):
+        page.click("#paint")
     expect(page.locator("#status")).to_have_text("done")
-    while not asked:
-        page.wait_for_timeout(50)
     assert page.locator("#history img").count() == 0
     page.reload()
     expect(page.locator("#history img")).to_have_count(1)
